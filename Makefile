@@ -1,0 +1,78 @@
+# Every target makes its own environment in .venv when needed; no activated environment, no C++ compiler.
+#   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
+#   DEMO_ARGS='…'       overrides for the demo, for example DEMO_ARGS='run.overwrite=true method.r=32'
+#   PYTEST_ARGS='…'     more for pytest, for example PYTEST_ARGS='-k resume -x'
+SHELL := /bin/bash
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+PEERS := .venv/.peers
+# Child processes (ninja, torchrun, afina) are looked up on PATH even when nobody activated .venv.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests run tiny models: more threads than this only contend. Demo and benchmarks keep torch's own choice.
+TEST_THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format bench clean distclean slurm-packages
+
+help:
+	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
+	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (up to 40 minutes on 2 cores)"
+	@echo "make check   lint, types and unit tests (under 2 minutes)"
+	@echo "make format  let ruff mend what it can"
+	@echo "make bench   the benchmarks, with the peers they compare with"
+	@echo "make clean   caches and build outputs; never runs/. make distclean: .venv too"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11 or missing: say make PYTHON=python3.11 (or newer)"; exit 1; }
+	@echo "environment: installing into .venv (a few minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	@echo "environment: adding the peers that the benchmarks compare with"
+	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev,peers]'
+	@touch $@
+
+demo: $(INSTALLED)
+	.venv/bin/afina train experiment=demo $(DEMO_ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+check: lint
+	$(TEST_ENV) $(PY) -m pytest tests/unit -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
+
+# One pytest run, and nothing after it: its summary line is the last thing said.
+test: lint slurm-packages
+	$(TEST_ENV) $(PY) -m pytest tests $(PYTEST_ARGS)
+
+slurm-packages:
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Slurm: installing slurmctld slurmd slurm-client munge"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurmctld slurmd slurm-client munge; } >/dev/null 2>&1 || echo "Slurm: apt-get could not install it; its tests will skip"; \
+	else echo "Slurm: slurmctld, slurmd, sbatch and munged are not all here; its tests will skip"; fi
+
+bench: $(PEERS)
+	@found=0; for script in benchmarks/[!_]*.py; do [ -e "$$script" ] || continue; found=1; \
+	  echo "== $$script"; $(PY) "$$script" || exit 1; done; [ $$found = 1 ] || echo "benchmarks/ holds no script yet"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,122 @@
+"""The table at the end of a sweep: best run first, on the terminal and as `sweep.csv` and `sweep.md`."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import table
+from launch.process import read_summary
+
+if TYPE_CHECKING:
+    from launch.sweep import Trial
+
+Record = dict[str, Any]
+# `rank` is the config group that sets the other two; its name is also that of our first column
+RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
+
+
+def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
+    """One record a trial, best first: lowest `eval_loss`, or `train_loss` where a finished run has no `eval_loss`.
+
+    Args:
+        trials: all trials of the sweep.
+        errors: why a trial failed, by its name.
+
+    Returns:
+        Records with the same keys in the same order: rank, the varied keys, trainable_parameters, the losses,
+        exact_match (when any run has it), seconds, status, folder, error. `None` is what a run does not have.
+    """
+    records = [_record(trial, errors.get(trial.name)) for trial in trials]
+    finished = [record for record in records if record["status"] == "finished"]
+    # runs compare only by the same number
+    by = "eval_loss" if all(record["eval_loss"] is not None for record in finished) else "train_loss"
+    finished.sort(key=lambda record: _sortable(record[by]))
+    for place, record in enumerate(finished, 1):
+        record["rank"] = place
+    if all(record["exact_match"] is None for record in records):
+        for record in records:
+            del record["exact_match"]
+    return finished + [record for record in records if record["status"] != "finished"]
+
+
+def _record(trial: Trial, error: str | None) -> Record:
+    summary = read_summary(trial.folder)
+    metrics = summary.get("metrics") or {}
+    record: Record = {"rank": None, **_varied_values(trial)}
+    record["trainable_parameters"] = summary.get("trainable_parameters")
+    record["eval_loss"] = metrics.get("eval_loss")
+    record["train_loss"] = summary.get("train_loss")
+    record["exact_match"] = metrics.get("exact_match")
+    record["seconds"] = summary.get("wall_seconds")
+    # this sweep's word counts before that of a summary left by an earlier one
+    record["status"] = "failed" if error else summary.get("status") or "not run"
+    record["folder"] = str(trial.folder)
+    record["error"] = error or (summary.get("error") or {}).get("message")
+    return record
+
+
+def _varied_values(trial: Trial) -> dict[str, Any]:
+    """The varied keys; when rank or alpha is one of them, both, since alpha follows the rank unless it is given."""
+    values: dict[str, Any] = dict(trial.values)
+    if not any(key in values for key in RANK_AND_ALPHA):
+        return values
+    method = trial.config.method
+    alpha = 2 * method.r if method.alpha is None and method.r is not None else method.alpha
+    pair = {"method.r": method.r, "method.alpha": alpha}
+    return {**pair, **{key: value for key, value in values.items() if key not in RANK_AND_ALPHA}}
+
+
+def _sortable(loss: float | None) -> float:
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def short_labels(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each key, or the whole key where two would read alike."""
+    count = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: key if count[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in keys}
+
+
+def write(folder: Path, records: Sequence[Record]) -> None:
+    """Write `sweep.csv` (raw numbers, whole keys) and `sweep.md` (the table as people read it)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    header, rows = _cells(records)
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    failures = [f"- `{record['folder']}`: {record['error']}" for record in records if record["error"]]
+    (folder / "sweep.md").write_text("\n".join([text, *([""] + failures if failures else [])]) + "\n")
+
+
+def show(records: Sequence[Record]) -> None:
+    """Print the table on stdout, the best run and the failed ones coloured."""
+    header, rows = _cells(records)
+    colours = {"failed": "red", "finished": None}
+    styles = ["bold green" if record["rank"] == 1 else colours.get(record["status"]) for record in records]
+    table.show(header, rows, styles)
+
+
+def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text. Errors are told apart: a sentence does not fit a column."""
+    keys = [key for key in records[0] if key != "error"]
+    labels = short_labels(keys)
+    return [labels[key] for key in keys], [[_cell(key, record[key]) for key in keys] for record in records]
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if key == "trainable_parameters":
+        return f"{value:,}"
+    if key == "seconds":
+        return f"{value:.1f}"
+    if key in ("eval_loss", "train_loss", "exact_match"):
+        return f"{value:.4f}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,80 @@
+"""Start a job as `torchrun` would: one process a device, on this node."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trainer.config
+from launch import process
+from launch.environment import child_environment, visible_gpus
+from trainer.config import TrainConfig
+
+# torchrun's own list plus USR1, which Slurm users send as an early warning and which otherwise kills the agent at once
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+_PLAIN_WORD = re.compile(r"[A-Za-z/][\w./-]*")
+_NOT_WORDS = {"null", "true", "false", "inf", "nan", "yes", "no", "on", "off"}
+
+
+def quote(value: str) -> str:
+    """A value that Hydra's override grammar reads as exactly this string."""
+    if _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS:
+        return value
+    # there a backslash is itself, but before a quote it escapes
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return f'"{escaped}"'
+
+
+def ranks_per_node(config: TrainConfig) -> int:
+    """`launch.nproc_per_node`, or one a GPU, or one."""
+    return config.launch.nproc_per_node or visible_gpus() or 1
+
+
+def train_arguments(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
+    """Arguments of `trainer.train` that repeat this config in another process, the run's name fixed.
+
+    The name is decided once, here: ranks that each made up their own could come to write into different folders.
+    """
+    arguments = ["--config", str(config_file)] if config_file else []
+    arguments += overrides
+    if config.run.name is None:
+        arguments.append(f"run.name={quote(trainer.config.run_name(config))}")
+    return arguments
+
+
+def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
+    """The whole command line: torchrun's agent for this node and what each of its workers runs."""
+    settings = config.launch
+    head = [sys.executable, "-m", "torch.distributed.run"]
+    head += [
+        f"--nproc-per-node={ranks_per_node(config)}",
+        f"--nnodes={settings.nodes}",
+        f"--signals-to-handle={SIGNALS}",
+    ]
+    if settings.nodes == 1:
+        # --standalone takes a free port, so two jobs on a machine never collide; without a local address the workers
+        # are sent to the machine's host name, which in a container may resolve to nothing
+        head += ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        # static: node_rank decides who is who, so rank 0 (and its run folder) is on the node that was named
+        head += ["--rdzv-backend=static", f"--node-rank={settings.node_rank}"]
+        head += [f"--master-addr={settings.master_address}", f"--master-port={settings.master_port}"]
+    return [*head, "-m", "trainer.train", *train_arguments(config, overrides, config_file)]
+
+
+def launch(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> int:
+    """Run the job on this node to its end; returns an exit code as :func:`launch.process.run` does.
+
+    Args:
+        config: the composed config of ``overrides`` and ``config_file``, already checked.
+        overrides: Hydra overrides, passed on to every process.
+        config_file: a config.yaml to start from instead of `conf/`.
+
+    Raises:
+        LaunchError: the processes died without a summary.
+    """
+    environment = child_environment(ranks_per_node(config), visible_gpus(), config.launch.master_address)
+    return process.run(command(config, overrides, config_file), environment, trainer.config.run_folder(config))

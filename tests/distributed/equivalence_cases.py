@@ -1,0 +1,52 @@
+"""Under torchrun, on any number of ranks: five steps each way the batch can be cut, against one plain process."""
+
+from __future__ import annotations
+
+from tests.distributed.reference import train_reference, worst_distance
+from tests.distributed.support_cases import Bench, reference_batches
+from trainer.fetch import resolve
+from trainer.state import gather_state
+
+CUTS = {
+    "rows1": ["batch.micro_size=1"],
+    "rows2": ["batch.micro_size=2"],
+    "rows4": ["batch.micro_size=4"],
+    "uneven": ["batch.micro_size=3"],
+}
+ZERO = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
+
+
+def cases() -> dict[str, list[str]]:
+    """Every cut and checkpointing under stages 2 and 3; two cuts under the others; all weights under every stage."""
+    out: dict[str, list[str]] = {}
+    for zero in ZERO:
+        thorough = zero in ("stage2", "stage3")
+        for cut, overrides in CUTS.items():
+            if thorough or cut in ("rows4", "uneven"):
+                out[f"lora {zero} {cut}"] = [f"zero={zero}", *overrides]
+        out[f"lora {zero} checkpointing"] = [f"zero={zero}", "batch.micro_size=2", "model.gradient_checkpointing=true"]
+        out[f"full {zero} uneven"] = ["method=full", f"zero={zero}", "batch.micro_size=3"]
+    out["lora bf16 stage2 uneven"] = ["zero=stage2", "model.dtype=bf16", "batch.micro_size=3"]
+    return out
+
+
+def main() -> None:
+    bench = Bench()
+    references = {}
+    for case, overrides in cases().items():
+        loop = bench.loop(bench.config(*overrides))
+        for step in range(loop.total_steps):
+            loop._step(step)
+        state = gather_state(loop.engine)
+        if bench.world.is_main:
+            method = loop.config.method.name
+            if method not in references:
+                base = resolve(loop.config.model.name_or_path)
+                references[method] = train_reference(base, loop.config, reference_batches(loop), loop.total_steps)
+            found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
+            bench.note(case, worst_distance(found, references[method]))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

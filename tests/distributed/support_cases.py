@@ -1,0 +1,79 @@
+"""What the scripts under torchrun share: build a run from overrides without its folder, step it, compare it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, distributed
+from trainer.config import TrainConfig, load
+from trainer.data.batches import global_batch
+from trainer.data.load import load_data
+from trainer.fetch import resolve
+from trainer.generate import Sampler
+from trainer.loop import Loop
+from trainer.model import load_tokenizer
+from trainer.signals import StopRequest
+from trainer.tracking import Tracker
+from trainer.train import build
+
+STEPS = 5
+COMMON = [
+    "debug=tiny",
+    "batch.global_size=8",
+    f"batch.max_steps={STEPS}",
+    "optim.learning_rate=0.01",
+    "optim.max_grad_norm=0.5",  # the tiny model's norms are above it: clipping is at work
+    "optim.weight_decay=0.1",
+    "method.dropout=0.0",
+    # Adam divides by the gradient's own size: an element whose gradient is rounding noise moves by a whole learning
+    # rate in a direction of chance. A larger eps leaves such elements where they are, so that what is compared is the
+    # gradient and not the chance.
+    "optim.eps=1e-5",
+]
+
+
+class Bench:
+    """One process's view of a torchrun of many cases; results go to a JSON file from rank 0."""
+
+    def __init__(self) -> None:
+        self.world = distributed.from_environment()
+        self.results: dict[str, Any] = {}
+        distributed.init(self.world)
+
+    def config(self, *overrides: str) -> TrainConfig:
+        return load([*COMMON, *overrides])
+
+    def loop(self, config: TrainConfig, folder: Path | None = None) -> Loop:
+        base = resolve(config.model.name_or_path)
+        tokenizer = load_tokenizer(base, config.model)
+        data = load_data(config, tokenizer, lambda _: None)
+        built = build(config, self.world, base)
+        lockstep = config.zero.stage == 3
+        sampler = Sampler(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
+        who = checkpoint.identity(config, data.fingerprint)
+        run = folder or Path(tempfile.gettempdir())
+        return Loop(
+            config, self.world, data, built.engine, sampler, Tracker(), built.meter, StopRequest(), run, who
+        )
+
+    def note(self, case: str, value: Any) -> None:
+        if self.world.is_main:
+            self.results[case] = value
+            print(f"{case}: {value}", flush=True)
+
+    def finish(self) -> None:
+        if self.world.is_main:
+            Path(sys.argv[1]).write_text(json.dumps(self.results))
+        distributed.barrier()
+        distributed.shutdown()
+
+
+def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any]]]:
+    keys, train = loop.config, loop.data.train
+    return [
+        train.examples(global_batch(keys.run.seed, step, len(train), keys.batch.global_size)) for step in range(steps)
+    ]

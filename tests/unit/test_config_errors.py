@@ -1,0 +1,271 @@
+"""Every wrong input is told in one line: the value, the rule, the cure; and before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.config import expand_sweep, load
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (overrides, what the message must hold: the value or the rule, and the cure)
+WRONG: list[tuple[str, ...]] = [
+    # unknown keys, groups and options: the nearest right one
+    ("metod=lora", "metod=lora", "→ method=lora"),
+    ("Method=lora", "no such group", "→ method=lora"),
+    ("expermient=dmo", "no such group", "→ experiment=demo"),
+    ("method.rr=8", "method.rr=8", "method.r=8"),
+    ("METHOD.R=8", "no such key", "method.r=8"),
+    ("model.r=8", "no such key", "method.r=8"),
+    ("r=8", "no such key", "method.r=8"),
+    ("lr=1e-4", "lr=1e-4", "optim.learning_rate=1e-4"),
+    ("optim.lr=1e-4", "no such key", "optim.learning_rate=1e-4"),
+    ("batch_size=4", "no such key", "batch.global_size=4"),
+    ("name=x", "no such key", "method.name, schedule.name, log.name or run.name"),
+    ("data.pth=x", "no such key", "data.path=x"),
+    ("method.r.x=3", "no such key", "method.r=3"),
+    (".r=3", "no such key", "method.r=3"),
+    ("zero.extras.foo.bar=1", "no such key", "zero.extra.foo.bar=1"),
+    ("qqqqqq=zzz", "no such key", "the groups are data,"),
+    ("+foo=3", "no such key", "afina config --keys"),
+    ("batch=3", "is a section", "batch.global_size=VALUE"),
+    ("method=lorra", "one of full, lora, qlora, qlora_8bit", "→ method=lora"),
+    ("model=llama", "one of llama2_7b", "→ model=llama"),
+    ("model=null", "one of llama2_7b", "→"),
+    ("model=[tiny]", "one of llama2_7b", "→ model=tiny"),
+    ("method/lora=3", "chosen by its name", "method=lora"),
+    ("zero=2", "zero=2", "→ zero=stage2"),
+    ("zero=7", "stage3_offload", "→ zero=stage3"),
+    ("rank=16", "large, medium, small, tiny", "method.r=16"),
+    ("launch=slurm", "launch=slurm", "sbatch slurm/train.sbatch"),
+    ("launch.kind=slurm", "sbatch", "sbatch slurm/train.sbatch"),
+    ("experiment=dmo", "or null", "→ experiment=demo"),
+    # the grammar
+    ("method.r", "key=value", "method.r=VALUE"),
+    ("=3", "key=value", "before the ="),
+    ("", "key=value", "remove it"),
+    ("--method.r=8", "no dashes", "→ method.r=8"),
+    ("~method.r", "cannot be deleted", "method.r=null"),
+    ("model@method=tiny", "cannot be put elsewhere", "model=tiny"),
+    ("hydra.run.dir=x", "Hydra only composes", "remove it"),
+    ("hydra/launcher=x", "Hydra only composes", "remove it"),
+    ("data.path=a b(c", "Hydra's grammar", "data.path='a b(c'"),
+    ("method.r=8,16", "several values", "afina sweep method.r=8,16"),
+    ("method.r=range(1,4)", "several values", "afina sweep"),
+    ("method=lora,full", "several values", "afina sweep"),
+    ("eval.metrics=loss,exact_match", "several values", "eval.metrics=[loss,exact_match]"),
+    # types
+    ("method.r=abc", "method.r=abc", "whole number"),
+    ("method.r=8.5", "whole number or null", "method.r=16"),
+    ("method.r=true", "method.r=true", "whole number"),
+    ("method.r=[1,2]", "method.r=[1,2]", "whole number"),
+    ("method.dropout=true", "a number", "method.dropout=0.0"),
+    ("batch.epochs=two", "a number", "batch.epochs=1.0"),
+    ("model.gradient_checkpointing=maybe", "true or false", "model.gradient_checkpointing=false"),
+    ("eval.metrics=loss", "a list", "eval.metrics=[loss]"),
+    ("log.tags=a", "a list", "log.tags=[a,b]"),
+    ("zero.extra=3", "keys and values", "zero.extra.zero_optimization"),
+    ("data.path=null", "a text", "data.path=VALUE"),
+    # limits
+    ("method.r=0", "at least 1", "method.r=1"),
+    ("method.dropout=1", "less than 1", "method.dropout=0.0"),
+    ("method.bits=5", "16, 8 or 4", "method.bits=4"),
+    ("method.name=lorra", "lora or full", "method.name=lora"),
+    ("model.dtype=bfloat16", "auto, bf16, fp16 or fp32", "model.dtype=bf16"),
+    ("log.wandb=of", "online, offline or off", "log.wandb=off"),
+    ("zero.stage=5", "0, 1, 2 or 3", "zero.stage=3"),
+    ("optim.learning_rate=nan", "finite", "optim.learning_rate=null"),
+    ("optim.learning_rate=inf", "finite", "optim.learning_rate=null"),
+    ("optim.learning_rate=0", "greater than 0", "optim.learning_rate=null"),
+    ("generate.top_p=1.5", "at most 1", "generate.top_p=1"),
+    ("launch.master_port=70000", "at most 65535", "launch.master_port=65535"),
+    ("schedule.warmup_ratio=2", "at most 1", "schedule.warmup_ratio=1"),
+    # interpolations
+    ("run.name=${now:%H}", "clock", "run.name"),
+    ("run.seed=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE", "run.seed=VALUE"),
+    ("run.seed=${model.dtype}", "cannot be resolved", "run.seed=VALUE"),
+    ("zero.stage=${zero.stage}", "cannot be resolved", "zero.stage=VALUE"),
+    # the data
+    ("data=alpaca", "data.path: must be given", "data.path=my.jsonl"),
+    ("data.path=no/such.jsonl", "no/such.jsonl", "no such file"),
+    ("data.path=conf", "is a folder", "data.path=conf/FILE.jsonl"),
+    ("data.validation=no_such.jsonl", "data.validation=no_such.jsonl", "no such file"),
+    ("data.validation=-3", "data.validation=-3", "data.validation=0"),
+    ("data.validation=1.5", "a share between 0 and 1", "data.validation=2"),
+    ("data.validation=1.0", "a share between 0 and 1", "data.validation=1 for rows"),
+    ("data.validation=true", "a whole number of rows", "data.validation=0.1"),
+    ("data.validation=null", "a whole number of rows", "0 to hold out none"),
+    ("data.validation=nan", "finite", "data.validation=0.1"),
+    ("data.template=alpaca data.alpaca_role=system", "needs the chat template", "data.template=chat"),
+    # rules between keys
+    ("batch.micro_size=32", "batch.global_size, which is 16", "batch.micro_size=16"),
+    ("batch.micro_tokens=512", "data.max_length=1024", "batch.micro_tokens=1024"),
+    ("method.r=null", "LoRA needs a rank", "method.r=16"),
+    ("method=full method.r=8", "method.name=full", "rank=null"),
+    ("method=full rank=large", "method.r=64", "rank=null"),
+    ("method.name=full", "method.r=16", "method=full"),
+    ("method=full method.bits=4", "method.bits=4", "method=qlora"),
+    ("method=full method.alpha=2", "method.alpha=2.0", "method.alpha=null"),
+    ("method=full method.dropout=0.1", "method.dropout=0.1", "method.dropout=0.0"),
+    ("method=full method.target_modules=attention", "no meaning", "method.target_modules=all_linear"),
+    ("method.target_modules=atention", "attention_min, attention or all_linear", "method.target_modules=attention"),
+    ("method.target_modules=q_proj", "a list of module names", "method.target_modules=[q_proj]"),
+    ("method.target_modules=[]", "one or more", "method.target_modules=[q_proj,v_proj]"),
+    ("method.target_modules=[1,2]", "[1,2]", "module names"),
+    ("eval.metrics=[]", "at least one of", "eval.metrics=[loss]"),
+    ("eval.metrics=[loss,exact]", "eval.metrics=exact", "eval.metrics=[exact_match]"),
+    ("data.validation=0 eval.every_steps=3", "no held-out rows", "data.validation=0.1"),
+    ("data.validation=0 eval.every_epoch=true", "no held-out rows", "eval.every_epoch=false"),
+    ("data.validation=0 eval.metrics=[loss,exact_match]", "no held-out rows", "eval.metrics=[loss]"),
+    ("zero.offload_params=cpu", "stage 3 only; zero.stage is 2", "zero=stage3_offload"),
+    ("zero=stage0 zero.offload_optimizer=cpu", "stage 1 or higher", "zero=stage2_offload"),
+    ("zero=stage0 model.dtype=fp16", "loss scaler", "zero=stage1"),
+    ("model.dtype=fp32 model.attention=flash_attention_2", "16 bits", "model.attention=sdpa"),
+    ("schedule.warmup_steps=20 batch.max_steps=10", "batch.max_steps, which is 10", "schedule.warmup_steps=1"),
+    ("generate.temperature=0.5", "no effect", "generate.do_sample=true"),
+    ("generate.top_p=0.5", "no effect", "generate.do_sample=true"),
+    ("zero.extra.gradient_clipping=1", "conflicts", "optim.max_grad_norm"),
+    ("zero.extra.optimizer.type=Adam", "conflicts with optimizer", "optim.*"),
+    ("zero.extra.scheduler.type=X", "conflicts with scheduler", "schedule.*"),
+    ("zero.extra.fp16=true", "conflicts with fp16.enabled", "model.dtype"),
+    ("zero.extra.bf16.enabled=true", "conflicts with bf16.enabled", "model.dtype"),
+    ("zero.extra={zero_optimization:{stage:3}}", "zero_optimization.stage=3", "zero.stage"),
+    ("zero.extra.zero_optimization=null", "conflicts", "zero.stage"),
+    ("zero.extra.zero_optimization.offload_param.device=cpu", "conflicts", "zero.offload_params"),
+    ("zero.extra.train_batch_size=4", "conflicts", "batch.global_size"),
+    ("zero.extra.zero_force_ds_cpu_optimizer=true", "conflicts", "remove it"),
+    ("launch.nodes=2", "one process", "launch=torchrun"),
+    ("launch.nproc_per_node=2", "one process", "launch=torchrun launch.nproc_per_node=2"),
+    ("launch=torchrun launch.nodes=2 launch.master_port=0", "free port", "launch.master_port=29500"),
+    ("launch=torchrun launch.node_rank=1", "numbered from 0", "launch.node_rank=0"),
+    ("run.name=.hidden", "plain folder name", "run.name=hidden"),
+    ("run.name=a/b", "plain folder name", "run.name=a-b"),
+    ("run.name=", "plain folder name", "run.name=my-run"),
+    ("checkpoint.resume=atuo", "a checkpoint folder that exists", "checkpoint.resume=auto"),
+    ("checkpoint.resume=/no/such", "/no/such", "checkpoint.resume=runs/"),
+]
+
+
+def _arguments(typed: str) -> list[str]:
+    """The overrides of a row: split at spaces, except in the one value that holds a space."""
+    return [typed] if "(c" in typed else typed.split(" ")
+
+
+@pytest.mark.parametrize(("typed", "fragments"), [(row[0], row[1:]) for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_input_is_told_in_one_line(typed: str, fragments: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(_arguments(typed))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.rule, f"no rule in {message!r}"
+    assert caught.value.cure, f"no cure in {message!r}"
+    assert caught.value.exit_code == 2
+    for fragment in fragments:
+        assert fragment in message, f"{fragment!r} is not in {message!r}"
+
+
+def test_missing_data_names_the_folder_it_was_looked_for_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load(["data.path=no_such.jsonl"])
+
+
+def test_wrong_input_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    script = """
+import json, sys
+from trainer.config import load
+from trainer.errors import ConfigError
+told = 0
+for overrides in json.load(sys.stdin):
+    try:
+        load(overrides)
+    except ConfigError:
+        told += 1
+load(["experiment=demo"])
+heavy = [name for name in ("torch", "transformers", "deepspeed", "peft", "numpy") if name in sys.modules]
+print(json.dumps([told, heavy]))
+"""
+    rows = [_arguments(row[0]) for row in WRONG]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told, heavy = json.loads(done.stdout)
+    # `data.path=conf` is the one row that is told in another way outside the checkout; it is told all the same.
+    assert told == len(rows)
+    assert heavy == []
+    assert list(tmp_path.iterdir()) == [], "composing must not make files"
+
+
+@pytest.mark.parametrize(
+    ("body", "fragment"),
+    [
+        ("method: {rr: 8}", "method.r=8"),
+        ("metod: {r: 8}", "method"),
+        ("method: 8", "a section with keys"),
+        ("method: [", "cannot be read as YAML"),
+        ("- a", "must hold sections"),
+        ("", "must hold sections"),
+        ("method: {r: abc}", "whole number"),
+    ],
+)
+def test_wrong_config_file(tmp_path: Path, body: str, fragment: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(body)
+    with pytest.raises(ConfigError) as caught:
+        load([], config_file=file)
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_file_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load([], config_file=tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("choice", ["model=tiny", "rank=large", "rank=null", "experiment=demo"])
+def test_groups_are_refused_on_top_of_a_config_file(tmp_path: Path, choice: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("method: {r: 8}\n")
+    with pytest.raises(ConfigError, match=r"complete → set keys instead, such as \w+\.\w+=VALUE"):
+        load([choice], config_file=file)
+
+
+@pytest.mark.parametrize(
+    ("typed", "fragment"),
+    [
+        ("method.r=interval(1,8)", "range(START,STOP,STEP)"),
+        ("model=glob(*)", "model=llama2_7b,"),
+        ("method.r=range(3,3)", "no values"),
+        ("method.r=8,8", "twice"),
+        ("method.rr=8,16", "method.r=8,16"),
+        ("metod=lora,full", "method="),
+    ],
+)
+def test_wrong_sweeps(typed: str, fragment: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand_sweep([typed])
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["log.api_key=k3y-s3cret", "log.wandb_token=k3y-s3cret", "wandb.secret=k3y-s3cret"])
+def test_a_secret_is_not_repeated_in_an_error(typed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([typed])
+    assert "k3y-s3cret" not in str(caught.value)

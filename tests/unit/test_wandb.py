@@ -1,0 +1,367 @@
+"""W&B for real: what is logged is what its file and its server get, and a missing network costs seconds, once."""
+
+import contextlib
+import gzip
+import http.server
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.config.schema import TrainConfig
+from trainer.tracking import Tracker, read_metrics, write_summary
+from trainer.tracking.wandb_run import api_key, wanted_mode
+
+ROOT = Path(__file__).parents[2]
+SUMMARY = {
+    "status": "finished",
+    "steps": 3,
+    "wall_seconds": 1.5,
+    "trainable_parameters": 10,
+    "total_parameters": 100,
+    "train_loss": 0.25,
+    "metrics": {"eval_loss": 0.375, "eval_loss_before": 2.5},
+}
+RECORDS = [
+    {"step": 0, "epoch": 0.0, "eval_loss": 2.5},
+    {"step": 1, "epoch": 0.5, "loss": 1 / 3, "label_tokens": 123456789},
+    {"step": 2, "epoch": 1.0, "loss": 0.1 + 0.2, "grad_norm": math.nan},
+    {"step": 3, "epoch": 1.5, "loss": 1e-30, "eval_loss": 0.375},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch, tmp_path):
+    """No key and no setting of the machine the tests run on."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "home").mkdir()
+
+
+def wandb_config(mode: str = "offline") -> TrainConfig:
+    config = TrainConfig()
+    config.data.path = "train.jsonl"
+    log = config.log
+    log.wandb, log.project, log.group, log.name, log.tags = mode, "tests", "a group", "a name", ["one", "two"]
+    config.method.r = 8
+    config.optim.learning_rate = 4.9e-4
+    return config
+
+
+def record_run(folder: Path, records: list[dict], mode: str = "offline", resume_step: int = 0) -> None:
+    config = wandb_config(mode)
+    facts = {"trainable_parameters": 10}
+    tracker = Tracker.open(config, folder, is_main=True, total_steps=3, resume_step=resume_step, facts=facts)
+    for record in records:
+        tracker.log(record)
+    write_summary(folder, SUMMARY)
+    tracker.close(SUMMARY)
+
+
+def read_records(path: Path) -> list:
+    """The records of a `.wandb` file: W&B's 7 bytes, then the LevelDB log format.
+
+    Blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    found, whole, position = [], b"", 7
+    while position + 7 <= len(content):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        length = int.from_bytes(content[position + 4 : position + 6], "little")
+        kind = content[position + 6]
+        assert kind in (1, 2, 3, 4)
+        whole += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            found.append(record)
+            whole = b""
+    return found
+
+
+def key_of(item) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+def history_of(records: list) -> dict[int, dict]:
+    steps = {}
+    for record in records:
+        if record.HasField("history"):
+            values = {key_of(item): json.loads(item.value_json) for item in record.history.item}
+            steps[record.history.step.num] = {key: value for key, value in values.items() if not key.startswith("_")}
+    return steps
+
+
+def same(found: object, expected: object) -> bool:
+    """Equal, where what is not a number is W&B's string for it."""
+    is_nan = isinstance(expected, float) and math.isnan(expected)
+    return found in ("NaN", None) or found != found if is_nan else found == expected
+
+
+def offline_files(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
+    record_run(tmp_path / "run", RECORDS)
+    (path,) = offline_files(tmp_path / "run")
+    records = read_records(path)
+    history = history_of(records)
+    assert list(history) == [0, 1, 2, 3]
+    for record in RECORDS:
+        expected = {key: value for key, value in record.items() if key != "step"}
+        assert history[record["step"]].keys() == expected.keys()
+        assert all(same(history[record["step"]][key], value) for key, value in expected.items()), history
+    # The file of the run folder says the same.
+    for line in read_metrics(tmp_path / "run"):
+        assert all(value is None or history[line["step"]][key] == value for key, value in line.items() if key != "step")
+
+    runs = [record.run for record in records if record.HasField("run")]
+    run = runs[0]
+    assert (run.project, run.run_group, run.display_name, list(run.tags)) == (
+        "tests",
+        "a group",
+        "a name",
+        ["one", "two"],
+    )
+    assert run.run_id == (tmp_path / "run" / "wandb" / "run_id.txt").read_text().strip()
+    config = {key_of(item): json.loads(item.value_json) for item in run.config.update}
+    assert config["method"]["r"] == 8
+    assert config["optim"]["learning_rate"] == 4.9e-4
+    assert config["facts"] == {"trainable_parameters": 10}
+
+    summary: dict = {}
+    for record in records:
+        summary |= {key_of(item): json.loads(item.value_json) for item in record.summary.update}
+    assert summary["eval_loss"] == 0.375
+    assert summary["eval_loss_before"] == 2.5
+    assert summary["train_loss"] == 0.25
+    assert summary["status"] == "finished"
+    output = capfd.readouterr()
+    assert "wandb" not in output.err
+    assert "wandb:" not in output.out
+
+
+def test_a_restarted_run_goes_on_under_the_same_id(tmp_path):
+    folder = tmp_path / "run"
+    record_run(folder, RECORDS[:3])
+    record_run(folder, RECORDS[2:], resume_step=1)
+    ids = {next(r.run.run_id for r in read_records(path) if r.HasField("run")) for path in offline_files(folder)}
+    assert ids == {(folder / "wandb" / "run_id.txt").read_text().strip()}
+    assert [record["step"] for record in read_metrics(folder)] == [0, 1, 2, 3]
+    record_run(tmp_path / "other", RECORDS[:1])
+    assert (tmp_path / "other" / "wandb" / "run_id.txt").read_text().strip() not in ids
+
+
+def test_off_leaves_nothing(tmp_path, monkeypatch):
+    record_run(tmp_path / "a", RECORDS, mode="off")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    record_run(tmp_path / "b", RECORDS, mode="auto")
+    assert not (tmp_path / "a" / "wandb").exists()
+    assert not (tmp_path / "b" / "wandb").exists()
+
+
+def test_online_without_a_key_asks_nothing_and_goes_offline(tmp_path, capsys):
+    record_run(tmp_path / "run", RECORDS, mode="online")
+    assert "W&B records this run offline: there is no API key" in capsys.readouterr().out
+    assert len(offline_files(tmp_path / "run")) == 1
+
+
+def test_the_mode_and_the_key_that_count(monkeypatch, tmp_path):
+    assert [wanted_mode(mode) for mode in ("auto", "online", "offline", "off")] == ["auto", "online", "offline", "off"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert (wanted_mode("auto"), wanted_mode("online")) == ("offline", "online")
+    assert api_key("https://api.wandb.ai") is None
+    (tmp_path / "home" / ".netrc").write_text(f"machine my.host:8080 login user password {'b' * 40}\n")
+    assert api_key("https://api.wandb.ai") is None
+    assert api_key("http://my.host:8080") == "b" * 40
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert api_key("http://my.host:8080") == "a" * 40
+
+
+class FakeServer(http.server.ThreadingHTTPServer):
+    """As much of W&B's server as a run needs; ``silent`` stops all answers, as a lost network does."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.upserts: list[dict] = []
+        self.history: list[dict] = []
+        self.exit_codes: list[int] = []
+        self.silent = False
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def answer(self, path: str, body: bytes) -> dict:
+        if path.endswith("/file_stream"):
+            content = json.loads(body)
+            lines = content.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history += [json.loads(line) for line in lines]
+            self.exit_codes += [content["exitcode"]] if "exitcode" in content else []
+            return {}
+        if not path.endswith("/graphql"):
+            return {}
+        request = json.loads(body)
+        asked = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+        assert asked
+        variables = request.get("variables") or {}
+        if asked[1] == "UpsertBucket":
+            self.upserts.append(variables)
+            project = {"id": "p", "name": "tests", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "x", "name": variables["name"], "displayName": "", "config": "{}", "project": project}
+            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        if asked[1] == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables["files"]]
+            return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
+        return {"data": {"model": None}}
+
+
+class FakeHandler(http.server.BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        while self.server.silent:
+            time.sleep(0.1)
+        answer = json.dumps(self.server.answer(self.path, body)).encode()
+        # A client that has given up in the meantime is part of the test.
+        with contextlib.suppress(OSError):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = FakeServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    yield server
+    server.silent = False
+    server.shutdown()
+    server.server_close()
+
+
+def test_with_a_key_and_a_server_the_run_is_online_and_goes_on_under_its_id(server, tmp_path):
+    folder = tmp_path / "run"
+    record_run(folder, RECORDS, mode="auto")
+    assert offline_files(folder) == []
+    history = {line["_step"]: line for line in server.history}
+    assert list(history) == [0, 1, 2, 3]
+    for record in RECORDS:
+        assert all(same(history[record["step"]][key], value) for key, value in record.items() if key != "step")
+    assert server.exit_codes == [0]
+    record_run(folder, RECORDS[3:], mode="auto", resume_step=2)
+    assert {upsert["name"] for upsert in server.upserts} == {(folder / "wandb" / "run_id.txt").read_text().strip()}
+    assert server.upserts[0]["groupName"] == "a group"
+
+
+# A process of its own: the exit of the interpreter is a place where wandb may wait too.
+LOST_NETWORK_RUN = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_wandb import RECORDS, SUMMARY, wandb_config
+from trainer.tracking import Tracker
+start = time.monotonic()
+tracker = Tracker.open(wandb_config("auto"), Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, facts={})
+print("OPEN", time.monotonic() - start)
+start = time.monotonic()
+for record in RECORDS:
+    tracker.log(record)
+print("LOG", time.monotonic() - start)
+start = time.monotonic()
+tracker.close(SUMMARY)
+print("CLOSE", time.monotonic() - start)
+"""
+
+
+@pytest.mark.parametrize("network", ["refused", "black hole"])
+def test_without_a_network_nothing_waits_and_the_run_is_recorded_offline(tmp_path, network):
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        if network == "black hole":
+            hole.listen(64)
+        environment = {
+            **os.environ,
+            "WANDB_API_KEY": "a" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{hole.getsockname()[1]}",
+        }
+        start = time.monotonic()
+        command = [sys.executable, "-c", LOST_NETWORK_RUN, str(tmp_path / "run"), str(Path(__file__).parent)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        wall_seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    seconds = {name: float(value) for name, value in re.findall(r"^(OPEN|LOG|CLOSE) (\S+)$", done.stdout, re.M)}
+    print(network, seconds, wall_seconds)
+    # Of these wandb's import takes 1 to 3.
+    assert seconds["OPEN"] < (10 if network == "refused" else 20)
+    assert seconds["LOG"] < 2
+    assert seconds["CLOSE"] < 10
+    assert wall_seconds < 30
+    assert done.stdout.count("W&B records this run offline") == 1
+    (path,) = offline_files(tmp_path / "run")
+    assert list(history_of(read_records(path))) == [0, 1, 2, 3]
+
+
+def test_a_network_that_goes_away_later_bounds_the_end(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.tracking.wandb_run.FINISH_TIMEOUT_SECONDS", 2.0)
+    tracker = Tracker.open(wandb_config("auto"), tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker.log(RECORDS[0])
+    server.silent = True
+    start = time.monotonic()
+    for record in RECORDS[1:]:
+        tracker.log(record)
+    assert time.monotonic() - start < 2
+    start = time.monotonic()
+    tracker.close(SUMMARY)
+    assert time.monotonic() - start < 10
+    assert "W&B did not finish" in capsys.readouterr().out
+    (path,) = (tmp_path / "wandb").glob("run-*/*.wandb")
+    assert list(history_of(read_records(path))) == [0, 1, 2, 3]
+
+
+def test_a_failure_of_wandb_is_said_once_and_the_run_goes_on(tmp_path, capsys):
+    tracker = Tracker.open(wandb_config(), tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker.log(RECORDS[0])
+    # Its service process dies, as it may by the kernel's hand when memory is short.
+    mine = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True)
+    (service,) = mine.stdout.split()
+    os.kill(int(service), 9)
+    time.sleep(0.5)
+    for record in RECORDS[1:]:
+        tracker.log(record)
+    tracker.close(SUMMARY)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B")]
+    assert len(said) == 1, said

@@ -1,0 +1,236 @@
+"""Checkpoints that are either complete or not there.
+
+``checkpoints/step-00000120/`` holds the adapter (stock PEFT), ``state.safetensors`` (fp32 masters and moments) and
+``state.json``; ``method=full`` keeps DeepSpeed's own sharded files in ``deepspeed/`` instead. It is written as
+``….partial``, synced, reopened, renamed, and marked with ``COMPLETE`` (sizes and SHA-256 of every file) last of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.config.schema import TrainConfig
+from trainer.distributed import barrier, from_main
+from trainer.engine import Engine
+from trainer.errors import AfinaError, CheckpointError
+from trainer.methods import save_adapter
+from trainer.state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
+
+MARKER = "COMPLETE"
+
+
+def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What a run must still have in common with its checkpoint; everything else may change."""
+    method = asdict(config.method)
+    method.pop("dropout")
+    return {
+        "model.name_or_path": config.model.name_or_path,
+        "model.revision": config.model.revision,
+        "batch.global_size": config.batch.global_size,
+        "run.seed": config.run.seed,
+        "data": data_fingerprint,
+        **{f"method.{k}": v for k, v in method.items()},
+    }
+
+
+def save(engine: Engine, run: Path, step: int, who: dict[str, Any], keep: int, say: Callable[[str], None]) -> bool:
+    """Write one checkpoint; a disk that is full costs a warning, not the run. A collective.
+
+    Args:
+        engine: whose trained state is written.
+        run: the run folder.
+        step: updates taken so far.
+        who: the run's :func:`identity`.
+        keep: older complete checkpoints beyond this number are deleted, after the new one is complete.
+        say: told about a failure.
+
+    Returns:
+        Whether the checkpoint is complete.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    partial = folder.with_name(folder.name + ".partial")
+    if who["method.name"] == "full":
+        state, adapter = {}, {}
+        failure = _save_deepspeed(engine, partial)
+    else:
+        state, adapter = gather_state(engine), gather_live(engine, only_trained=True)
+        failure = None
+    if engine.world.is_main and failure is None:
+        facts = {
+            "step": step,
+            "identity": who,
+            "loss_scaler": loss_scaler_state(engine),
+            "world_size": engine.world.world_size,
+            "zero_stage": engine.zero_stage,
+        }
+        try:
+            _write(engine, partial, folder, state, adapter, facts)
+            _delete_old(run / "checkpoints", keep)
+        except (OSError, AfinaError) as error:
+            failure = str(error)
+    failure = from_main(failure)
+    if failure is not None:
+        if engine.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        say(f"warning: the checkpoint of step {step} could not be written ({failure}); the run goes on")
+    return failure is None
+
+
+def find(run: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from: for ``auto`` the newest complete one of the run, or ``None``.
+
+    Raises:
+        CheckpointError: a named folder is not a complete checkpoint, or the newest one does not read as it was written.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        verify(Path(resume), run)
+        return Path(resume)
+    complete = _complete(run / "checkpoints")
+    if not complete:
+        return None
+    verify(complete[-1], run)
+    return complete[-1]
+
+
+def verify(folder: Path, run: Path) -> None:
+    """Compare a checkpoint's files with the sizes and hashes in its marker.
+
+    Raises:
+        CheckpointError: names the file, and the newest other checkpoint that is good.
+    """
+    fault = _fault(folder)
+    if fault is None:
+        return
+    others = [c for c in _complete(run / "checkpoints") if c != folder and _fault(c) is None]
+    cure = f"checkpoint.resume={others[-1]}" if others else "checkpoint.resume=never run.overwrite=true starts anew"
+    raise CheckpointError(fault, rule="so the checkpoint cannot be used", cure=cure)
+
+
+def load(engine: Engine, folder: Path | None, who: dict[str, Any]) -> int:
+    """Restore a run from a checkpoint. A collective; the files are read on rank 0 (full: on each rank).
+
+    Args:
+        engine: freshly built.
+        folder: what rank 0 found; other ranks pass it too.
+        who: the run's :func:`identity`.
+
+    Returns:
+        Updates taken so far; 0 without a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model, method, data, batch size or seed.
+    """
+    if folder is None:
+        return 0
+    facts = json.loads((folder / "state.json").read_text()) if engine.world.is_main else {}
+    facts = from_main(facts)
+    for key, value in who.items():
+        saved = facts["identity"].get(key)
+        if saved != value:
+            raise CheckpointError(
+                f"{folder}: {key}",
+                value=value,
+                rule=f"was {saved} when the checkpoint was written, and changes what it means",
+                cure=f"{key}={saved}, or another run.name" if key != "data" else "the same data, or another run.name",
+            )
+    step = int(facts["step"])
+    if (folder / "deepspeed").exists():
+        engine.deepspeed.load_checkpoint(str(folder / "deepspeed"), tag="state")
+    else:
+        tensors = load_file(str(folder / "state.safetensors")) if engine.world.is_main else {}
+        restore_state(engine, tensors, step)
+    restore_loss_scaler(engine, facts["loss_scaler"])
+    return step
+
+
+def _save_deepspeed(engine: Engine, partial: Path) -> str | None:
+    if engine.world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "deepspeed").mkdir(parents=True)
+    barrier()
+    try:
+        engine.deepspeed.save_checkpoint(str(partial / "deepspeed"), tag="state")
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _write(
+    engine: Engine,
+    partial: Path,
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    adapter: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+) -> None:
+    if state:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_adapter(engine.model, partial / "adapter", adapter)
+        save_file(state, str(partial / "state.safetensors"))
+        reread = load_file(str(partial / "state.safetensors"))
+        if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
+            raise CheckpointError(str(partial / "state.safetensors"), rule="does not read back as it was written")
+    (partial / "state.json").write_text(json.dumps(facts, indent=1))
+    marker: dict[str, Any] = {}
+    for file in sorted(f for f in partial.rglob("*") if f.is_file()):
+        _sync(file)
+        marker[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    temporary = folder / (MARKER + ".partial")
+    temporary.write_text(json.dumps(marker, indent=1))
+    _sync(temporary)
+    temporary.rename(folder / MARKER)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return sorted(f.parent for f in checkpoints.glob(f"step-*/{MARKER}") if not f.parent.name.endswith(".partial"))
+
+
+def _delete_old(checkpoints: Path, keep: int) -> None:
+    for old in _complete(checkpoints)[:-keep]:
+        (old / MARKER).unlink()  # first, so that a half-deleted checkpoint is never taken for a complete one
+        shutil.rmtree(old)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; ``None`` when nothing is."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return f"{folder} has no readable {MARKER} marker"
+    for name, facts in marker.items():
+        file = folder / name
+        if not file.exists():
+            return f"{file} is missing"
+        if file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
+            return f"{file} is not what was written (size or SHA-256 differ)"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,212 @@
+"""From what the user typed to one checked :class:`TrainConfig`. No torch: a mistake is told in well under a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config import rules
+from trainer.config.known import FREE, Leaf, conf_dir, default_of, groups, is_key, leaves, sections, unknown_key
+from trainer.config.overrides import split
+from trainer.config.schema import TrainConfig
+from trainer.config.text import HIDDEN, is_secret_key, nearest, one_line, redact, wrong
+from trainer.errors import ConfigError
+
+PRIMARY = "train"
+
+
+def load(overrides: Sequence[str] = (), config_file: Path | None = None) -> TrainConfig:
+    """The checked configuration that ``overrides`` ask for.
+
+    Args:
+        overrides: Hydra overrides as typed. They win over every file.
+        config_file: a run's ``config.yaml``; it takes the place of ``conf/``, so groups cannot be chosen on top of it.
+
+    Returns:
+        the resolved configuration; ``data.path`` (and ``data.validation`` if it is a path) absolute.
+
+    Raises:
+        ConfigError: one line that names the value, the rule it breaks and the cure.
+    """
+    choices, values = split(overrides)
+    if config_file is None:
+        tree = _compose(choices)
+    else:
+        _refuse_groups(choices, config_file)
+        tree = _read(config_file)
+    cfg = OmegaConf.structured(TrainConfig)
+    for name, value in [*_flatten(tree), *values]:
+        _assign(cfg, name, value)
+    config = _resolve(cfg)
+    rules.check(config)
+    config.data.path = find_data("data.path", config.data.path)
+    if isinstance(config.data.validation, str):
+        config.data.validation = find_data("data.validation", config.data.validation)
+    return config
+
+
+def sources(overrides: Sequence[str] = ()) -> dict[str, str]:
+    """The file each group was taken from: ``{"train": "…/conf/train.yaml", "model": "…/conf/model/tiny.yaml"}``."""
+    chosen = _compose(split(overrides)[0], with_hydra=True)["hydra"]["runtime"]["choices"]
+    files = {PRIMARY: str(conf_dir() / f"{PRIMARY}.yaml")}
+    for group in groups():
+        if chosen.get(group):
+            files[group] = str(conf_dir() / group / f"{chosen[group]}.yaml")
+    return files
+
+
+def find_data(name: str, path: str) -> str:
+    """The absolute path of a data file: from the working directory, else beside ``conf/`` (where the demo's data is).
+
+    Raises:
+        ConfigError: it is in neither place, or is not a file.
+    """
+    given = Path(path).expanduser()
+    for place in (Path.cwd(), conf_dir().parent):
+        if (place / given).exists():
+            found = place / given
+            if not found.is_file():
+                raise wrong(name, path, "must be a file, and this is a folder", f"{name}={path.rstrip('/')}/FILE.jsonl")
+            return os.path.normpath(found)
+    raise wrong(name, path, f"there is no such file (looked from {Path.cwd()})", f"{name}=PATH/TO/FILE.jsonl")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The complete configuration as YAML, secrets redacted. :func:`load` reads it back to an equal configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(_redacted(dataclasses.asdict(config))))
+
+
+def _redacted(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(child, str(key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_redacted(child, name) for child in value]
+    if isinstance(value, str):
+        return HIDDEN if value and is_secret_key(name) else redact(value)
+    return value
+
+
+def _compose(choices: Mapping[str, str | None], with_hydra: bool = False) -> dict[str, Any]:
+    """What ``conf/`` gives for these choices, as plain dicts, not to be changed by the caller."""
+    typed = (f"~{group}" if option is None else f"{group}={option}" for group, option in choices.items())
+    return _composed(tuple(typed), with_hydra)
+
+
+@cache  # composing is most of the time of load(), and a sweep composes the same files for every run
+def _composed(typed: tuple[str, ...], with_hydra: bool) -> dict[str, Any]:
+    """Makes no folder and leaves logging alone."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="afina"):
+        cfg = compose(PRIMARY, list(typed), return_hydra_config=with_hydra)
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+
+
+def _refuse_groups(choices: Mapping[str, str | None], config_file: Path) -> None:
+    for group, option in choices.items():
+        example = next((key for key in leaves() if key.startswith(f"{group}.")), "method.r")
+        rule = f"a group cannot be chosen on top of {config_file}, which is complete"
+        raise wrong(group, option, rule, f"set keys instead, such as {example}=VALUE")
+
+
+def _read(config_file: Path) -> dict[str, Any]:
+    """A run's ``config.yaml``, interpolations untouched."""
+    if not config_file.is_file():
+        raise wrong("config file", config_file, "there is no such file", "--config runs/NAME/config.yaml")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(config_file), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = one_line(error).split(", column")[0]
+        raise wrong("config file", config_file, f"cannot be read as YAML ({reason})", "mend that line") from error
+    if not isinstance(tree, dict) or not tree:
+        raise wrong("config file", config_file, "must hold sections such as model and method", "`afina config > FILE`")
+    return cast(dict[str, Any], tree)
+
+
+def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """``(dotted key, value)`` of every key in ``tree``; a key that the schema lacks is an error."""
+    for section, body in tree.items():
+        if section not in sections():
+            cure = nearest(str(section), sections()) or f"the sections are {', '.join(sections())}"
+            raise wrong(str(section), ..., "there is no such section", cure)
+        if not isinstance(body, Mapping):
+            raise wrong(section, body, "must be a section with keys", f"write its keys below {section}:")
+        for name, value in body.items():
+            if not is_key(f"{section}.{name}"):
+                raise unknown_key(f"{section}.{name}", value)
+            yield f"{section}.{name}", value
+
+
+def _assign(cfg: DictConfig, name: str, value: Any) -> None:
+    """Set one key, converted to its type."""
+    try:
+        OmegaConf.update(cfg, name, value, merge=True, force_add=name.startswith(FREE))
+    except OmegaConfBaseException as error:
+        raise _wrong_type(name, value) from error
+    except (TypeError, ValueError, AttributeError) as error:  # OmegaConf lets some through for a key below a value
+        raise _wrong_type(name, value) from error
+
+
+def _wrong_type(name: str, value: Any) -> ConfigError:
+    if name.startswith(FREE):
+        return wrong(name, value, "must be keys and values", f"for example {FREE}.zero_optimization.overlap_comm=true")
+    leaf = leaves()[name]
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kind = kinds.get(leaf.base, "a list such as [a, b]") + (" or null" if leaf.optional else "")
+    return wrong(name, value, f"must be {kind}", f"for example {name}={_example(leaf)}")
+
+
+def _example(leaf: Leaf) -> str:
+    """A value of the right type: the default where it shows the type."""
+    default = default_of(leaf.field)
+    if isinstance(default, list):
+        return f"[{','.join(default or ['a', 'b'])}]"
+    if default in (None, "???"):
+        return {int: "16", float: "1.0"}.get(leaf.base, "VALUE")
+    return one_line(default)
+
+
+def _resolve(cfg: DictConfig) -> TrainConfig:
+    """Interpolations replaced, nothing missing, as dataclasses."""
+    for name, value in _unresolved(OmegaConf.to_container(cfg, resolve=False)):
+        if "${now:" in value.replace(" ", ""):
+            rule = "a clock differs between ranks and restarts"
+            raise wrong(name, value, rule, "leave it out: run.name is made from the config")
+        if "${hydra:" in value.replace(" ", ""):
+            raise wrong(name, value, "Hydra only composes here; its own settings are not there", f"{name}=VALUE")
+        try:
+            OmegaConf.select(cfg, name)
+        except OmegaConfBaseException as error:
+            reason = (error.msg or str(error)).splitlines()[0]
+            raise wrong(name, value, f"cannot be resolved ({reason})", f"{name}=VALUE") from error
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise wrong("an interpolation", ..., f"cannot be resolved ({error})", "write the value itself") from error
+    for name in sorted(OmegaConf.missing_keys(cfg)):
+        example = "my.jsonl" if name == "data.path" else "VALUE"
+        raise wrong(name, ..., f"must be given: {leaves()[name].field.metadata['help']}", f"{name}={example}")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, TrainConfig), "the schema's root must come back as itself"
+    return config
+
+
+def _unresolved(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text that holds an interpolation, with its dotted key."""
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            yield from _unresolved(child, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, list):
+        for child in tree:
+            yield from _unresolved(child, name)
+    elif isinstance(tree, str) and "${" in tree:
+        yield name, tree

@@ -1,0 +1,142 @@
+"""Hydra's override grammar: which file of which group, which key with which value, which sweep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from trainer.config.known import NULLABLE_GROUPS, groups, is_key, leaves, unknown_key, wrong_option
+from trainer.config.text import listing, wrong
+from trainer.errors import ConfigError
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def parse(text: str) -> Override:
+    """One override as Hydra reads it.
+
+    Raises:
+        ConfigError: it is not ``key=value``, deletes a key, moves a package or is one of Hydra's own settings.
+    """
+    if text.startswith("~"):
+        name = text[1:].split("=")[0]
+        raise wrong(text, ..., "a key cannot be deleted", f"set it instead: {name}=null where it may be empty")
+    name, equals, value = text.partition("=")
+    if text.startswith("-"):
+        raise wrong(text, ..., "an override has no dashes", f"{text.lstrip('-')}{'' if equals else '=VALUE'}")
+    if not equals:
+        cure = f"{name.strip()}=VALUE" if name.strip() else "remove it"
+        raise wrong(repr(text), ..., "an override is key=value", cure)
+    if not name.strip("+ "):
+        raise wrong(text, ..., "an override is key=value", "write the key before the =, such as method.r=16")
+    try:
+        override = _parser().parse_override(text)
+    except (HydraException, ValueError) as error:
+        if name.strip("+ ") not in groups() and not is_key(name.strip("+ ")):
+            raise unknown_key(name.strip("+ "), value) from error
+        quoted = "'" + value.replace("'", "\\'") + "'"
+        raise wrong(text, ..., "the value is not in Hydra's grammar", f'quote it: "{name}={quoted}"') from error
+    if override.package is not None:
+        raise wrong(text, ..., "a group cannot be put elsewhere", f"{override.key_or_group}={value}")
+    if override.key_or_group.split("/")[0].split(".")[0] == "hydra":
+        raise wrong(text, ..., "Hydra only composes here; its own settings have no effect", "remove it")
+    return override
+
+
+def split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[tuple[str, Any]]]:
+    """Sort overrides into choices of groups and values of keys; of two choices for a group the last one counts.
+
+    Returns:
+        ``{group: option or None}`` and ``[(dotted key, value)]`` in the order typed.
+
+    Raises:
+        ConfigError: an unknown group, option or key, or several values for one (a sweep).
+    """
+    choices: dict[str, str | None] = {}
+    values: list[tuple[str, Any]] = []
+    for text in overrides:
+        override = parse(text)
+        name = override.key_or_group
+        if override.is_sweep_override():
+            _check_name(name, override)
+            raise _several(text, name, override)
+        if name in groups():
+            choices[name] = _option(name, override)
+        else:
+            _check_name(name, override)
+            values.append((name, _value(name, override)))
+    return choices, values
+
+
+def _check_name(name: str, override: Override) -> None:
+    if name not in groups() and not is_key(name):
+        raise unknown_key(name, override.get_value_string())
+
+
+def _option(group: str, override: Override) -> str | None:
+    value = override.value()
+    if value is None and group in NULLABLE_GROUPS:
+        return None
+    if not isinstance(value, str) or value not in groups()[group]:
+        raise wrong_option(group, override.get_value_string())
+    return value
+
+
+def _value(name: str, override: Override) -> Any:
+    """The value; for a text key what was typed, since the grammar reads a revision such as ``12345e7`` as a number."""
+    value = override.value()
+    if name in leaves() and leaves()[name].base is str and isinstance(value, (bool, int, float)):
+        return override.get_value_string().strip()
+    return value
+
+
+def _several(text: str, name: str, override: Override) -> ConfigError:
+    cure = f"afina sweep {text}"
+    if name in leaves() and getattr(leaves()[name].base, "__origin__", leaves()[name].base) in (list, Any):
+        cure += f"; for a list: {name}=[{override.get_value_string()}]"
+    return wrong(name, override.get_value_string(), "is several values, and a run has one", cure)
+
+
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether any override gives several values: ``a,b``, ``choice(...)``, ``range(...)``."""
+    return any(parse(text).is_sweep_override() for text in overrides)
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of a sweep, as lists of plain overrides; the last override typed varies fastest.
+
+    Raises:
+        ConfigError: a sweep that cannot be enumerated (``interval``, ``glob``), or that has no values.
+    """
+    axes = [_axis(text) for text in overrides]
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _axis(text: str) -> list[str]:
+    override = parse(text)
+    _check_name(override.key_or_group, override)
+    if not override.is_sweep_override():
+        return [text]
+    key = override.get_key_element()
+    if override.is_interval_sweep():
+        cure = f"list them: {key}=A,B, or {key}=range(START,STOP,STEP)"
+        raise wrong(text, ..., "an interval has no end of values", cure)
+    if "glob(" in override.get_value_string():
+        every = groups().get(override.key_or_group, ("A", "B"))
+        raise wrong(text, ..., "a pattern is not a list of values", f"list them: {key}={','.join(every)}")
+    values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not values:
+        raise wrong(text, ..., "the sweep has no values", f"list them: {key}=A,B")
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise wrong(text, ..., f"the sweep gives {listing(repeated)} twice", "give each value once")
+    return values

@@ -1,0 +1,235 @@
+"""Every key of the configuration, typed and documented. No torch, no Hydra: plain dataclasses.
+
+A field made with :func:`key` carries its own documentation and its own limits, so the sentence a user reads in
+``afina config --keys`` and the check that refuses a wrong value cannot drift apart. Rules that need more than one key
+are in ``rules.py``.
+"""
+
+# ruff: noqa: RUF009 - key() returns a dataclass field, made afresh for each class.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, help: str, **limits: Any) -> Any:
+    """A documented config field.
+
+    Args:
+        default: the value when no YAML and no override sets it; a list or dict is copied for each config.
+        help: one sentence: meaning, unit, effect or cost.
+        **limits: any of ``choices`` (tuple of allowed values), ``ge``, ``gt``, ``le``, ``lt`` (numeric bounds).
+    """
+    unknown = set(limits) - {"choices", "ge", "gt", "le", "lt"}
+    assert not unknown, f"unknown limits {unknown}"
+    metadata = {"help": help, **limits}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """The base model and how it is held in memory."""
+
+    name_or_path: str = key("smollm2_135m", "a name of `afina fetch`, a local folder, or a hub id")
+    revision: str | None = key(None, "branch, tag or commit of a hub model; pin it for repeatable runs")
+    dtype: str = key(
+        "auto",
+        "16-bit type of the forward and backward; auto: bf16 where the hardware has it, else fp16 on GPU, fp32 on CPU",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    attention: str = key(
+        "auto",
+        "attention kernel; auto: sdpa",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    gradient_checkpointing: bool = key(
+        False, "recompute activations in the backward: about 30 % slower, far less memory (non-reentrant)"
+    )
+    trust_remote_code: bool = key(False, "run Python code that comes with the model; only for sources you trust")
+
+
+@dataclass(slots=True)
+class MethodConfig:
+    """What is trained."""
+
+    name: str = key("lora", "lora: low-rank adapters on a frozen base; full: all weights", choices=("lora", "full"))
+    r: int | None = key(None, "rank of the adapters; more rank, more trainable parameters", ge=1)
+    alpha: float | None = key(None, "adapter scale is alpha / r; null means 2 * r", gt=0)
+    dropout: float = key(0.0, "share of adapter inputs dropped in training", ge=0, lt=1)
+    target_modules: Any = key(
+        "all_linear",
+        "attention_min (q, v), attention (q, k, v, o), all_linear (all linear layers but the head), or a list of names",
+    )
+    bits: int = key(16, "bits the frozen base is held in: 16, 8 (LLM.int8) or 4 (QLoRA)", choices=(16, 8, 4))
+    quant_type: str = key("nf4", "4-bit data type", choices=("nf4", "fp4"))
+    double_quant: bool = key(True, "quantise the 4-bit scales too: saves about 0.4 bit a weight")
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """Where the examples come from and how they become tokens."""
+
+    path: str = key("???", "a JSONL file of examples")
+    format: str = key("auto", "shape of a row; auto recognises it", choices=("auto", "alpaca"))
+    template: str = key(
+        "chat",
+        "chat: the model's own chat template; alpaca: 'Below is an instruction…'; alpaca_short: without that preamble",
+        choices=("chat", "alpaca", "alpaca_short"),
+    )
+    alpaca_role: str = key(
+        "user",
+        "chat template only; user: instruction, blank line, input in one user turn; system: instruction as system turn",
+        choices=("user", "system"),
+    )
+    max_length: int = key(1024, "longest example in tokens, answer and end token included", ge=8)
+    on_too_long: str = key(
+        "error",
+        "an example longer than max_length: error stops, drop leaves it out, truncate cuts the prompt from its left",
+        choices=("error", "drop", "truncate"),
+    )
+    train_on: str = key("completion", "learnt tokens: the answer, or everything", choices=("completion", "all"))
+    validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
+    max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
+    cache_dir: str | None = key(None, "folder of the prepared tokens; null: the user's cache folder")
+
+
+@dataclass(slots=True)
+class BatchConfig:
+    """How many examples make an update, and how they are cut into device forwards."""
+
+    global_size: int = key(16, "examples an update, over all devices; the only size that changes what is learnt", ge=1)
+    micro_size: int | None = key(None, "rows a device forward; null: as many as micro_tokens allow", ge=1)
+    micro_tokens: int = key(
+        4096, "computed tokens (with padding) a device forward: lower it when memory is short", ge=8
+    )
+    packing: str = key("auto", "how rows share a forward: padded to the longest", choices=("auto", "padded"))
+    epochs: float = key(1.0, "passes over the training rows", gt=0)
+    max_steps: int | None = key(None, "stop after so many updates, whatever epochs says", ge=1)
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter, 2019)."""
+
+    learning_rate: float | None = key(None, "peak rate; null: the method's default (lora 2e-4, full 1e-5)", gt=0)
+    weight_decay: float = key(0.0, "decoupled weight decay on every trained tensor", ge=0)
+    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1)
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0)
+    max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0 does not clip", ge=0)
+
+
+@dataclass(slots=True)
+class ScheduleConfig:
+    """Learning rate over the steps."""
+
+    name: str = key("cosine", "shape after the warmup", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = key(0.03, "share of all steps in which the rate rises linearly from 0", ge=0, le=1)
+    warmup_steps: int | None = key(None, "the same as a number of steps; overrules warmup_ratio", ge=0)
+
+
+@dataclass(slots=True)
+class ZeroConfig:
+    """DeepSpeed ZeRO (Rajbhandari et al., 2020): what is split over the devices instead of copied."""
+
+    stage: int = key(2, "0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters", choices=(0, 1, 2, 3))
+    offload_optimizer: str = key("none", "where optimizer states live", choices=("none", "cpu"))
+    offload_params: str = key("none", "where parameters wait (stage 3 only)", choices=("none", "cpu"))
+    extra: dict[str, Any] = key({}, "raw DeepSpeed keys, merged last; a key that afina sets itself is refused")
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """When the state is saved, and whether a run goes on from it."""
+
+    every_steps: int = key(0, "save every so many steps; 0: never", ge=0)
+    every_epoch: bool = key(False, "save at the end of each pass over the data")
+    keep: int = key(2, "complete checkpoints that are kept; older ones are deleted", ge=1)
+    resume: str = key("auto", "auto: from the newest complete checkpoint of the run; never; or a checkpoint folder")
+
+
+@dataclass(slots=True)
+class EvalConfig:
+    """Scores on the held-out rows."""
+
+    every_steps: int = key(0, "evaluate every so many steps; 0: only before and after", ge=0)
+    every_epoch: bool = key(False, "evaluate at the end of each pass over the data")
+    before: bool = key(True, "evaluate before the first step, so that the gain can be told")
+    max_rows: int | None = key(None, "use only the first so many held-out rows; null: all", ge=1)
+    metrics: list[str] = key(["loss"], "any of loss (and perplexity), exact_match (greedy answer equals the reference)")
+    batch_size: int = key(32, "rows a device that are generated at once", ge=1)
+    samples: int = key(3, "answers shown after each evaluation by exact_match", ge=0)
+
+
+@dataclass(slots=True)
+class GenerateConfig:
+    """How answers are sampled."""
+
+    max_new_tokens: int = key(64, "longest answer in tokens", ge=1)
+    temperature: float = key(1.0, "below 1 sharper, above 1 more varied; only with do_sample", gt=0)
+    top_p: float = key(1.0, "sample from the smallest set with this probability; only with do_sample", gt=0, le=1)
+    do_sample: bool = key(False, "sample; false takes the likeliest token each time (greedy)")
+
+
+@dataclass(slots=True)
+class LogConfig:
+    """What is written and where."""
+
+    every_steps: int = key(1, "a line of metrics every so many steps", ge=1)
+    wandb: str = key(
+        "auto",
+        "Weights & Biases; auto: online when a key is set, else offline",
+        choices=("auto", "online", "offline", "off"),
+    )
+    project: str = key("afina", "W&B project")
+    entity: str | None = key(None, "W&B team or user; null: the key's own")
+    group: str | None = key(None, "W&B group, for runs that belong together")
+    name: str | None = key(None, "W&B display name; null: run.name")
+    tags: list[str] = key([], "W&B tags")
+
+
+@dataclass(slots=True)
+class LaunchConfig:
+    """How `afina train` starts the job. `torchrun -m trainer.train` and `sbatch` ignore this group."""
+
+    kind: str = key("here", "here: this process; torchrun: one process a device", choices=("here", "torchrun"))
+    nproc_per_node: int | None = key(None, "processes a node; null: one a GPU, or one", ge=1)
+    nodes: int = key(1, "nodes of the job", ge=1)
+    node_rank: int = key(0, "number of this node, from 0", ge=0)
+    master_address: str = key("127.0.0.1", "host of node 0, as the others reach it")
+    master_port: int = key(29500, "port on node 0; 0 picks a free one (one node only)", ge=0, le=65535)
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """The run folder and its seed."""
+
+    name: str | None = key(None, "folder name; null: made from model, method and a digest of the config")
+    dir: str = key("runs", "where run folders are made")
+    seed: int = key(0, "seed of the split, the order, the adapters' start and dropout", ge=0)
+    overwrite: bool = key(False, "start anew; the old folder is moved aside, never deleted")
+
+
+@dataclass(slots=True)
+class TrainConfig:
+    """The whole configuration of a run. `config.yaml` in a run folder is one of these, resolved."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+METRICS = ("loss", "exact_match")

@@ -1,0 +1,71 @@
+"""How the configuration is spoken of: errors of one line, and no secret in anything that is printed or written."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from trainer.errors import ConfigError
+
+HIDDEN = "<redacted>"
+LONGEST_VALUE = 160
+
+# A Hugging Face token: long, or short with a digit or capital in it, so that a folder such as hf_checkpoints is kept.
+_TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,})")
+_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+@")
+_SECRET_PAIR = re.compile(r"(?i)([\w.-]*(?:token|secret|password|api_key)[\w-]*\s*[=:]\s*)([^\s,}]+)")
+_NUMBER = re.compile(r"[-+.\d][\d.eE+_-]*|true|false|null|none", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"token|secret|password|api_key", re.IGNORECASE)
+
+
+def is_secret_key(name: str) -> bool:
+    """Whether a key's name says that its value is a secret (only texts are: ``micro_tokens`` holds a number)."""
+    return _SECRET_KEY.search(name) is not None
+
+
+def redact(text: str) -> str:
+    """``text`` without Hugging Face tokens and without the credentials of URLs."""
+    return _CREDENTIALS.sub(rf"\1{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
+
+
+def _redact_pairs(text: str) -> str:
+    """Hide the value of each ``…token=VALUE`` that is not a number: a job's log may repeat what was typed."""
+
+    def hide(match: re.Match[str]) -> str:
+        return match[0] if _NUMBER.fullmatch(match[2]) else match[1] + HIDDEN
+
+    return _SECRET_PAIR.sub(hide, text)
+
+
+def one_line(value: object) -> str:
+    """``value`` as it is typed, on one line of bounded length, without secrets."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(one_line(item) for item in value)}]"
+    text = " ".join(redact(str(value)).split())
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+
+
+def wrong(what: str, value: object, rule: str, cure: str) -> ConfigError:
+    """A :class:`ConfigError` whose message is one line and holds no secret. ``value`` ``...`` leaves the value out."""
+    shown = None if value is ... else one_line(value)
+    if shown and is_secret_key(what.rsplit(".", 1)[-1]) and not _NUMBER.fullmatch(shown):
+        cure = cure.replace(shown, HIDDEN)
+        shown = HIDDEN
+    clean = [_redact_pairs(redact(" ".join(part.split()))) for part in (what, rule, cure)]
+    return ConfigError(clean[0], value=shown, rule=clean[1], cure=clean[2])
+
+
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The option most like ``word``, or ``None``. Letter case does not count."""
+    by_lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[close[0]] if close else None
+
+
+def listing(options: Sequence[object]) -> str:
+    """``a, b or c``."""
+    names = [one_line(option) for option in options]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,74 @@
+"""The errors a user can mend.
+
+Each says four things: what was wrong, the value that was found, the rule it broke and the cure. ``str(error)`` is the
+one line (or, for many rows, the few lines) that the command line prints; a traceback is for our own mistakes only.
+"""
+
+from __future__ import annotations
+
+
+class AfinaError(Exception):
+    """Base of every error that is told to the user in plain words.
+
+    Args:
+        what: what was wrong, naming the key, file, line or row (``"method.r"``, ``"train.jsonl:12"``).
+        value: the value that was found; left out of the message when ``None``.
+        rule: the rule that was broken, as a full clause (``"must be at least 1"``).
+        cure: what to type or change.
+    """
+
+    kind = "error"
+    exit_code = 1
+
+    def __init__(self, what: str, *, value: object = None, rule: str = "", cure: str = "") -> None:
+        self.what, self.value, self.rule, self.cure = what, value, rule, cure
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        head = self.what if self.value is None else f"{self.what}={self.value}"
+        parts = [f"{head}: {self.rule}" if self.rule else head]
+        if self.cure:
+            parts.append(f"→ {self.cure}")
+        return " ".join(parts)
+
+
+class ConfigError(AfinaError):
+    """The configuration cannot be used as written. Nothing has been loaded or started. Exit code 2."""
+
+    kind = "config"
+    exit_code = 2
+
+
+class DataError(AfinaError):
+    """The data cannot be used as it is. Exit code 2: like a wrong key, it is found before anything is paid for."""
+
+    kind = "data"
+    exit_code = 2
+
+
+class ModelError(AfinaError):
+    """A model or tokenizer cannot be found, fetched or loaded. Exit code 2."""
+
+    kind = "model"
+    exit_code = 2
+
+
+class CheckpointError(AfinaError):
+    """A checkpoint, adapter or run folder cannot be read, or does not fit this run. Exit code 3."""
+
+    kind = "checkpoint"
+    exit_code = 3
+
+
+class LaunchError(AfinaError):
+    """Processes could not be started, or one of them died. Exit code 4."""
+
+    kind = "launch"
+    exit_code = 4
+
+
+class TrainingError(AfinaError):
+    """Training itself went wrong (a loss or gradient norm that is not finite). Exit code 5."""
+
+    kind = "training"
+    exit_code = 5

@@ -1,0 +1,98 @@
+"""Scores on held-out rows, on all ranks at once: loss and perplexity, greedy exact match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config.schema import TrainConfig
+from trainer.data.batches import Limits, split
+from trainer.data.load import Data, Rows
+from trainer.data.micro import MicroBatch
+from trainer.distributed import World, gather_objects, sum_over_ranks
+from trainer.generate import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out row: its prompt and reference, and what the model answered."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Metrics by their name in metrics.jsonl, and some answers to look at (on rank 0)."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+def evaluate(
+    loss_sum: Callable[[MicroBatch], Tensor], sampler: Sampler, data: Data, config: TrainConfig, world: World
+) -> Scores:
+    """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
+
+    Args:
+        loss_sum: summed cross-entropy of one micro-batch, in evaluation mode.
+        sampler: answers prompts with the same model.
+        data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
+        config: the whole configuration.
+        world: this process.
+    """
+    rows = data.validation
+    if config.eval.max_rows is not None:
+        rows = Rows(rows.prepared, rows.indices[: config.eval.max_rows])
+    metrics: dict[str, float] = {}
+    samples: list[Sample] = []
+    with torch.no_grad():
+        if "loss" in config.eval.metrics:
+            metrics |= _loss(loss_sum, rows, config, world, sampler.pad_id)
+        if "exact_match" in config.eval.metrics:
+            answers = _answers(sampler, rows, config, world)
+            pairs = [(sampler.decode(a).strip(), row["answer"].strip()) for a, row in answers]
+            metrics["exact_match"] = sum(a == r for a, r in pairs) / len(pairs)
+            samples = [
+                Sample(sampler.decode(row["input_ids"][: row["prompt_length"]]), reference, answer)
+                for (answer, reference), (_, row) in zip(
+                    pairs[: config.eval.samples], answers[: config.eval.samples], strict=True
+                )
+            ]
+    return Scores(metrics, samples)
+
+
+def _loss(
+    loss_sum: Callable[[MicroBatch], Tensor], rows: Rows, config: TrainConfig, world: World, pad_id: int
+) -> dict[str, float]:
+    """Cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
+    limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
+    total = 0.0
+    for micro in split(rows.lengths, world.world_size, limits)[world.rank]:
+        total += float(loss_sum(rows.micro_batch(micro, pad_id).to(world.device)))
+    (total,) = sum_over_ranks([total], world.device)
+    mean = total / rows.label_tokens(np.arange(len(rows)))
+    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+
+
+def _answers(sampler: Sampler, rows: Rows, config: TrainConfig, world: World) -> list[tuple[list[int], dict[str, Any]]]:
+    """Each row's answer as token ids with its record, in the order of the rows."""
+    records = rows.examples(range(len(rows)))
+    lengths = np.asarray([r["prompt_length"] for r in records])
+    mine: dict[int, list[int]] = {}
+    for micro in split(lengths, world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
+        prompts = [records[i]["input_ids"][: records[i]["prompt_length"]] for i in micro]
+        # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
+        answers: Sequence[list[int]] = sampler.answer(prompts or [[sampler.pad_id]])
+        mine |= dict(zip(micro, answers, strict=False))
+    merged: dict[int, list[int]] = {}
+    for part in gather_objects(mine):
+        merged |= part
+    return [(merged[i], record) for i, record in enumerate(records)]

@@ -1,0 +1,73 @@
+"""Answers from a model: batched, padded on the left, greedy or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trainer.config.schema import GenerateConfig
+
+
+class Sampler:
+    """Answers prompts given as token ids.
+
+    Args:
+        model: a Hugging Face causal LM, wrapped by PEFT or not; under DeepSpeed the module inside the engine.
+        tokenizer: its tokenizer.
+        keys: the ``generate`` group.
+        end_ids: token ids that end an answer besides the model's own.
+        device: where the prompts go.
+        lockstep: the ranks' forwards are collectives (ZeRO-3), so each goes on until all have finished.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        keys: GenerateConfig,
+        end_ids: Sequence[int],
+        device: torch.device,
+        lockstep: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.device, self.lockstep = model, tokenizer, device, lockstep
+        self.pad_id: int = tokenizer.pad_token_id
+        own = getattr(model.generation_config, "eos_token_id", None)
+        self.end_ids = sorted({*end_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
+        sampling = {"temperature": keys.temperature, "top_p": keys.top_p} if keys.do_sample else {}
+        self.options = {"max_new_tokens": keys.max_new_tokens, "do_sample": keys.do_sample, **sampling}
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """The answers to some prompts, as token ids without the end token and without padding.
+
+        Args:
+            prompts: token ids, at least one each; they are padded on the left, so that every answer begins right after
+                its prompt.
+        """
+        width = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        out = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            eos_token_id=self.end_ids,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            synced_gpus=self.lockstep,
+            **self.options,
+        )
+        return [self._until_end(row[width:].tolist()) for row in out]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """Cut at the first end token; what stands behind it is padding."""
+        ends = [i for i, token in enumerate(ids) if token in self.end_ids]
+        return ids[: ends[0]] if ends else ids

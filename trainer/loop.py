@@ -1,0 +1,180 @@
+"""The training loop: one page of plain calls.
+
+Everything that decides what a step does is computed alike on every rank, or carried by the one small all-reduce of
+``_agree``; so the ranks log, evaluate, save and stop at the same steps without asking each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint
+from trainer.config.schema import TrainConfig
+from trainer.data.batches import Limits, ends_epoch, global_batch, split, total_steps
+from trainer.data.load import Data
+from trainer.data.micro import MicroBatch
+from trainer.distributed import World, sum_over_ranks
+from trainer.engine import Engine, Update
+from trainer.errors import TrainingError
+from trainer.evaluate import Scores, evaluate
+from trainer.generate import Sampler
+from trainer.optim import learning_rate, peak_learning_rate
+from trainer.resources import Meter
+from trainer.signals import StopRequest
+from trainer.tracking import Tracker
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended: ``status`` (``finished`` or ``preempted``), updates taken, the last loss, the last scores."""
+
+    status: str
+    steps: int
+    train_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Loop:
+    """A run in progress: everything that a step needs."""
+
+    config: TrainConfig
+    world: World
+    data: Data
+    engine: Engine
+    sampler: Sampler
+    tracker: Tracker
+    meter: Meter
+    stop: StopRequest
+    run: Path
+    who: dict[str, Any]
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        batch = self.config.batch
+        return total_steps(len(self.data.train), batch.global_size, batch.epochs, batch.max_steps)
+
+    def train(self, first_step: int) -> Outcome:
+        """Train from ``first_step`` (updates already taken) to the end, or until asked to stop."""
+        keys, outcome = self.config, Outcome("finished", first_step)
+        rows, saved = len(self.data.train), first_step
+        if first_step == 0 and keys.eval.before and len(self.data.validation):
+            self.tracker.log({"step": 0, "epoch": 0.0, **self._evaluate().metrics})
+        for step in range(first_step, self.total_steps):
+            record, stopping = self._step(step)
+            done = step + 1
+            outcome.steps, outcome.train_loss = done, record["loss"]
+            ends_pass = ends_epoch(step, rows, keys.batch.global_size)
+            is_last = done == self.total_steps
+            if len(self.data.validation) and (is_last or _due(done, keys.eval.every_steps, keys.eval.every_epoch and ends_pass)):
+                outcome.scores = self._evaluate().metrics
+                record |= outcome.scores
+            self.tracker.log(record)
+            if is_last:
+                break
+            if stopping or _due(done, keys.checkpoint.every_steps, keys.checkpoint.every_epoch and ends_pass):
+                self._save(done)
+                saved = done
+            if stopping:
+                return Outcome("preempted", done if saved == done else saved, outcome.train_loss)
+        return outcome
+
+    def _step(self, step: int) -> tuple[dict[str, Any], bool]:
+        """One update. Returns its record for metrics.jsonl, and whether any rank was asked to stop."""
+        begin = time.perf_counter()
+        keys, train = self.config, self.data.train
+        chosen = global_batch(keys.run.seed, step, len(train), keys.batch.global_size)
+        lengths, label_tokens = train.lengths[chosen], train.label_tokens(chosen)
+        layout = split(lengths, self.world.world_size, Limits(keys.batch.micro_size, keys.batch.micro_tokens))
+        batches = [train.micro_batch(chosen[micro], self.sampler.pad_id) for micro in layout[self.world.rank]]
+        seeds = [_seed(keys.run.seed, step, self.world.rank, k) for k in range(len(batches))]
+        data_seconds = time.perf_counter() - begin
+
+        sums, gradients_finite = self.engine.accumulate(batches, self.world.world_size / label_tokens, seeds)
+        loss, stopping = self._agree(step, batches, sums, gradients_finite, label_tokens)
+        rate = learning_rate(step, self.total_steps, peak_learning_rate(keys), keys.schedule)
+        update = self.engine.update(rate)
+        self._check_update(step, update, chosen)
+
+        computed = sum(int(lengths[m].max()) * len(m) if m else 1 for rank in layout for m in rank)
+        record = {
+            "step": step + 1,
+            "epoch": (step + 1) * keys.batch.global_size / len(train),
+            "loss": loss,
+            "grad_norm": update.grad_norm,
+            "learning_rate": rate,
+            "label_tokens": label_tokens,
+            **self.meter.measure(time.perf_counter() - begin, data_seconds, int(lengths.sum()), computed),
+        }
+        if self.engine.dtype == torch.float16:
+            record["loss_scale"] = self.engine.loss_scale
+        return record, stopping
+
+    def _agree(
+        self, step: int, batches: list[MicroBatch], sums: list[float], gradients_finite: bool, label_tokens: int
+    ) -> tuple[float, bool]:
+        """The one all-reduce of a step: the global mean loss, whether to stop, and which ranks met a value that is not
+        finite. Raises before the optimizer has seen it."""
+        loss_bad = [k for k, s in enumerate(sums) if not torch.isfinite(torch.tensor(s))]
+        # In fp16 an overflowing gradient is the loss scaler's daily work, not a failure.
+        bad = bool(loss_bad) or (not gradients_finite and self.engine.dtype != torch.float16)
+        flags = [float(bad and rank == self.world.rank) for rank in range(self.world.world_size)]
+        total, stops, *bad_ranks = sum_over_ranks(
+            [0.0 if bad else sum(sums), float(self.stop.wanted), *flags], self.world.device
+        )
+        if any(bad_ranks):
+            first = next(rank for rank, flag in enumerate(bad_ranks) if flag)
+            guilty = [batches[k] for k in loss_bad] or batches
+            rows = self._names([r for b in guilty for r in b.rows]) if bad else "another rank's"
+            raise _not_finite("loss" if loss_bad else "gradient", step, first if not bad else self.world.rank, rows)
+        return total / label_tokens, stops > 0
+
+    def _check_update(self, step: int, update: Update, chosen: Any) -> None:
+        if update.applied:
+            return
+        if self.engine.dtype == torch.float16:
+            self.tracker.say(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}")
+            return
+        raise _not_finite("gradient norm", step, None, self._names(list(chosen)))
+
+    def _names(self, rows: list[int]) -> str:
+        names = self.data.train.names(rows[:16])
+        return ", ".join(names) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+
+    def _evaluate(self) -> Scores:
+        self.engine.eval()
+        scores = evaluate(self.engine.loss_sum, self.sampler, self.data, self.config, self.world)
+        self.engine.train()
+        if scores.samples:
+            self.tracker.samples([{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples])
+        return scores
+
+    def _save(self, done: int) -> bool:
+        keep = self.config.checkpoint.keep
+        return checkpoint.save(self.engine, self.run, done, self.who, keep, self.tracker.say)
+
+
+def _due(done: int, every_steps: int, at_epoch_end: bool) -> bool:
+    return at_epoch_end or (every_steps > 0 and done % every_steps == 0)
+
+
+def _seed(seed: int, step: int, rank: int, micro: int) -> int:
+    """A 63-bit seed of its own for every forward, so that no random state need be saved."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _not_finite(what: str, step: int, rank: int | None, rows: str) -> TrainingError:
+    where = f"step {step + 1}" + ("" if rank is None else f", rank {rank}")
+    return TrainingError(
+        f"{where}: the {what} is not finite",
+        rule=f"rows {rows}; the update was not made",
+        cure="look at these rows, lower optim.learning_rate, or model.dtype=fp32",
+    )

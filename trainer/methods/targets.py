@@ -1,0 +1,67 @@
+"""Named sets of modules: attention_min, attention, all_linear, on any architecture that has them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from trainer.errors import ConfigError
+
+# Names of (query, value) and of all attention projections; the first row whose names all exist is taken.
+ATTENTION_MIN = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",), ("Wqkv",), ("query", "value"))
+ATTENTION = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "dense"),
+    ("qkv_proj", "o_proj"),
+    ("query_key_value", "dense"),
+    ("c_attn", "c_proj"),
+    ("Wqkv", "out_proj"),
+)
+
+
+def target_names(model: nn.Module, wanted: Any) -> list[str]:
+    """The last parts of the names of the modules that get adapters, sorted.
+
+    Args:
+        model: the base model, also on the meta device.
+        wanted: ``method.target_modules``: a set's name or a list of module names.
+
+    Raises:
+        ConfigError: a named module does not exist in this model; the ones that do are listed.
+    """
+    linear = _linear_names(model)
+    if wanted == "all_linear":
+        return sorted(linear)
+    if isinstance(wanted, str):
+        for names in ATTENTION_MIN if wanted == "attention_min" else ATTENTION:
+            if all(name in linear for name in names):
+                return sorted(names)
+        raise _no_such_module(model, wanted, linear)
+    modules = {name for name, _ in model.named_modules()}
+    for name in wanted:
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise _no_such_module(model, name, linear)
+    return sorted(wanted)
+
+
+def _linear_names(model: nn.Module) -> Counter[str]:
+    """Last name parts of every linear layer but the output head, with how often each occurs."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+    )
+
+
+def _no_such_module(model: nn.Module, name: str, linear: Counter[str]) -> ConfigError:
+    listed = ", ".join(f"{n} (×{c})" for n, c in sorted(linear.items()))
+    return ConfigError(
+        "method.target_modules",
+        value=name,
+        rule=f"is not in {type(model).__name__}, whose linear layers are {listed}",
+        cure="method.target_modules=all_linear, or a list of these",
+    )

@@ -1,0 +1,131 @@
+"""Base models and tokenizers: load dense, in 8 bits or in 4, with the right dtype and attention kernel."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config.schema import MethodConfig, ModelConfig
+from trainer.errors import ConfigError, ModelError
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dtype:
+    """The dtype of forward and backward.
+
+    Args:
+        name: ``model.dtype``; ``auto`` is bf16 where the hardware multiplies it, else fp16 on GPU and fp32 on CPU.
+        device: where the model will run.
+        zero_stage: fp16 needs DeepSpeed's loss scaler, which lives in its ZeRO optimizers.
+
+    Raises:
+        ConfigError: fp16 without a loss scaler, or on a CPU that has no fp16 arithmetic.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        else:
+            dtype = torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    else:
+        dtype = DTYPES[name]
+    if dtype == torch.float16 and zero_stage == 0:
+        raise ConfigError(
+            "zero.stage", value=0, rule="has no loss scaler, which fp16 needs", cure="zero=stage1, or model.dtype=fp32"
+        )
+    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError("model.dtype", value="fp16", rule="this CPU has no fp16 arithmetic", cure="model.dtype=fp32")
+    return dtype
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether matrix products in bf16 are done by the hardware (AVX512-BF16, AMX or Arm's BF16)."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def load_tokenizer(folder: str, model: ModelConfig) -> Any:
+    """The model's tokenizer; padding falls back to the end token, which is safe because labels go by position.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(folder, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: str, model: ModelConfig, method: MethodConfig, dtype: torch.dtype, device: torch.device, zero_stage: int
+) -> nn.Module:
+    """The base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
+
+    Args:
+        folder: a local folder or hub id (``fetch.resolve`` has been applied).
+        model: the ``model`` group.
+        method: the ``method`` group: its ``bits`` and quantisation.
+        dtype: of weights and arithmetic.
+        device: of this rank.
+        zero_stage: under 3, 4-bit weights are stored as ``dtype`` so that DeepSpeed can partition them.
+
+    Raises:
+        ModelError: it cannot be found, read or quantised.
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {}
+    if method.bits < 16:
+        extra["quantization_config"] = quantization(method, dtype, zero_stage)
+        extra["device_map"] = {"": str(device)}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(folder, error) from error
+    loaded.config.use_cache = False
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return loaded
+
+
+def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> Any:
+    """bitsandbytes' configuration: LLM.int8 (Dettmers et al., 2022) or 4 bits (QLoRA, Dettmers et al., 2023)."""
+    from transformers import BitsAndBytesConfig
+
+    if method.bits == 8:
+        # A threshold above 0 makes a row's result depend on the outliers of its neighbours in the batch.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quant_type,
+        bnb_4bit_use_double_quant=method.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if zero_stage == 3 else torch.uint8,
+    )
+
+
+def _not_loadable(folder: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    cure = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
+    return ModelError("model.name_or_path", value=folder, rule=f"cannot be loaded ({reason})", cure=cure)

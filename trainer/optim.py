@@ -1,0 +1,60 @@
+"""The optimizer and the learning rate: a pure function of the step, so nothing of it needs saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig
+
+# LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al., 2024; Schulman et al., 2025).
+DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
+
+
+def peak_learning_rate(config: TrainConfig) -> float:
+    """``optim.learning_rate``, or the method's default when it is null."""
+    given = config.optim.learning_rate
+    return DEFAULT_LEARNING_RATE[config.method.name] if given is None else given
+
+
+def adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig, on_gpu: bool) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019). Its rate is set by the loop before each step, so it starts at zero."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=0.0,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True if on_gpu else None,
+    )
+
+
+def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps of linear warmup: ``warmup_steps``, else ``warmup_ratio`` of all, rounded up."""
+    if schedule.warmup_steps is not None:
+        return min(schedule.warmup_steps, total_steps)
+    return math.ceil(schedule.warmup_ratio * total_steps)
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of one update.
+
+    Args:
+        step: from 0.
+        total_steps: updates of the whole run.
+        peak: the rate after the warmup.
+        schedule: shape and warmup. ``cosine`` falls to 0 over half a period (Loshchilov & Hutter, 2017), ``linear``
+            falls to 0 in a line, ``constant`` stays.
+    """
+    warmup = warmup_steps(schedule, total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.name == "constant":
+        return peak
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if schedule.name == "linear":
+        return peak * (1.0 - progress)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

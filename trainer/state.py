@@ -1,0 +1,141 @@
+"""The trained state as whole tensors, whatever ZeRO has made of it; and back, to the bit.
+
+Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in the
+model. Every function here is a collective: all ranks call it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.engine import Engine
+from trainer.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_state(engine: Engine) -> dict[str, Tensor]:
+    """Masters and moments of every trained tensor, fp32 on the CPU; on rank 0 only, the others get an empty dict."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    out: dict[str, Tensor] = {}
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            if engine.zero_stage == 0:
+                held = parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
+            elif kind == "weight":
+                held = safe_get_full_fp32_param(parameter)
+            else:
+                held = safe_get_full_optimizer_state(parameter, kind)
+            assert held is not None, f"{kind} of {name} is not to be had under stage {engine.zero_stage}"
+            if engine.world.is_main:
+                # the clone gives safetensors a tensor that shares memory with no other
+                out[f"{kind}/{name}"] = held.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return out
+
+
+def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None:
+    """Put a gathered state back, at any world size and ZeRO stage.
+
+    Args:
+        engine: freshly built.
+        tensors: what :func:`gather_state` gave; read on rank 0 only.
+        step: optimizer steps that were taken.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if engine.world.is_main:
+        _check(engine, tensors)
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            value = _from_main(engine, tensors.get(f"{kind}/{name}"), _shape(parameter))
+            if engine.zero_stage == 0:
+                if kind == "weight":
+                    parameter.data.copy_(value)
+                else:
+                    engine.optimizer.state[parameter][kind] = value.clone()
+            elif kind == "weight":
+                safe_set_full_fp32_param(parameter, value)
+                _rewrite_live_copy(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+    torch_optimizer = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
+    for parameter in [p for g in torch_optimizer.param_groups for p in g["params"]] if engine.zero_stage == 0 else []:
+        torch_optimizer.state[parameter]["step"] = torch.tensor(0.0)
+    for state in torch_optimizer.state.values():
+        state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(step))
+
+
+def loss_scaler_state(engine: Engine) -> dict[str, Any]:
+    """The fp16 loss scaler's numbers; empty in other dtypes."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if engine.dtype != torch.float16 or scaler is None:
+        return {}
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+
+
+def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
+    """Put the loss scaler's numbers back."""
+    for name, value in saved.items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def gather_live(engine: Engine, only_trained: bool) -> dict[str, Tensor]:
+    """The tensors that the forward uses, whole, in their own dtype, on the CPU of rank 0 (empty on the others)."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        if only_trained and name not in engine.trained:
+            continue
+        with _whole(parameter):
+            if engine.world.is_main:
+                out[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return out
+
+
+def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
+    """The forward's own copy; DeepSpeed would rewrite it from the master only at the next step."""
+    with _whole(parameter, modifier_rank=0):
+        parameter.data.copy_(value.reshape(parameter.shape))
+
+
+def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=modifier_rank, enabled=hasattr(parameter, "ds_id")
+    )
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", None) or parameter.shape)
+
+
+def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tensor:
+    """Rank 0's tensor on every rank: the checkpoint's disk may be rank 0's own."""
+    device = engine.world.device
+    held = torch.empty(shape, dtype=torch.float32, device=device)
+    if engine.world.is_main:
+        assert value is not None
+        held.copy_(value)
+    dist.broadcast(held, src=0)
+    return held
+
+
+def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            found = tensors.get(f"{kind}/{name}")
+            if found is None or found.shape != _shape(parameter):
+                what = "is not in the checkpoint" if found is None else f"has shape {tuple(found.shape)}"
+                raise CheckpointError(
+                    f"{kind}/{name}",
+                    rule=f"{what}; this run needs {tuple(_shape(parameter))}",
+                    cure="resume with the method it was saved with, or checkpoint.resume=never",
+                )

@@ -1,0 +1,111 @@
+"""`environment.json`: what a run ran on, so that its numbers can be placed a year later."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.config.text import HIDDEN
+from trainer.config.text import redact as redact_shapes
+from trainer.tracking.files import strict, write_atomically
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = (
+    "afina",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "flash-attn",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+)
+# The whole last word, so that `batch.micro_tokens=4096` is no secret.
+_SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """``text`` with secrets hidden: tokens and credentials by their shape (``trainer.config.text``), the value of
+    ``api_key=…`` and the like, and wherever it occurs the value of an environment variable with such a name."""
+    for name, value in os.environ.items():
+        # A short value ("true", "1") of a variable such as HF_HUB_DISABLE_IMPLICIT_TOKEN is no secret.
+        if _SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, HIDDEN)
+    key, separator, _ = text.partition("=")
+    if separator and _SECRET_NAME.search(key):
+        return f"{key}={HIDDEN}"
+    return redact_shapes(text)
+
+
+def write_environment(folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write `environment.json` atomically: packages, Python, commit, host, launch command, and ``extra``.
+
+    Args:
+        folder: the run folder.
+        extra: what only the caller knows and that needs torch or the process group: ``devices``, ``hosts``,
+            ``world_size``; merged last.
+    """
+    content = {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [redact(argument) for argument in [sys.executable, *sys.argv]],
+        "working_directory": os.getcwd(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hosts": [socket.gethostname()],
+        "cpu_count": os.cpu_count(),
+        "git": _git(Path.cwd()),
+        "packages": _package_versions(),
+        "variables": {name: redact(value) for name, value in sorted(os.environ.items()) if _matters(name)},
+        **(extra or {}),
+    }
+    text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(Path(folder) / ENVIRONMENT_FILE, text.encode() + b"\n")
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of ``folder`` and whether tracked files differ from it; None outside a repository or without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--verify", "HEAD")
+        return {"commit": commit, "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _matters(name: str) -> bool:
+    """Variables that change speed or placement, and none that may hold a user's private matters."""
+    exact = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    prefixes = ("NCCL_", "TORCHELASTIC_", "PYTORCH_", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
+    return (name in exact or name.startswith(prefixes)) and not _SECRET_NAME.search(name)

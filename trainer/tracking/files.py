@@ -1,0 +1,219 @@
+"""`metrics.jsonl` and `summary.json` of a run folder: written so that a kill at any byte leaves them readable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import CheckpointError
+
+Record = dict[str, Any]
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+SUMMARY_KEYS = (
+    "status",
+    "steps",
+    "wall_seconds",
+    "trainable_parameters",
+    "total_parameters",
+    "train_loss",
+    "metrics",
+    "error",
+)
+STATUSES = ("finished", "preempted", "failed")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a kill, meets the old content or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # Without this the rename itself may be lost with the machine's power. Not every filesystem allows it.
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(folder)
+
+
+def strict(value: Any) -> Any:
+    """The same value as strict JSON can hold it: NaN and infinities become null, 0-d arrays plain numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return strict(value.item())
+    return str(value)
+
+
+class MetricsFile:
+    """The open `metrics.jsonl` of a run, one line a step in rising order.
+
+    Opening it drops what comes after ``resume_step`` (those steps are done again) and a line that a kill tore.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int) -> None:
+        self.path = folder / METRICS_FILE
+        self.last: Record | None = None
+        self._pending: list[Record] = []
+        self._keep_lines_until(resume_step)
+        self._open()
+
+    def write(self, record: Record) -> None:
+        """Add one line; a record of the step that was written last is merged into its line.
+
+        Raises:
+            OSError: the line could not be written; it is kept and written with the next one.
+        """
+        step, last = record["step"], self.last
+        if last is None or step > last["step"]:
+            self._pending.append(record)
+        else:
+            assert step == last["step"], f"step {step} was logged after step {last['step']}"
+            record = {**last, **record}
+            self._take_last_back()
+            self._pending.append(record)
+        self.last = record
+        self._append_pending()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._complete_bytes = self._file.tell()
+
+    def _append_pending(self) -> None:
+        rest = b"".join(_line(record) for record in self._pending)
+        try:
+            # A raw file may take only a part of what it is given when the disk fills up.
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            os.truncate(self.path, self._complete_bytes)
+            raise
+        self._pending = []
+        self._complete_bytes = self._file.tell()
+
+    def _take_last_back(self) -> None:
+        assert self.last is not None
+        if self._pending:
+            self._pending.pop()
+            return
+        self._keep_lines_until(self.last["step"] - 1)
+        self._file.close()
+        self._open()
+
+    def _keep_lines_until(self, step: int) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        by_step: dict[int, Record] = {}
+        for record in _parse(content):
+            if record["step"] <= step:
+                by_step[record["step"]] = {**by_step.get(record["step"], {}), **record}
+        kept = [by_step[key] for key in sorted(by_step)]
+        self.last = kept[-1] if kept else None
+        cleaned = b"".join(_line(record) for record in kept)
+        if cleaned != content:
+            write_atomically(self.path, cleaned)
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """The records of a run's `metrics.jsonl`, one a step; a last line that is being written or was torn is left out.
+
+    Raises:
+        CheckpointError: there is no such file, or a line before the last is not a record.
+    """
+    path = Path(folder) / METRICS_FILE
+    content = _read(path)
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        if _record(line) is None:
+            raise CheckpointError(f"{path}:{number}", rule="is not a JSON object with a step")
+    return list(_parse(content))
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json` atomically.
+
+    Args:
+        folder: the run folder.
+        summary: the keys of ``SUMMARY_KEYS``; ``error`` is null or has ``kind``, ``message`` and ``rank``;
+            ``metrics`` is flat.
+    """
+    complete = {"error": None, **summary}
+    missing = [key for key in SUMMARY_KEYS if key not in complete]
+    assert not missing, f"summary without {missing}"
+    assert complete["status"] in STATUSES, f"unknown status {complete['status']!r}"
+    ordered = {key: complete[key] for key in SUMMARY_KEYS} | complete
+    text = json.dumps(strict(ordered), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(Path(folder) / SUMMARY_FILE, text.encode() + b"\n")
+
+
+def read_summary(folder: Path) -> Record | None:
+    """`summary.json` of a run folder, or None where no run has ended in it yet.
+
+    Raises:
+        CheckpointError: the file is there but is not a JSON object.
+    """
+    path = Path(folder) / SUMMARY_FILE
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(_read(path))
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise CheckpointError(str(path), rule="is not a JSON object", cure="move it away; the next run writes it anew")
+    return summary
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def _parse(content: bytes) -> Iterable[Record]:
+    """Records of the complete lines. What follows the last newline is torn, even if it happens to parse."""
+    for line in content.split(b"\n")[:-1]:
+        record = _record(line)
+        if record is not None:
+            yield record
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            str(path), rule=f"cannot be read ({error.strerror})", cure="name a run folder, e.g. runs/NAME"
+        ) from error

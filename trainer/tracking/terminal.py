@@ -1,0 +1,224 @@
+"""What people see: a progress bar on a terminal, plain lines in a pipe or a job's log, and `log.txt` always."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+LOG_FILE = "log.txt"
+MOST_LINES = 200
+LONGEST_SILENCE_SECONDS = 30.0
+
+# What a step line shows of the record, in this order; evaluations follow with every key that is not of training.
+TRAINING_KEYS = frozenset(
+    {
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "label_tokens",
+        "useful_tokens",
+        "computed_tokens",
+        "useful_tokens_per_second",
+        "step_seconds",
+        "data_seconds",
+        "peak_memory_bytes",
+        "model_flops_utilization",
+    }
+)
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record carries more than the keys of a training step."""
+    return bool(record.keys() - TRAINING_KEYS)
+
+
+def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None) -> str:
+    """One line for people: ``step 12/75 loss 0.412 lr 4.9e-04 320 tok/s 1.9 GiB eta 3:12 eval_loss 0.39``."""
+    parts = [f"step {record['step']}/{total_steps}", *_training_parts(record)]
+    if eta_seconds is not None and record["step"] < total_steps:
+        parts.append(f"eta {clock(eta_seconds)}")
+    parts += [f"{key} {_short(value)}" for key, value in record.items() if key not in TRAINING_KEYS]
+    return " ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Eta:
+    """Time that is left, from the steps of this process alone: a resumed run must not count what it did not do."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._first: tuple[int, float] | None = None
+
+    def seconds(self, step: int) -> float | None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+            return None
+        first_step, first_time = self._first
+        if step <= first_step:
+            return None
+        return (now - first_time) / (step - first_step) * max(0, self._total_steps - step)
+
+
+class Terminal:
+    """Lines, bar and tables of one run; also its `log.txt`. A closed terminal or a full disk never raises."""
+
+    def __init__(self, folder: Path, *, total_steps: int, resume_step: int) -> None:
+        self._total_steps = total_steps
+        self._every = max(1, math.ceil(total_steps / MOST_LINES))
+        self._eta = Eta(total_steps)
+        self._last_line_time = -math.inf
+        self._log_path = folder / LOG_FILE
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if sys.stdout.isatty():
+            self._bar, self._task = _start_bar(total_steps, resume_step)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Move the bar, or print a line if one is due (see ``_is_due``)."""
+        eta = self._eta.seconds(record["step"])
+        line = step_line(record, self._total_steps, eta)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=record["step"])
+            # An evaluation alone has no loss and speed; the bar goes on showing the last ones.
+            if note := " ".join(_training_parts(record)):
+                self._bar.update(self._task, note=note)
+        if not self._is_due(record):
+            return
+        self._last_line_time = time.monotonic()
+        self._write_log(line)
+        if self._bar is None or is_evaluation(record):
+            self._print(line)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar and in `log.txt`."""
+        self._write_log(text)
+        self._print(text)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show answers: mappings with ``prompt``, ``reference`` and ``answer``."""
+        if not rows:
+            return
+        blocks = []
+        for number, row in enumerate(rows, start=1):
+            fields = [(name, _indented(_printable(str(row[name])))) for name in ("prompt", "reference", "answer")]
+            blocks.append("\n".join([f"sample {number}", *(f"  {name:<9}  {text}" for name, text in fields)]))
+        text = "\n".join(blocks)
+        self._write_log(text)
+        if self._bar is None:
+            self._print(text)
+        else:
+            self._guard(lambda: self._table(rows))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._guard(self._bar.stop)
+            self._bar = None
+
+    def _is_due(self, record: Mapping[str, Any]) -> bool:
+        """All of few lines; of many about ``MOST_LINES``, yet never silence, and always evaluations and the end."""
+        step = record["step"]
+        return (
+            step % self._every == 0
+            or step == self._total_steps
+            or is_evaluation(record)
+            or time.monotonic() - self._last_line_time >= LONGEST_SILENCE_SECONDS
+        )
+
+    def _print(self, text: str) -> None:
+        bar = self._bar
+        if bar is None:
+            self._guard(lambda: print(_encodable(text), flush=True))
+        else:
+            self._guard(lambda: bar.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True))
+
+    def _table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        assert self._bar is not None
+        table = Table("prompt", "reference", "answer", show_lines=True)
+        for row in rows:
+            table.add_row(*(Text(_printable(str(row[name]))) for name in ("prompt", "reference", "answer")))
+        self._bar.console.print(table)
+
+    def _guard(self, show: Callable[[], object]) -> None:
+        try:
+            show()
+        except OSError:
+            # The reader of the pipe has gone (`| head`) or the terminal was closed. The training was not.
+            self._bar = None
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+    def _write_log(self, text: str) -> None:
+        stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+        try:
+            with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{stamp} {text}\n")
+        except OSError:
+            # A full disk is reported where it costs something: at checkpoints and metrics.
+            return
+
+
+def _start_bar(total_steps: int, resume_step: int) -> tuple[Progress, TaskID]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    # The speed is guessed over minutes: steps are slow, and an evaluation between two would upset a short window.
+    bar = Progress(*columns, speed_estimate_period=300, refresh_per_second=4)
+    bar.start()
+    return bar, bar.add_task("train", total=total_steps, completed=resume_step, note="")
+
+
+def _training_parts(record: Mapping[str, Any]) -> list[str]:
+    formats = {
+        "loss": "loss {:.3f}",
+        "learning_rate": "lr {:.1e}",
+        "useful_tokens_per_second": "{:.0f} tok/s",
+    }
+    parts = [form.format(record[key]) for key, form in formats.items() if record.get(key) is not None]
+    if record.get("peak_memory_bytes"):
+        parts.append(f"{record['peak_memory_bytes'] / 2**30:.1f} GiB")
+    return parts
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n" + " " * 13)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a model's answer may hold any, and a terminal would obey them."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+
+
+def _encodable(text: str) -> str:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)

@@ -1,0 +1,95 @@
+"""The tracker: the one object the loop talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import TrainConfig
+from trainer.tracking.files import MetricsFile
+from trainer.tracking.terminal import Terminal, is_evaluation
+from trainer.tracking.wandb_run import WandbRun
+
+
+class Tracker:
+    """Records a run. This base is what every rank but 0 gets: it does nothing, so that the loop need not ask."""
+
+    @staticmethod
+    def open(
+        config: TrainConfig,
+        folder: Path,
+        *,
+        is_main: bool,
+        total_steps: int,
+        resume_step: int,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Tracker:
+        """The tracker of this process.
+
+        Args:
+            config: the resolved configuration (``log`` is used here, all of it goes to W&B).
+            folder: the run folder; made if it is missing.
+            is_main: True on rank 0.
+            total_steps: steps of the whole run, for the bar and the time that is left.
+            resume_step: the step that the run goes on from, 0 at a start; later lines of `metrics.jsonl` are dropped.
+            facts: what W&B shall know beside the config (parameters, world size, …).
+        """
+        if not is_main:
+            return Tracker()
+        return _MainTracker(config, Path(folder), total_steps, resume_step, facts or {})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Record one step: everything of the step in one mapping with an integer ``step``.
+
+        Written every `log.every_steps` steps, and whenever the record carries an evaluation or is the last. Steps
+        rise; the same step once more is merged into its line.
+        """
+
+    def say(self, text: str) -> None:
+        """A line for people: on the terminal and, with the time, in `log.txt`."""
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show sample answers; each row has ``prompt``, ``reference`` and ``answer``."""
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """End of the run, also of a failed one: stop the bar, finish W&B (bounded in time). ``summary`` as in
+        ``write_summary``, which the caller has called before: the file must not wait for a network."""
+
+
+class _MainTracker(Tracker):
+    def __init__(
+        self, config: TrainConfig, folder: Path, total_steps: int, resume_step: int, facts: Mapping[str, Any]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._every_steps = config.log.every_steps
+        self._total_steps = total_steps
+        self._told_disk = False
+        self._metrics = MetricsFile(folder, resume_step=resume_step)
+        self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
+        self._wandb = WandbRun(config, folder, facts, say=self.say)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        record = dict(record)
+        step = record["step"]
+        self._terminal.step(record)
+        if step % self._every_steps and step != self._total_steps and not is_evaluation(record):
+            return
+        try:
+            self._metrics.write(record)
+        except OSError as error:
+            if not self._told_disk:
+                self._told_disk = True
+                self.say(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
+        self._wandb.log(record)
+
+    def say(self, text: str) -> None:
+        self._terminal.say(text)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._terminal.samples(rows)
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        self._terminal.close()
+        self._metrics.close()
+        self._wandb.finish(summary)

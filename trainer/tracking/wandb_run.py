@@ -1,0 +1,219 @@
+"""Weights & Biases: one run, from rank 0, that goes on under its id after a restart and never holds training up."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import netrc
+import os
+import socket
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from trainer.config.schema import TrainConfig
+from trainer.tracking.environment import redact
+from trainer.tracking.files import strict, write_atomically
+
+# wandb 0.31 waits 90 s for a server at the start and without end for uploads at the finish.
+INIT_TIMEOUT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 3.0
+FINISH_TIMEOUT_SECONDS = 15.0
+# Beyond wandb's own limit: it has let a stuck service process through before.
+GRACE_SECONDS = 5.0
+
+Say = Callable[[str], None]
+
+
+class WandbRun:
+    """The W&B side of a tracker. No method raises; the first trouble is said and ends W&B for this process."""
+
+    def __init__(self, config: TrainConfig, folder: Path, facts: Mapping[str, Any], *, say: Say) -> None:
+        self._say = say
+        self._run: Any = None
+        self._module: Any = None
+        self._folder = folder
+        wish = wanted_mode(config.log.wandb)
+        if wish == "off":
+            return
+        try:
+            self._start(config, facts, wish)
+        except Exception as error:
+            self._say(f"W&B is off for this run: {_first_line(error)}")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Log one record under its own step. Redone steps that W&B has already seen are left out there: they were
+        recorded by the run that was killed, with the same values."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        except Exception as error:
+            self._run = None
+            self._say(f"W&B stopped recording, training goes on: {_first_line(error)}")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Put the summary on the run and finish it, within ``FINISH_TIMEOUT_SECONDS + GRACE_SECONDS``."""
+        run, module = self._run, self._module
+        self._run = self._module = None
+        if module is None:
+            return
+
+        def work() -> None:
+            try:
+                if run is not None:
+                    flat = {key: value for key, value in summary.items() if key not in ("metrics", "error")}
+                    run.summary.update(strict({**flat, **summary.get("metrics", {})}))
+                    run.finish(exit_code=int(summary.get("status") == "failed"))
+            finally:
+                # Here and not at the exit of the process, where nothing would bound it.
+                module.teardown()
+
+        trouble = _bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
+        # Without a run the trouble has been said when it began.
+        if trouble and run is not None:
+            self._say(f"W&B did not finish ({trouble}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
+
+    def _start(self, config: TrainConfig, facts: Mapping[str, Any], wish: str) -> None:
+        # Set before the import, which reads them: wandb's console lines would tear the bar, and its telemetry holds
+        # the end of the process up by 12 s where the server does not answer.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        wandb = importlib.import_module("wandb")
+        self._module = wandb
+        base_url = str(wandb.setup().settings.base_url)
+        key = api_key(base_url)
+        mode = wish if wish != "auto" else ("online" if key else "offline")
+        trouble = None
+        if mode == "online":
+            trouble = unreachable(base_url) if key else "there is no API key; `wandb login`, or set WANDB_API_KEY"
+        settings = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": INIT_TIMEOUT_SECONDS,
+            "finish_timeout": FINISH_TIMEOUT_SECONDS,
+            "finish_timeout_raises": True,
+            # wandb's own metadata holds the launch command as it was typed.
+            "x_disable_meta": any(redact(argument) != argument for argument in sys.argv),
+        }
+        log = config.log
+        arguments = {
+            "project": log.project,
+            "entity": log.entity,
+            "group": log.group,
+            "name": log.name or config.run.name or self._folder.name,
+            "tags": list(log.tags) or None,
+            "config": {**_redacted_config(config), "facts": strict(facts)},
+            "dir": str(self._folder),
+            "id": _run_id(self._folder),
+            "resume": "allow",
+            "reinit": "create_new",
+        }
+        if mode == "online" and not trouble:
+            try:
+                self._run = wandb.init(mode="online", settings=wandb.Settings(api_key=key, **settings), **arguments)
+                return
+            except Exception as error:
+                trouble = _first_line(error)
+            # The service of the failed start still holds the run's id and refuses it to a second start.
+            _bounded(wandb.teardown, GRACE_SECONDS)
+        if trouble:
+            self._say(f"W&B records this run offline: {trouble}")
+        self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+
+
+def wanted_mode(setting: str) -> str:
+    """``auto``, ``online``, ``offline`` or ``off``. `WANDB_MODE` counts where `log.wandb` is auto."""
+    if setting != "auto":
+        return setting
+    names = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+    return names.get(os.environ.get("WANDB_MODE", ""), "auto")
+
+
+def api_key(base_url: str) -> str | None:
+    """The key wandb itself would use without asking: `WANDB_API_KEY`, else the host's entry in ~/.netrc.
+
+    Found by us because wandb asks on a terminal where it finds none, and a run must not wait for an answer.
+    """
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    hosts = [urlsplit(base_url).netloc]
+    if hosts[0].endswith((".wandb.ai", ".coreweave.com")):
+        # Keys of the public service were filed under this name whatever the address in use is called today.
+        hosts.append("api.wandb.ai")
+    try:
+        entries = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return None
+    found = [entry[2] for host in hosts if (entry := entries.authenticators(host))]
+    return found[0] if found else None
+
+
+def unreachable(base_url: str) -> str | None:
+    """Why no connection to the server can be made, or None. Behind a proxy only wandb itself can tell.
+
+    Asked first because a machine without a network answers this at once, and wandb only when its time is up.
+    """
+    address = urlsplit(base_url)
+    if not address.hostname or address.scheme in getproxies():
+        return None
+    target = (address.hostname, address.port or (443 if address.scheme == "https" else 80))
+
+    def connect() -> None:
+        socket.create_connection(target, timeout=CONNECT_TIMEOUT_SECONDS).close()
+
+    # A name server that does not answer holds the look-up up for longer than any timeout of a socket.
+    trouble = _bounded(connect, CONNECT_TIMEOUT_SECONDS + 1)
+    return f"{address.hostname} cannot be reached ({trouble})" if trouble else None
+
+
+def _run_id(folder: Path) -> str:
+    """The id of this run folder: made once and kept in it, so that a restart goes on with the same W&B run."""
+    path = folder / "wandb" / "run_id.txt"
+    try:
+        if known := path.read_text().strip():
+            return known
+    except OSError:
+        pass
+    fresh = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+    write_atomically(path, fresh.encode() + b"\n")
+    return fresh
+
+
+def _redacted_config(config: TrainConfig) -> dict[str, Any]:
+    import yaml
+
+    module = importlib.import_module("trainer.config")
+    if not hasattr(module, "to_yaml"):
+        return asdict(config)
+    content: dict[str, Any] = yaml.safe_load(module.to_yaml(config))
+    return content
+
+
+def _bounded(work: Callable[[], object], seconds: float) -> str | None:
+    """Run ``work`` for at most so long; what went wrong, or None. A thread, since no wandb call can be cancelled."""
+    trouble = [f"no answer in {math.ceil(seconds)} s"]
+
+    def target() -> None:
+        try:
+            work()
+            trouble.clear()
+        except Exception as error:
+            trouble[:] = [_first_line(error)]
+
+    thread = threading.Thread(target=target, name="wandb-bounded", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return trouble[0] if trouble else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return redact(f"{type(error).__name__}: {text[0]}" if text else type(error).__name__)

@@ -1,0 +1,217 @@
+"""Load, build, run: what every rank of a job does. ``python -m trainer.train`` and torchrun start here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, distributed
+from trainer.config import TrainConfig, load, to_yaml
+from trainer.data.load import Data, describe, load_data
+from trainer.distributed import World
+from trainer.engine import Engine
+from trainer.errors import AfinaError
+from trainer.fetch import resolve
+from trainer.generate import Sampler
+from trainer.loop import Loop, Outcome
+from trainer.methods import attach, count_parameters, save_adapter, save_full
+from trainer.model import compute_dtype, load_model, load_tokenizer
+from trainer.resources import Meter
+from trainer.runs import Run, open_run
+from trainer.signals import StopRequest
+from trainer.state import gather_live
+from trainer.tracking import Tracker, write_environment, write_summary
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again goes on where this one was stopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; the exit code tells how it ended.
+
+    0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite, 75 stopped on request and saved.
+    """
+    parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
+    parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
+    parser.add_argument("overrides", nargs="*", help="key=value and group=option")
+    known = parser.parse_args(arguments)
+    world = distributed.from_environment()
+    try:
+        return train(load(known.overrides, known.config), world)
+    except AfinaError as error:
+        rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def train(config: TrainConfig, world: World) -> int:
+    """One run from start to end on this rank. Returns the exit code; errors are recorded in the run's summary."""
+    begin = time.perf_counter()
+    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if world.is_main else (lambda _: None)
+    stop = StopRequest().install()
+    folder = resolve(config.model.name_or_path, config.model.revision)
+    tokenizer = load_tokenizer(folder, config.model)
+    data = load_data(config, tokenizer, say)
+    distributed.init(world)
+    try:
+        run = open_run(config, world, say)
+        if run.finished is not None:
+            return 0
+        try:
+            outcome = _run(config, world, run, folder, tokenizer, data, stop, begin)
+        except Exception as error:
+            _record_failure(run, error, world, begin)
+            raise
+        return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
+    finally:
+        distributed.shutdown()
+
+
+@dataclass(slots=True)
+class Built:
+    """A model under DeepSpeed, what is to be said of it, and the meter of its cost."""
+
+    engine: Engine
+    facts: dict[str, Any]
+    meter: Meter
+
+
+def build(config: TrainConfig, world: World, folder: str) -> Built:
+    """Load the base, attach what is trained, hand it to DeepSpeed. The process group must be up."""
+    dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
+    base = load_model(folder, config.model, config.method, dtype, world.device, config.zero.stage)
+    model = attach(base, config.method, config.run.seed)
+    trained, total = count_parameters(model)
+    facts = {
+        "trainable_parameters": trained,
+        "total_parameters": total,
+        "trainable_percent": 100 * trained / total,
+        "world_size": world.world_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": world.device.type,
+    }
+    meter = Meter(world, model, dtype)
+    return Built(Engine(model, config, world, dtype), facts, meter)
+
+
+def _run(
+    config: TrainConfig, world: World, run: Run, folder: str, tokenizer: Any, data: Data, stop: StopRequest, begin: float
+) -> Outcome:
+    built = build(config, world, folder)
+    who = checkpoint.identity(config, data.fingerprint)
+    first_step = checkpoint.load(built.engine, run.resume_from, who)
+    sampler = Sampler(
+        built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
+    )
+    loop = Loop(
+        config, world, data, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who
+    )
+    if world.is_main:
+        (run.folder / "config.yaml").write_text(to_yaml(config))
+        write_environment(run.folder, {"world_size": world.world_size})
+    loop.tracker = tracker = Tracker.open(
+        config,
+        run.folder,
+        is_main=world.is_main,
+        total_steps=loop.total_steps,
+        resume_step=first_step,
+        facts=built.facts,
+    )
+    summary: dict[str, Any] = {"status": "failed"}
+    try:
+        _introduce(tracker, config, data, built.facts, first_step, run)
+        outcome = loop.train(first_step)
+        if outcome.status == "finished":
+            _save_final(built.engine, run.folder, tokenizer, config.method.name == "full")
+        summary = _summary(outcome, built.facts, run, time.perf_counter() - begin)
+        if world.is_main:
+            write_summary(run.folder, summary)
+        _conclude(tracker, outcome, run, summary)
+        return outcome
+    except Exception as error:
+        summary |= {"error": _error_facts(error, world)}
+        raise
+    finally:
+        tracker.close(summary)
+
+
+def _introduce(
+    tracker: Tracker, config: TrainConfig, data: Data, facts: dict[str, Any], first_step: int, run: Run
+) -> None:
+    for line in describe(data, config):
+        tracker.say(line)
+    tracker.say(
+        f"model: {config.model.name_or_path} in {facts['dtype']} on {facts['world_size']} × {facts['device']}, "
+        f"ZeRO stage {config.zero.stage}; trained {facts['trainable_parameters']:,} of {facts['total_parameters']:,} "
+        f"parameters ({facts['trainable_percent']:.2f} %)"
+    )
+    tracker.say(f"run: {run.folder}" + (f", going on after step {first_step}" if first_step else ""))
+
+
+def _conclude(tracker: Tracker, outcome: Outcome, run: Run, summary: dict[str, Any]) -> None:
+    if outcome.status == "preempted":
+        tracker.say(f"stopped on request after step {outcome.steps}; the same command goes on from there")
+        return
+    metrics = summary["metrics"]
+    for name in ("eval_loss", "exact_match"):
+        if name in metrics:
+            before = f"{metrics[f'{name}_before']:.4f} → " if f"{name}_before" in metrics else ""
+            tracker.say(f"{name}: {before}{metrics[name]:.4f}")
+    tracker.say(f"finished {outcome.steps} steps in {summary['wall_seconds']:.0f} s: {run.folder}")
+
+
+def _save_final(engine: Engine, folder: Path, tokenizer: Any, is_full: bool) -> None:
+    """The adapter (or the whole model) with its tokenizer, reopened and compared. A collective."""
+    weights = gather_live(engine, only_trained=not is_full)
+    if not engine.world.is_main:
+        return
+    target = folder / ("model" if is_full else "adapter")
+    if is_full:
+        save_full(engine.model, target, weights)
+    else:
+        save_adapter(engine.model, target, weights)
+    tokenizer.save_pretrained(str(target))
+
+
+def _summary(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
+    before = run.scores_before()
+    return {
+        "status": outcome.status,
+        "steps": outcome.steps,
+        "wall_seconds": seconds,
+        "trainable_parameters": facts["trainable_parameters"],
+        "total_parameters": facts["total_parameters"],
+        "train_loss": outcome.train_loss,
+        "metrics": {**outcome.scores, **{f"{k}_before": v for k, v in before.items()}},
+        "error": None,
+    }
+
+
+def _error_facts(error: BaseException, world: World) -> dict[str, Any]:
+    kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
+    return {"kind": kind, "message": str(error), "rank": world.rank}
+
+
+def _record_failure(run: Run, error: Exception, world: World, begin: float) -> None:
+    """Whichever rank fails writes it down: rank 0 may never hear of it."""
+    write_summary(
+        run.folder,
+        {
+            "status": "failed",
+            "steps": run.last_logged_step(),
+            "wall_seconds": time.perf_counter() - begin,
+            "trainable_parameters": None,
+            "total_parameters": None,
+            "train_loss": None,
+            "metrics": {},
+            "error": _error_facts(error, world),
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
