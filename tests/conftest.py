@@ -48,7 +48,7 @@ def smollm2(session_cache: Path) -> Path:
             patch.delenv("AFINA_CACHE")
         else:
             patch.setenv("AFINA_CACHE", USER_CACHE)
-        return Path(fetch("smollm2"))
+        return Path(fetch("smollm2_135m"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -121,10 +121,10 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
 def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
     folder = find_run(run)
-    import trainer.evaluate
+    import trainer.inference
     from launch import table
 
-    metrics = trainer.evaluate.evaluate_run(folder, overrides or [])
+    metrics = trainer.inference.evaluate_run(folder, overrides or [])
     rows = [[name, f"{value:.4f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()]
     table.show(["metric", "value"], rows)
 
@@ -134,6 +134,7 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what the user says", show_default=False)],
     overrides: Overrides = None,
+    input: Annotated[str, typer.Option(metavar="TEXT", help="what the prompt is about, as in an Alpaca row")] = "",
     adapter: Annotated[bool, typer.Option("--adapter/--no-adapter", help="with or without what was trained")] = True,
     bits: Annotated[int | None, typer.Option(metavar="16|8|4", help="hold the base in so many bits")] = None,
     device_map: Annotated[str | None, typer.Option(metavar="MAP", help="auto spreads a big base over devices")] = None,
@@ -142,11 +143,11 @@ def generate(
     if bits not in (None, 16, 8, 4):
         raise ConfigError("--bits", value=bits, rule="must be 16, 8 or 4", cure="leave it out for the run's own")
     folder = find_run(run)
-    import trainer.generate
+    import trainer.inference
 
     print(
-        trainer.generate.generate_run(
-            folder, prompt, adapter=adapter, bits=bits, device_map=device_map, overrides=overrides or []
+        trainer.inference.generate_run(
+            folder, prompt, input=input, adapter=adapter, bits=bits, device_map=device_map, overrides=overrides or []
         )
     )
 

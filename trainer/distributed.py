@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+if not torch.cuda.is_available():
+    # Read when DeepSpeed is first imported, by whichever library does it; unset, it warns about a missing GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -43,9 +47,7 @@ def from_environment() -> World:
 
 def init(world: World, timeout_seconds: int = 1800) -> None:
     """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed."""
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # its import reads DS_ACCELERATOR
+    import deepspeed
 
     # Its gloo start would compile a C++ helper: half a minute, and an error where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

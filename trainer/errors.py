@@ -19,6 +19,8 @@ class AfinaError(Exception):
 
     kind = "error"
     exit_code = 1
+    rank: int | None = None
+    """The rank that met it, when every rank raises it alike: that one alone tells it."""
 
     def __init__(self, what: str, *, value: object = None, rule: str = "", cure: str = "") -> None:
         self.what, self.value, self.rule, self.cure = what, value, rule, cure

@@ -7,6 +7,7 @@ Everything that decides what a step does is computed alike on every rank, or car
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batches import Limits, ends_epoch, global_batch, split, total_steps
 from trainer.data.load import Data
 from trainer.data.micro import MicroBatch
-from trainer.distributed import World, sum_over_ranks
+from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.engine import Engine, Update
 from trainer.errors import TrainingError
 from trainer.evaluate import Scores, evaluate
@@ -73,7 +74,9 @@ class Loop:
             outcome.steps, outcome.train_loss = done, record["loss"]
             ends_pass = ends_epoch(step, rows, keys.batch.global_size)
             is_last = done == self.total_steps
-            if len(self.data.validation) and (is_last or _due(done, keys.eval.every_steps, keys.eval.every_epoch and ends_pass)):
+            if len(self.data.validation) and (
+                is_last or _due(done, keys.eval.every_steps, keys.eval.every_epoch and ends_pass)
+            ):
                 outcome.scores = self._evaluate().metrics
                 record |= outcome.scores
             self.tracker.log(record)
@@ -93,7 +96,9 @@ class Loop:
         chosen = global_batch(keys.run.seed, step, len(train), keys.batch.global_size)
         lengths, label_tokens = train.lengths[chosen], train.label_tokens(chosen)
         layout = split(lengths, self.world.world_size, Limits(keys.batch.micro_size, keys.batch.micro_tokens))
-        batches = [train.micro_batch(chosen[micro], self.sampler.pad_id) for micro in layout[self.world.rank]]
+        batches = [
+            train.micro_batch([int(i) for i in chosen[micro]], self.sampler.pad_id) for micro in layout[self.world.rank]
+        ]
         seeds = [_seed(keys.run.seed, step, self.world.rank, k) for k in range(len(batches))]
         data_seconds = time.perf_counter() - begin
 
@@ -122,7 +127,7 @@ class Loop:
     ) -> tuple[float, bool]:
         """The one all-reduce of a step: the global mean loss, whether to stop, and which ranks met a value that is not
         finite. Raises before the optimizer has seen it."""
-        loss_bad = [k for k, s in enumerate(sums) if not torch.isfinite(torch.tensor(s))]
+        loss_bad = [k for k, s in enumerate(sums) if not math.isfinite(s)]
         # In fp16 an overflowing gradient is the loss scaler's daily work, not a failure.
         bad = bool(loss_bad) or (not gradients_finite and self.engine.dtype != torch.float16)
         flags = [float(bad and rank == self.world.rank) for rank in range(self.world.world_size)]
@@ -130,19 +135,22 @@ class Loop:
             [0.0 if bad else sum(sums), float(self.stop.wanted), *flags], self.world.device
         )
         if any(bad_ranks):
-            first = next(rank for rank, flag in enumerate(bad_ranks) if flag)
             guilty = [batches[k] for k in loss_bad] or batches
-            rows = self._names([r for b in guilty for r in b.rows]) if bad else "another rank's"
-            raise _not_finite("loss" if loss_bad else "gradient", step, first if not bad else self.world.rank, rows)
+            what = "loss" if loss_bad else "gradient"
+            reports = gather_objects((what, self._names([r for b in guilty for r in b.rows])) if bad else None)
+            rank, (what, rows) = next((rank, r) for rank, r in enumerate(reports) if r is not None)
+            raise _not_finite(what, step, rank, rows)
         return total / label_tokens, stops > 0
 
     def _check_update(self, step: int, update: Update, chosen: Any) -> None:
         if update.applied:
             return
         if self.engine.dtype == torch.float16:
-            self.tracker.say(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}")
+            self.tracker.say(
+                f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}"
+            )
             return
-        raise _not_finite("gradient norm", step, None, self._names(list(chosen)))
+        raise _not_finite("gradient norm", step, None, self._names([int(r) for r in chosen]))
 
     def _names(self, rows: list[int]) -> str:
         names = self.data.train.names(rows[:16])
@@ -153,7 +161,9 @@ class Loop:
         scores = evaluate(self.engine.loss_sum, self.sampler, self.data, self.config, self.world)
         self.engine.train()
         if scores.samples:
-            self.tracker.samples([{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples])
+            self.tracker.samples(
+                [{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples]
+            )
         return scores
 
     def _save(self, done: int) -> bool:
@@ -173,8 +183,10 @@ def _seed(seed: int, step: int, rank: int, micro: int) -> int:
 
 def _not_finite(what: str, step: int, rank: int | None, rows: str) -> TrainingError:
     where = f"step {step + 1}" + ("" if rank is None else f", rank {rank}")
-    return TrainingError(
-        f"{where}: the {what} is not finite",
-        rule=f"rows {rows}; the update was not made",
+    error = TrainingError(
+        f"{where}",
+        rule=f"the {what} is not finite; the update was not made; rows {rows}",
         cure="look at these rows, lower optim.learning_rate, or model.dtype=fp32",
     )
+    error.rank = rank or 0
+    return error

@@ -24,7 +24,7 @@ class LabelLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self._source: Tensor | None = None
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()
         head.register_forward_pre_hook(self._pick)
 
     def _pick(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -71,7 +71,13 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
 
 
 def load_model(
-    folder: str, model: ModelConfig, method: MethodConfig, dtype: torch.dtype, device: torch.device, zero_stage: int
+    folder: str,
+    model: ModelConfig,
+    method: MethodConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero_stage: int,
+    device_map: str | None = None,
 ) -> nn.Module:
     """The base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
 
@@ -82,6 +88,7 @@ def load_model(
         dtype: of weights and arithmetic.
         device: of this rank.
         zero_stage: under 3, 4-bit weights are stored as ``dtype`` so that DeepSpeed can partition them.
+        device_map: transformers' own placement, for inference on several devices.
 
     Raises:
         ModelError: it cannot be found, read or quantised.
@@ -92,6 +99,8 @@ def load_model(
     if method.bits < 16:
         extra["quantization_config"] = quantization(method, dtype, zero_stage)
         extra["device_map"] = {"": str(device)}
+    if device_map is not None:
+        extra["device_map"] = device_map
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -87,7 +87,9 @@ def _same_result(config: TrainConfig, folder: Path) -> None:
     except AfinaError:
         return  # moved data, or a key of an older version: the summary still stands
     was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
-    changed = [f"{k} {was.get(k)} → {v}" for k, v in now.items() if was.get(k) != v and not k.startswith(_NOT_THE_RESULT)]
+    changed = [
+        f"{k} {was.get(k)} → {v}" for k, v in now.items() if was.get(k) != v and not k.startswith(_NOT_THE_RESULT)
+    ]
     if changed:
         raise ConfigError(
             str(folder),

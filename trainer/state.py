@@ -1,7 +1,7 @@
 """The trained state as whole tensors, whatever ZeRO has made of it; and back, to the bit.
 
-Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in the
-model. Every function here is a collective: all ranks call it.
+Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in
+the model. Every function here is a collective: all ranks call it.
 """
 
 from __future__ import annotations
@@ -53,24 +53,36 @@ def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None
 
     if engine.world.is_main:
         _check(engine, tensors)
+    _make_moments(engine, step)
     for name, parameter in engine.trained.items():
         for kind in ("weight", *MOMENTS):
             value = _from_main(engine, tensors.get(f"{kind}/{name}"), _shape(parameter))
             if engine.zero_stage == 0:
-                if kind == "weight":
-                    parameter.data.copy_(value)
-                else:
-                    engine.optimizer.state[parameter][kind] = value.clone()
+                held = parameter.data if kind == "weight" else engine.optimizer.state[parameter][kind]
+                held.copy_(value)
             elif kind == "weight":
                 safe_set_full_fp32_param(parameter, value)
                 _rewrite_live_copy(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
-    torch_optimizer = engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
-    for parameter in [p for g in torch_optimizer.param_groups for p in g["params"]] if engine.zero_stage == 0 else []:
-        torch_optimizer.state[parameter]["step"] = torch.tensor(0.0)
-    for state in torch_optimizer.state.values():
-        state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(step))
+
+
+def _make_moments(engine: Engine, step: int) -> None:
+    """AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
+    if engine.zero_stage == 0:
+        adam, held = engine.optimizer, list(engine.trained.values())
+    else:
+        adam = engine.optimizer.optimizer
+        flat = "fp32_partitioned_groups_flat" if engine.zero_stage == 3 else "single_partition_of_fp32_groups"
+        held = getattr(engine.optimizer, flat)
+    for tensor in held:
+        fused = bool(adam.param_groups[0].get("fused"))
+        adam.state[tensor] = {
+            "step": torch.tensor(float(step), device=tensor.device if fused else "cpu"),
+            **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS},
+        }
+    if engine.zero_stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any]:

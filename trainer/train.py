@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from trainer.generate import Sampler
 from trainer.loop import Loop, Outcome
 from trainer.methods import attach, count_parameters, save_adapter, save_full
 from trainer.model import compute_dtype, load_model, load_tokenizer
-from trainer.resources import Meter
+from trainer.quiet import quiet
+from trainer.resources import Meter, device_name
 from trainer.runs import Run, open_run
 from trainer.signals import StopRequest
 from trainer.state import gather_live
@@ -40,11 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
     known = parser.parse_args(arguments)
     world = distributed.from_environment()
+    quiet()
     try:
         return train(load(known.overrides, known.config), world)
     except AfinaError as error:
-        rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        if error.rank in (None, world.rank):
+            rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
@@ -63,6 +67,7 @@ def train(config: TrainConfig, world: World) -> int:
             return 0
         try:
             outcome = _run(config, world, run, folder, tokenizer, data, stop, begin)
+            distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
         except Exception as error:
             _record_failure(run, error, world, begin)
             raise
@@ -99,7 +104,14 @@ def build(config: TrainConfig, world: World, folder: str) -> Built:
 
 
 def _run(
-    config: TrainConfig, world: World, run: Run, folder: str, tokenizer: Any, data: Data, stop: StopRequest, begin: float
+    config: TrainConfig,
+    world: World,
+    run: Run,
+    folder: str,
+    tokenizer: Any,
+    data: Data,
+    stop: StopRequest,
+    begin: float,
 ) -> Outcome:
     built = build(config, world, folder)
     who = checkpoint.identity(config, data.fingerprint)
@@ -107,12 +119,12 @@ def _run(
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
-    loop = Loop(
-        config, world, data, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who
-    )
+    loop = Loop(config, world, data, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who)
+    devices = distributed.gather_objects(device_name(world.device))
+    hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
         (run.folder / "config.yaml").write_text(to_yaml(config))
-        write_environment(run.folder, {"world_size": world.world_size})
+        write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
     loop.tracker = tracker = Tracker.open(
         config,
         run.folder,
@@ -193,7 +205,7 @@ def _summary(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) 
 
 def _error_facts(error: BaseException, world: World) -> dict[str, Any]:
     kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
-    return {"kind": kind, "message": str(error), "rank": world.rank}
+    return {"kind": kind, "message": str(error), "rank": getattr(error, "rank", None) or world.rank}
 
 
 def _record_failure(run: Run, error: Exception, world: World, begin: float) -> None:

@@ -56,9 +56,7 @@ class Bench:
         sampler = Sampler(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
         who = checkpoint.identity(config, data.fingerprint)
         run = folder or Path(tempfile.gettempdir())
-        return Loop(
-            config, self.world, data, built.engine, sampler, Tracker(), built.meter, StopRequest(), run, who
-        )
+        return Loop(config, self.world, data, built.engine, sampler, Tracker(), built.meter, StopRequest(), run, who)
 
     def note(self, case: str, value: Any) -> None:
         if self.world.is_main:

@@ -60,6 +60,7 @@ def test_two_nodes_train_one_run(slurm: Sandbox, tmp_path: Path, tiny_model: Pat
 
 def test_a_wrong_key_fails_the_job_and_says_why(slurm: Sandbox, tmp_path: Path) -> None:
     fields, log = submit(slurm, tmp_path, "--nodes=2", overrides=["debug=tiny", "method.rr=4"])
-    assert fields["JobState"] == "FAILED"
-    assert "method.r" in log
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0")
+    assert log.startswith("error: method.rr")
+    assert log.count("\n") == 1
     assert not (tmp_path / "runs").exists()

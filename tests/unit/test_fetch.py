@@ -182,14 +182,18 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "afina"
 
 
+# Asked for at import: while tests run, the cache is one of their own.
+SMOLLM2 = cache_folder() / "models" / "smollm2_135m"
+
+
 @pytest.mark.skipif(
-    not fetch_module._is_complete(cache_folder() / "models" / "smollm2_135m", EMBEDDED["smollm2_135m"]),
+    not fetch_module._is_complete(SMOLLM2, EMBEDDED["smollm2_135m"]),
     reason="smollm2_135m is not in this machine's cache (`afina fetch smollm2_135m`)",
 )
 def test_smollm2_is_the_published_model():
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = resolve("smollm2_135m")
+    folder = resolve(str(SMOLLM2))
     assert AutoConfig.from_pretrained(folder).num_hidden_layers == 30
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 49152

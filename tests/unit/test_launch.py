@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import environment, process, torchrun
-from tests.support import ROOT
+from tests.support import ROOT, stop_tree
 from trainer.config import load, run_folder, run_name
 from trainer.errors import LaunchError
 
@@ -132,8 +132,8 @@ sys.exit(process.run({child(tmp_path, body)!r}, dict(os.environ), Path({str(fold
     assert not worker.exists() or worker.read_text().split()[2] == "Z"
 
 
-def wait_for(file: Path) -> None:
-    end = time.monotonic() + 20
+def wait_for(file: Path, timeout_seconds: float = 20) -> None:
+    end = time.monotonic() + timeout_seconds
     while not file.exists():
         assert time.monotonic() < end, f"{file} never came"
         time.sleep(0.02)
@@ -221,3 +221,22 @@ def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert environment.visible_gpus({}) == 2
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert environment.visible_gpus({}) == 0
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_the_run_on_all_ranks(tmp_path: Path, tiny_model: Path) -> None:
+    """The whole way: launcher, torchrun's agent, two ranks; torchrun itself ends with a traceback and code 1."""
+    overrides = ["debug=tiny", "launch=torchrun", "launch.nproc_per_node=2", f"run.dir={tmp_path}", "run.name=run"]
+    overrides += ["batch.epochs=1000", "batch.max_steps=5000", "eval.before=false", "eval.metrics=[loss]", "log=off"]
+    command = [sys.executable, "-m", "trainer.cli", "train", *overrides]
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for(tmp_path / "run" / "metrics.jsonl", timeout_seconds=120)
+            started.send_signal(signal.SIGTERM)
+            code = started.wait(60)
+        finally:
+            stop_tree(started)
+    assert code == process.PREEMPTED, (tmp_path / "log").read_text()
+    assert process.read_summary(tmp_path / "run")["status"] == "preempted"
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/COMPLETE"))

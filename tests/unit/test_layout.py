@@ -19,11 +19,11 @@ from tests.support import ROOT
 
 # Lowest first. A room may import from itself, from every room in a lower row, and from the neighbours in NEIGHBOURS.
 ROWS = (
-    ("errors", "config", "distributed"),
+    ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
     ("model", "engine", "resources", "state", "checkpoint"),
     ("loop", "evaluate", "generate", "merge", "runs"),
-    ("train",),
+    ("train", "inference"),
     ("compare", "report"),
     ("cli",),
 )

@@ -97,9 +97,9 @@ class Limits:
 def split(lengths: np.ndarray, world_size: int, limits: Limits) -> list[list[MICRO]]:
     """Lay examples on ranks and padded micro-batches.
 
-    Rows of like length share a micro-batch, so little is padded. Each rank gets the same number of micro-batches: ZeRO-3
-    runs a collective a layer, and ranks that disagree on their number would wait for each other for ever. A rank
-    without rows enough gets empty ones. The k-th micro-batches of all ranks are neighbours in cost.
+    Rows of like length share a micro-batch, so little is padded. Each rank gets the same number of micro-batches:
+    ZeRO-3 runs a collective a layer, and ranks that disagree on their number would wait for each other for ever. A
+    rank without rows enough gets empty ones. The k-th micro-batches of all ranks are neighbours in cost.
 
     Args:
         lengths: tokens of each example, shape (examples,).

@@ -58,7 +58,10 @@ def _text(row: Row, name: str, may_be_empty: bool = False) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
         raise DataError(
-            f"{row.where} {name}", value=repr(value)[:60], rule=f"is {type(value).__name__}, not a string", cure="quote it"
+            f"{row.where} {name}",
+            value=repr(value)[:60],
+            rule=f"is {type(value).__name__}, not a string",
+            cure="quote it",
         )
     if not value.strip() and not may_be_empty:
         raise DataError(f"{row.where} {name}", rule="is empty: there is nothing to learn from", cure="remove the row")

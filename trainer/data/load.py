@@ -15,6 +15,7 @@ from trainer.data.batches import total_steps
 from trainer.data.micro import MicroBatch, padded
 from trainer.data.prepare import Prepared, default_cache, prepare
 from trainer.data.split import split_rows
+from trainer.data.templates import Template
 from trainer.errors import DataError
 
 
@@ -101,8 +102,8 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
     digest = hashlib.sha256()
     for rows in (train, validation):
         digest.update(rows.prepared.fingerprint.encode() + rows.indices.tobytes())
-    ends = {record["input_ids"][-1] for record in train.examples(range(min(16, len(train))))}
-    return Data(train, validation, digest.hexdigest()[:32], tuple(sorted(ends)))
+    ends = Template(tokenizer, keys.template, keys.alpaca_role, keys.train_on).end_ids()
+    return Data(train, validation, digest.hexdigest()[:32], tuple(ends))
 
 
 def describe(data: Data, config: TrainConfig) -> list[str]:

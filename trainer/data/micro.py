@@ -40,7 +40,9 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()})
+        return MicroBatch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
 
 
 def padded(examples: Sequence[dict[str, Any]], rows: Sequence[int], pad_id: int) -> MicroBatch:
@@ -79,4 +81,3 @@ def padded(examples: Sequence[dict[str, Any]], rows: Sequence[int], pad_id: int)
         useful_tokens=sum(len(e["input_ids"]) for e in examples),
         rows=tuple(int(r) for r in rows),
     )
-

@@ -29,14 +29,18 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise DataError("data.path", value=path, rule=f"cannot be read ({error.strerror})", cure="name a JSONL file") from error
+        raise DataError(
+            "data.path", value=path, rule=f"cannot be read ({error.strerror})", cure="name a JSONL file"
+        ) from error
     with stream:
         for line, raw in enumerate(stream, start=1):
             where = f"{path.name}:{line}"
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise DataError(where, rule=f"is not UTF-8 (byte {error.start})", cure="save the file as UTF-8") from error
+                raise DataError(
+                    where, rule=f"is not UTF-8 (byte {error.start})", cure="save the file as UTF-8"
+                ) from error
             if text:
                 yield Row(_parse(text, where), where, line)
 

@@ -1,7 +1,7 @@
 """Conversations into token ids with a label mask.
 
-Two properties hold whatever the text says. The mask comes from positions: a token is a label because of where it stands,
-never because of its id, so an end token that doubles as padding is still learnt. And text from the data is never read
+Two properties hold whatever the text says. The mask comes from positions: a token is a label because of where it
+stands, never because of its id, so an end token that doubles as padding is still learnt. And text from the data is never read
 as control tokens: only control tokens that the template itself wrote are, the stretches between them are tokenised
 with ``split_special_tokens``.
 """
@@ -25,7 +25,7 @@ ALPACA_PREAMBLE_NO_INPUT = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example; ``labels[i]`` says whether token ``i`` is learnt; the prompt is ``ids[:prompt_length]``."""
+    """Token ids of one example; ``labels[i]`` says whether token ``i`` is learnt, ``prompt_length`` how many precede."""
 
     ids: list[int]
     labels: list[bool]
@@ -87,6 +87,10 @@ class Template:
         example = Example(instruction, input, "", where="prompt", line=0)
         ids, _, _ = self._tokenise(self._pieces(example, None))
         return ids
+
+    def end_ids(self) -> list[int]:
+        """The token that closes an answer, as this template writes it."""
+        return [self.encode(Example("a", "", "a", where="template", line=0)).ids[-1]]
 
     def describe(self) -> str:
         """What the cached tokens depend on besides the tokenizer's own files."""

@@ -150,5 +150,5 @@ def _sync(path: Path) -> None:
 
 EMBEDDED = {
     "smollm2_135m": Embedded("SmolLM2-135M-Instruct (Apache-2.0), bf16, 270 MB", "smollm2_135m-1", build_smollm2),
-    "tiny": Embedded("a random two-layer Llama for tests, 0.5 MB", "tiny-1", build_tiny),
+    "tiny": Embedded("a random two-layer Llama for tests, 0.5 MB", "tiny-2", build_tiny),
 }

@@ -27,7 +27,7 @@ def attach(model: nn.Module, method: MethodConfig, seed: int) -> nn.Module:
     if method.name == "full":
         return model.requires_grad_(True)
     torch.manual_seed(seed)
-    return get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    return get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=False)
 
 
 def lora_config(model: nn.Module, method: MethodConfig) -> LoraConfig:
@@ -36,7 +36,7 @@ def lora_config(model: nn.Module, method: MethodConfig) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=method.r,
-        lora_alpha=2 * method.r if method.alpha is None else method.alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * method.r if method.alpha is None else method.alpha,
         lora_dropout=method.dropout,
         target_modules=target_names(model, method.target_modules),
     )

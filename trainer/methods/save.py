@@ -54,7 +54,9 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
         raise CheckpointError(str(folder), rule=f"was written with other tensors than meant ({', '.join(odd)} …)")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or not torch.equal(found[name], tensor):
-            raise CheckpointError(f"{folder} {name}", rule="does not read back as it was written", cure="check the disk")
+            raise CheckpointError(
+                f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder} {name}", rule="holds values that are not finite")
 
@@ -74,10 +76,12 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
         raise CheckpointError(str(folder), rule="holds no adapter_config.json", cure="name a run's folder")
     _load(folder / ADAPTER_FILE)
     try:
-        return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base") from error
+        raise CheckpointError(
+            str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base"
+        ) from error
 
 
 def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -98,7 +102,9 @@ def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
         found.update(_load(shard))
     for name, tensor in weights.items():
         if name in found and (found[name].shape != tensor.shape or not torch.equal(found[name], tensor.detach().cpu())):
-            raise CheckpointError(f"{folder} {name}", rule="does not read back as it was written", cure="check the disk")
+            raise CheckpointError(
+                f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
+            )
     if not found:
         raise CheckpointError(str(folder), rule="holds no weights after saving")
 

@@ -49,7 +49,7 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
 
 def _linear_names(model: nn.Module) -> Counter[str]:
     """Last name parts of every linear layer but the output head, with how often each occurs."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     return Counter(
         name.rpartition(".")[2]
         for name, module in model.named_modules()

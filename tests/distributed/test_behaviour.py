@@ -1,0 +1,86 @@
+"""What must hold on two ranks besides the arithmetic: loss, adapters, resume, QLoRA, fp16, failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import torchrun
+
+SCRIPT = Path(__file__).with_name("behaviour_cases.py")
+ZERO = ("stage0", "stage1", "stage2", "stage3")
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    results = tmp_path_factory.mktemp("behaviour") / "results.json"
+    torchrun(SCRIPT, results, nproc=2, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=600)
+    return json.loads(results.read_text())
+
+
+def test_loss_equals_transformers(seen: dict[str, Any]) -> None:
+    assert seen["loss distance"] <= 1e-6
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_adapter_loads_in_stock_peft(seen: dict[str, Any], zero: str) -> None:
+    assert seen[f"adapter {zero}"] <= 1e-4
+    assert seen[f"adapter {zero} changes the base by"] > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *ZERO,
+        *(f"{z} method=full" for z in ("stage0", "stage2", "stage3")),
+        *(f"{z} model.dtype=bf16" for z in ("stage0", "stage2", "stage3")),
+    ],
+)
+def test_resume_is_bit_identical(seen: dict[str, Any], name: str) -> None:
+    facts = seen[f"resume {name}"]
+    assert facts["first step"] == 3
+    assert facts["tensors"] >= 84
+    assert facts["identical"]
+
+
+@pytest.mark.parametrize("zero", ["stage0", "stage1", "stage3", "stage2_offload", "stage3_offload"])
+def test_state_moves_to_another_stage_to_the_bit(seen: dict[str, Any], zero: str) -> None:
+    assert seen[f"stage2 → {zero}"]
+
+
+def test_another_seed_is_refused(seen: dict[str, Any]) -> None:
+    assert "run.seed" in seen["another seed"]
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_not_finite_names_step_rank_and_rows(seen: dict[str, Any], zero: str) -> None:
+    facts = seen[f"not finite {zero}"]
+    first, second = facts["messages"]
+    assert first == second
+    assert "step 2, rank 1: the loss is not finite" in first
+    assert "headlines.jsonl:" in first
+    assert facts["unchanged"], "the adapter of the step before must survive"
+
+
+def test_generation_in_lockstep_equals_one_process(seen: dict[str, Any]) -> None:
+    assert seen["generation"]["rows"] > 8
+    assert seen["generation"]["equal"]
+
+
+@pytest.mark.parametrize("case", ["qlora stage2", "qlora stage3", "qlora_8bit stage2"])
+def test_quantised_base_learns_and_stays(seen: dict[str, Any], case: str) -> None:
+    first, last = seen[f"{case} losses"]
+    assert last < 0.7 * first
+    assert seen[f"{case} base unchanged"]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="needs a CPU with fp16 arithmetic")
+def test_fp16_overflow_is_skipped(seen: dict[str, Any]) -> None:
+    assert seen["fp16 scale after overflow"] == 2.0**39
+    assert seen["fp16 overflow changed nothing"]
+    first, last = seen["fp16 losses"]
+    assert last < 0.7 * first

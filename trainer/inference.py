@@ -1,0 +1,115 @@
+"""A finished run put to use: score it again, answer a prompt. One process, no DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import distributed
+from trainer.config import TrainConfig, load
+from trainer.data.load import load_data
+from trainer.data.templates import Template
+from trainer.errors import CheckpointError
+from trainer.evaluate import evaluate
+from trainer.fetch import resolve
+from trainer.generate import Sampler
+from trainer.loss import LabelLoss
+from trainer.methods import is_adapter, load_adapter
+from trainer.model import compute_dtype, load_model, load_tokenizer
+from trainer.quiet import quiet
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A run's model, ready for inference, and what it was trained with."""
+
+    config: TrainConfig
+    model: Any
+    tokenizer: Any
+    world: distributed.World
+
+
+def load_run(
+    run: Path,
+    overrides: Sequence[str] = (),
+    *,
+    adapter: bool = True,
+    bits: int | None = None,
+    device_map: str | None = None,
+) -> Loaded:
+    """The base model of a run with its final adapter, or its fully trained model.
+
+    Args:
+        run: a run folder.
+        overrides: laid over the run's own config.yaml.
+        adapter: without it the base model answers as it was before training.
+        bits: hold the base in so many bits; ``None``: as in training.
+        device_map: handed to transformers (``auto`` spreads the base over the devices); ``None``: one device.
+
+    Raises:
+        CheckpointError: the run has no final adapter or model.
+    """
+    quiet()
+    config = load(list(overrides), run / "config.yaml")
+    world = distributed.from_environment()
+    method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
+    dtype = compute_dtype(config.model.dtype, world.device, zero_stage=2)
+    is_full = config.method.name == "full"
+    folder = str(run / "model") if is_full and adapter else resolve(config.model.name_or_path, config.model.revision)
+    trained = run / ("model" if is_full else "adapter")
+    if adapter and not (trained / "config.json").exists() and not is_adapter(trained):
+        raise CheckpointError(str(trained), rule="is not there: the run has not finished", cure="train it to its end")
+    keys = dataclasses.replace(config.model, revision=None) if is_full else config.model
+    model: Any = load_model(folder, keys, method, dtype, world.device, zero_stage=0, device_map=device_map)
+    if adapter and not is_full:
+        model = load_adapter(model, trained)
+    if device_map is None and method.bits == 16:
+        model = model.to(world.device)
+    tokenizer = load_tokenizer(str(trained) if adapter else folder, keys)
+    return Loaded(config, model.eval(), tokenizer, world)
+
+
+def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Score a run's final model on its held-out rows by ``eval.metrics``; the metrics, flat."""
+    loaded = load_run(run, overrides)
+    config, world = loaded.config, loaded.world
+    data = load_data(config, loaded.tokenizer, print)
+    sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, data.end_ids, world.device)
+    loss = LabelLoss(loaded.model)
+    distributed.init(world)
+    try:
+        return evaluate(lambda batch: loss(loaded.model, batch), sampler, data, config, world).metrics
+    finally:
+        distributed.shutdown()
+
+
+def generate_run(
+    run: Path,
+    prompt: str,
+    *,
+    input: str = "",
+    adapter: bool = True,
+    bits: int | None = None,
+    device_map: str | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Answer one prompt, laid out as in training.
+
+    Args:
+        run: a run folder.
+        prompt: the instruction.
+        input: what the instruction is about, as in an Alpaca row.
+        adapter, bits, device_map, overrides: as in :func:`load_run`.
+    """
+    loaded = load_run(run, overrides, adapter=adapter, bits=bits, device_map=device_map)
+    config = loaded.config
+    template = Template(loaded.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
+    device = loaded.model.device
+    torch.manual_seed(config.run.seed)
+    sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, template.end_ids(), device)
+    return sampler.decode(sampler.answer([template.encode_prompt(prompt, input)])[0]).strip()
