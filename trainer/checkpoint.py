@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.config.schema import TrainConfig
+from trainer.config.schema import CheckpointConfig, TrainConfig
 from trainer.distributed import barrier, from_main
 from trainer.engine import Engine
 from trainer.errors import AfinaError, CheckpointError
@@ -43,7 +43,9 @@ def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def save(engine: Engine, run: Path, step: int, who: dict[str, Any], keep: int, say: Callable[[str], None]) -> bool:
+def save(
+    engine: Engine, run: Path, step: int, who: dict[str, Any], keys: CheckpointConfig, say: Callable[[str], None]
+) -> bool:
     """Write one checkpoint; a disk that is full costs a warning, not the run. A collective.
 
     Args:
@@ -51,7 +53,8 @@ def save(engine: Engine, run: Path, step: int, who: dict[str, Any], keep: int, s
         run: the run folder.
         step: updates taken so far.
         who: the run's :func:`identity`.
-        keep: older complete checkpoints beyond this number are deleted, after the new one is complete.
+        keys: the ``checkpoint`` group; older complete checkpoints beyond ``keep`` are deleted, after the new one is
+            complete.
         say: told about a failure.
 
     Returns:
@@ -72,10 +75,11 @@ def save(engine: Engine, run: Path, step: int, who: dict[str, Any], keep: int, s
             "loss_scaler": loss_scaler_state(engine),
             "world_size": engine.world.world_size,
             "zero_stage": engine.zero_stage,
+            "resume": keys.resume,
         }
         try:
             _write(engine, partial, folder, state, adapter, facts)
-            _delete_old(run / "checkpoints", keep)
+            _delete_old(run / "checkpoints", keys.keep)
         except (OSError, AfinaError) as error:
             failure = str(error)
     failure = from_main(failure)
@@ -94,10 +98,11 @@ def find(run: Path, resume: str) -> Path | None:
     """
     if resume == "never":
         return None
-    if resume != "auto":
+    complete = _complete(run / "checkpoints")
+    # A run that went back to a named checkpoint and was then cut short goes on from what it has made since.
+    if resume != "auto" and not (complete and _resumed_by(complete[-1]) == resume):
         verify(Path(resume), run)
         return Path(resume)
-    complete = _complete(run / "checkpoints")
     if not complete:
         return None
     verify(complete[-1], run)
@@ -155,6 +160,19 @@ def load(engine: Engine, folder: Path | None, who: dict[str, Any]) -> int:
     return step
 
 
+def set_aside_later(run: Path, step: int) -> None:
+    """Rename the run's checkpoints after ``step``: the run has gone back, so they are no longer its future.
+
+    Left in place, they would be the newest, and the next start would go on from them.
+    """
+    for later in _complete(run / "checkpoints"):
+        if int(later.name.removeprefix("step-")) > step:
+            number = 0
+            while (aside := later.with_name(f"superseded-{number}-{later.name}")).exists():
+                number += 1
+            later.rename(aside)
+
+
 def _save_deepspeed(engine: Engine, partial: Path) -> str | None:
     if engine.world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -198,6 +216,14 @@ def _write(
     _sync(folder.parent)
 
 
+def _resumed_by(folder: Path) -> str | None:
+    """``checkpoint.resume`` of the run that wrote a checkpoint; ``None`` when it cannot be read."""
+    try:
+        return str(json.loads((folder / "state.json").read_text())["resume"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _complete(checkpoints: Path) -> list[Path]:
     return sorted(f.parent for f in checkpoints.glob(f"step-*/{MARKER}") if not f.parent.name.endswith(".partial"))
 
@@ -212,13 +238,13 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; ``None`` when nothing is."""
     try:
         marker = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
+        expected = [(folder / name, facts["bytes"], facts["sha256"]) for name, facts in marker.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{folder} has no readable {MARKER} marker"
-    for name, facts in marker.items():
-        file = folder / name
+    for file, size, digest in expected:
         if not file.exists():
             return f"{file} is missing"
-        if file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != digest:
             return f"{file} is not what was written (size or SHA-256 differ)"
     return None
 

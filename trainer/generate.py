@@ -35,8 +35,15 @@ class Sampler:
         self.pad_id: int = tokenizer.pad_token_id
         own = getattr(model.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*end_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
-        sampling = {"temperature": keys.temperature, "top_p": keys.top_p} if keys.do_sample else {}
-        self.options = {"max_new_tokens": keys.max_new_tokens, "do_sample": keys.do_sample, **sampling}
+        # top_k is named because transformers would silently keep the 50 likeliest tokens only
+        sampling = {"temperature": keys.temperature, "top_p": keys.top_p, "top_k": 0} if keys.do_sample else {}
+        # so is the penalty, which some models bring along: greedy means the likeliest token and nothing else
+        self.options = {
+            "max_new_tokens": keys.max_new_tokens,
+            "do_sample": keys.do_sample,
+            "repetition_penalty": 1.0,
+            **sampling,
+        }
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[list[int]]) -> list[list[int]]:

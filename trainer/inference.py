@@ -14,7 +14,7 @@ from trainer import distributed
 from trainer.config import TrainConfig, load
 from trainer.data.load import load_data
 from trainer.data.templates import Template
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import evaluate
 from trainer.fetch import resolve
 from trainer.generate import Sampler
@@ -79,6 +79,13 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     loaded = load_run(run, overrides)
     config, world = loaded.config, loaded.world
     data = load_data(config, loaded.tokenizer, print)
+    if not len(data.validation):
+        raise DataError(
+            "data.validation",
+            value=config.data.validation,
+            rule="holds out no row to score",
+            cure="data.validation=0.1",
+        )
     sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, data.end_ids, world.device)
     loss = LabelLoss(loaded.model)
     distributed.init(world)

@@ -69,7 +69,12 @@ class Loop:
         if first_step == 0 and keys.eval.before and len(self.data.validation):
             self.tracker.log({"step": 0, "epoch": 0.0, **self._evaluate().metrics})
         for step in range(first_step, self.total_steps):
-            record, stopping = self._step(step)
+            try:
+                record, stopping = self._step(step)
+            except TrainingError:  # on every rank alike, and before the update: what there is, is good
+                if step > saved:
+                    self._save(step)
+                raise
             done = step + 1
             outcome.steps, outcome.train_loss = done, record["loss"]
             ends_pass = ends_epoch(step, rows, keys.batch.global_size)
@@ -83,10 +88,9 @@ class Loop:
             if is_last:
                 break
             if stopping or _due(done, keys.checkpoint.every_steps, keys.checkpoint.every_epoch and ends_pass):
-                self._save(done)
-                saved = done
+                saved = done if self._save(done) else saved
             if stopping:
-                return Outcome("preempted", done if saved == done else saved, outcome.train_loss)
+                return Outcome("preempted", saved, outcome.train_loss)
         return outcome
 
     def _step(self, step: int) -> tuple[dict[str, Any], bool]:
@@ -167,8 +171,7 @@ class Loop:
         return scores
 
     def _save(self, done: int) -> bool:
-        keep = self.config.checkpoint.keep
-        return checkpoint.save(self.engine, self.run, done, self.who, keep, self.tracker.say)
+        return checkpoint.save(self.engine, self.run, done, self.who, self.config.checkpoint, self.tracker.say)
 
 
 def _due(done: int, every_steps: int, at_epoch_end: bool) -> bool:

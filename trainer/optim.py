@@ -36,7 +36,7 @@ def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
     """Steps of linear warmup: ``warmup_steps``, else ``warmup_ratio`` of all, rounded up."""
     if schedule.warmup_steps is not None:
         return min(schedule.warmup_steps, total_steps)
-    return math.ceil(schedule.warmup_ratio * total_steps)
+    return math.ceil(schedule.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from trainer.config import TrainConfig, load, run_folder
 from trainer.distributed import World, from_main
 from trainer.errors import AfinaError, ConfigError
 from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import METRICS_FILE
 
 # Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
-_NOT_THE_RESULT = ("run.", "log.", "launch.", "checkpoint.", "data.cache_dir")
+_NOT_THE_RESULT = ("run.name", "run.dir", "run.overwrite", "log.", "launch.", "checkpoint.", "data.cache_dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,16 @@ class Run:
 
     def scores_before(self) -> dict[str, float]:
         """The evaluation before training, from metrics.jsonl; empty when there was none."""
-        first = next((r for r in read_metrics(self.folder) if r["step"] == 0), {})
+        first = next((r for r in self._metrics() if r["step"] == 0), {})
         return {k: v for k, v in first.items() if k not in ("step", "epoch")}
 
     def last_logged_step(self) -> int:
         """The last step in metrics.jsonl; 0 when there is none."""
-        return max((int(r["step"]) for r in read_metrics(self.folder)), default=0)
+        return max((int(r["step"]) for r in self._metrics()), default=0)
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """A run that fails while its model is loaded has no file yet."""
+        return read_metrics(self.folder) if (self.folder / METRICS_FILE).exists() else []
 
 
 def open_run(config: TrainConfig, world: World, say: Callable[[str], None]) -> Run:
@@ -67,7 +73,7 @@ def open_run(config: TrainConfig, world: World, say: Callable[[str], None]) -> R
 def _decide(config: TrainConfig, say: Callable[[str], None]) -> Run:
     folder = run_folder(config)
     if config.run.overwrite and folder.exists():
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.rename(aside)
         say(f"run.overwrite: the old run was moved to {aside}")
     summary = read_summary(folder) if folder.exists() else None
@@ -80,6 +86,12 @@ def _decide(config: TrainConfig, say: Callable[[str], None]) -> Run:
     return Run(folder, resume_from=checkpoint.find(folder, config.checkpoint.resume))
 
 
+def _unused(path: Path) -> Path:
+    """The path itself, or with a number behind it: two may be moved aside within one second."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
 def _same_result(config: TrainConfig, folder: Path) -> None:
     """A finished run answers only for the configuration that it was run with."""
     try:
@@ -88,7 +100,9 @@ def _same_result(config: TrainConfig, folder: Path) -> None:
         return  # moved data, or a key of an older version: the summary still stands
     was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     changed = [
-        f"{k} {was.get(k)} → {v}" for k, v in now.items() if was.get(k) != v and not k.startswith(_NOT_THE_RESULT)
+        f"{k} {was.get(k)} → {now.get(k)}"
+        for k in {**now, **was}  # zero.extra may have lost keys
+        if was.get(k) != now.get(k) and not k.startswith(_NOT_THE_RESULT)
     ]
     if changed:
         raise ConfigError(

@@ -16,11 +16,11 @@ from trainer.config import TrainConfig, load, to_yaml
 from trainer.data.load import Data, describe, load_data
 from trainer.distributed import World
 from trainer.engine import Engine
-from trainer.errors import AfinaError
+from trainer.errors import AfinaError, TrainingError
 from trainer.fetch import resolve
 from trainer.generate import Sampler
 from trainer.loop import Loop, Outcome
-from trainer.methods import attach, count_parameters, save_adapter, save_full
+from trainer.methods import attach, count_parameters, has_learnt, save_adapter, save_full
 from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.quiet import quiet
 from trainer.resources import Meter, device_name
@@ -123,6 +123,7 @@ def _run(
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
+        checkpoint.set_aside_later(run.folder, first_step)
         (run.folder / "config.yaml").write_text(to_yaml(config))
         write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
     loop.tracker = tracker = Tracker.open(
@@ -186,6 +187,10 @@ def _save_final(engine: Engine, folder: Path, tokenizer: Any, is_full: bool) -> 
         save_full(engine.model, target, weights)
     else:
         save_adapter(engine.model, target, weights)
+        if not has_learnt(target):
+            raise TrainingError(
+                str(target), rule="changes nothing: every LoRA B is still zero", cure="raise optim.learning_rate"
+            )
     tokenizer.save_pretrained(str(target))
 
 

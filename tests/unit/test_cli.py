@@ -101,7 +101,7 @@ def test_keys_are_all_there_with_their_meaning(capsys: Capture) -> None:
     every = trainer.config.keys()
     assert set(keys) == {key.name for key in every}
     assert "null means 2 * r" in keys["method.alpha"]
-    assert keys["checkpoint.every_steps"].split()[1:3] == ["int", "0"]
+    assert keys["checkpoint.every_steps"].split()[1:3] == ["int", "100"]
 
 
 @pytest.mark.parametrize(

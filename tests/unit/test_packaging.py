@@ -25,7 +25,6 @@ GROUPS = [
     "schedule",
     "log",
     "launch",
-    "sweep",
     "experiment",
     "debug",
 ]

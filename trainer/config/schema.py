@@ -145,7 +145,7 @@ class ZeroConfig:
 class CheckpointConfig:
     """When the state is saved, and whether a run goes on from it."""
 
-    every_steps: int = key(0, "save every so many steps; 0: never", ge=0)
+    every_steps: int = key(100, "save every so many steps; 0: only when asked to stop", ge=0)
     every_epoch: bool = key(False, "save at the end of each pass over the data")
     keep: int = key(2, "complete checkpoints that are kept; older ones are deleted", ge=1)
     resume: str = key("auto", "auto: from the newest complete checkpoint of the run; never; or a checkpoint folder")

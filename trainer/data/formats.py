@@ -48,8 +48,8 @@ def alpaca(row: Row) -> Example:
         DataError: a field is missing, is not a string, or holds no text where text is needed.
     """
     instruction, answer = (_text(row, name) for name in ("instruction", "output"))
-    given = row.fields.get("input")
-    return Example(instruction, _text(row, "input", may_be_empty=True) if given else "", answer, row.where, row.line)
+    given = "" if row.fields.get("input") is None else _text(row, "input", may_be_empty=True)
+    return Example(instruction, given, answer, row.where, row.line)
 
 
 def _text(row: Row, name: str, may_be_empty: bool = False) -> str:

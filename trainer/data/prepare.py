@@ -23,11 +23,11 @@ from datasets.arrow_writer import ArrowWriter
 
 from trainer.config.schema import DataConfig
 from trainer.data.formats import alpaca, recognise
-from trainer.data.sources import read_rows
+from trainer.data.sources import open_bytes, read_rows
 from trainer.data.templates import Encoded, Template
 from trainer.errors import DataError
 
-VERSION = 1  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 2  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 FEATURES = Features(
     {
         "line": Value("int64"),
@@ -46,7 +46,7 @@ class Prepared:
 
     Attributes:
         table: memory-mapped columns ``line`` (in the source, from 1), ``input_ids``, ``labels`` (which ids are learnt),
-            ``prompt_length``, ``prompt_key`` (a hash of the prompt's ids), ``answer`` (the text).
+            ``prompt_length``, ``prompt_key`` (a hash of the ids of the uncut prompt), ``answer`` (the text).
         lengths: tokens an example, int32.
         label_counts: labels an example that enter the loss, int32.
         fingerprint: hex digest of the source's bytes, the tokenizer and every key that matters.
@@ -93,7 +93,13 @@ def prepare(path: Path, data: DataConfig, tokenizer: Any, cache: Path, say: Call
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "COMPLETE").exists():
             say(f"preparing {path.name}")
-            _build(path, data, template, folder)
+            partial = folder.with_name(f"{folder.name}.partial")
+            try:
+                _build(path, data, template, partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     facts = json.loads((folder / "COMPLETE").read_text())
     table = Dataset.from_file(str(folder / "rows.arrow"))
     lengths, label_counts = np.load(folder / "counts.npy", mmap_mode="r")
@@ -114,17 +120,17 @@ def label_count(labels: Sequence[bool]) -> int:
 
 def _fingerprint(path: Path, data: DataConfig, template: Template) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     keys = [VERSION, data.format, data.max_length, data.on_too_long, template.describe()]
     tokenizer = template.tokenizer.backend_tokenizer.to_str()
-    digest.update(json.dumps([keys, tokenizer, template.tokenizer.eos_token]).encode())
+    named = [template.tokenizer.bos_token, template.tokenizer.eos_token]  # chat templates write them by name
+    digest.update(json.dumps([keys, tokenizer, named]).encode())
     return digest.hexdigest()[:32]
 
 
-def _build(path: Path, data: DataConfig, template: Template, folder: Path) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
+def _build(path: Path, data: DataConfig, template: Template, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     lengths: list[int] = []
@@ -142,8 +148,6 @@ def _build(path: Path, data: DataConfig, template: Template, folder: Path) -> No
         raise DataError("data.path", value=path, rule="holds no usable row", cure="see data.on_too_long and the file")
     np.save(partial / "counts.npy", np.asarray([lengths, label_counts], dtype=np.int32))
     (partial / "COMPLETE").write_text(json.dumps(counts))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _records(path: Path, data: DataConfig, template: Template, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
@@ -151,9 +155,11 @@ def _records(path: Path, data: DataConfig, template: Template, counts: dict[str,
     for row in read_rows(path):
         format_name = format_name or recognise(row, data.format)
         example = alpaca(row)
-        encoded = _fit(template.encode(example), data, row.where, counts)
+        whole = template.encode(example)
+        encoded = _fit(whole, data, row.where, counts)
         if encoded is not None:
-            prompt = np.asarray(encoded.ids[: encoded.prompt_length], dtype=np.int32).tobytes()
+            # of the whole prompt: cut to the room that its answer leaves, equal prompts would no longer be equal
+            prompt = np.asarray(whole.ids[: whole.prompt_length], dtype=np.int32).tobytes()
             yield {
                 "line": row.line,
                 "input_ids": encoded.ids,

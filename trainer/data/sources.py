@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.errors import DataError
 
@@ -26,13 +26,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file cannot be opened, a line is not UTF-8, not JSON, or not an object.
     """
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            "data.path", value=path, rule=f"cannot be read ({error.strerror})", cure="name a JSONL file"
-        ) from error
-    with stream:
+    with open_bytes(path) as stream:
         for line, raw in enumerate(stream, start=1):
             where = f"{path.name}:{line}"
             try:
@@ -45,11 +39,27 @@ def read_rows(path: Path) -> Iterator[Row]:
                 yield Row(_parse(text, where), where, line)
 
 
+def open_bytes(path: Path) -> BinaryIO:
+    """The file, open for reading.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(
+            "data.path", value=path, rule=f"cannot be read ({error.strerror})", cure="name a JSONL file"
+        ) from error
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        # besides its own error, json lets Python's limit on the digits of a whole number through
+        other = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else other
         raise DataError(
             where, value=_short(text), rule=f"is not JSON ({reason})", cure="write one JSON object a line (JSONL)"
         ) from error

@@ -1,14 +1,17 @@
 """Conversations into token ids with a label mask.
 
 Two properties hold whatever the text says. The mask comes from positions: a token is a label because of where it
-stands, never because of its id, so an end token that doubles as padding is still learnt. And text from the data is never read
-as control tokens: only control tokens that the template itself wrote are, the stretches between them are tokenised
-with ``split_special_tokens``.
+stands, never because of its id, so an end token that doubles as padding is still learnt. And text from the data is
+never read as control tokens: only control tokens that the template itself wrote are. Where the tokenizer's own reading
+of the whole text keeps to that, it is taken as it is; else the stretches between the control tokens are tokenised with
+``split_special_tokens``.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import accumulate, groupby, product
 from typing import Any
 
 from trainer.data.formats import Example
@@ -23,9 +26,12 @@ ALPACA_PREAMBLE_NO_INPUT = (
 )
 
 
+_OFFSETS = {"return_offsets_mapping": True, "verbose": False}
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example; ``labels[i]`` says whether token ``i`` is learnt, ``prompt_length`` how many precede."""
+    """Token ids of one example, which of them are learnt, and how many belong to the prompt."""
 
     ids: list[int]
     labels: list[bool]
@@ -34,11 +40,13 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of rendered text: written by the template or taken from the data, and whether it is the answer."""
+    """A stretch of rendered text: written by the template or taken from the data, whether it belongs to the answer, and
+    whether it is a control token that the template wrote."""
 
     text: str
     from_data: bool
     answer: bool = False
+    control: bool = False
 
 
 class Template:
@@ -64,7 +72,8 @@ class Template:
         if tokenizer.eos_token is None:
             raise DataError("tokenizer", rule="has no end token, so no answer could ever end", cure="use another model")
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
-        self._control = _special_tokens(tokenizer)
+        self._control = re.compile("|".join(re.escape(t) for t in _special_tokens(tokenizer)))
+        self._bos: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
         self._skeletons: dict[tuple[str, ...], list[str]] = {}
 
     def encode(self, example: Example) -> Encoded:
@@ -90,7 +99,8 @@ class Template:
 
     def end_ids(self) -> list[int]:
         """The token that closes an answer, as this template writes it."""
-        return [self.encode(Example("a", "", "a", where="template", line=0)).ids[-1]]
+        ids, labels, _ = self._tokenise(self._pieces(Example("a", "", "a", where="template", line=0), "a"))
+        return [token for token, label in zip(ids, labels, strict=True) if label][-1:]
 
     def describe(self) -> str:
         """What the cached tokens depend on besides the tokenizer's own files."""
@@ -103,8 +113,7 @@ class Template:
 
     def _alpaca_pieces(self, example: Example, answer: str | None) -> list[Piece]:
         preamble = ALPACA_PREAMBLE if example.input else ALPACA_PREAMBLE_NO_INPUT
-        begin = self.tokenizer.bos_token if _adds_bos(self.tokenizer) else ""
-        head = begin + (preamble if self.name == "alpaca" else "") + "### Instruction:\n"
+        head = (preamble if self.name == "alpaca" else "") + "### Instruction:\n"
         pieces = [Piece(head, False), Piece(example.instruction, True)]
         if example.input:
             pieces += [Piece("\n\n### Input:\n", False), Piece(example.input, True)]
@@ -120,7 +129,7 @@ class Template:
             messages = [*messages, {"role": "assistant", "content": answer}]
         between = self._skeleton(tuple(m["role"] for m in messages), waits=answer is None)
         rendered = self._render(messages, waits=answer is None)
-        for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+        for contents in product(*((m["content"], m["content"].strip()) for m in messages)):  # many trim some of them
             if between[0] + "".join(c + b for c, b in zip(contents, between[1:], strict=True)) == rendered:
                 break
         else:
@@ -171,47 +180,65 @@ class Template:
     def _end_of_turn(self, text: str) -> int:
         """Where the end token that closes an answer ends in the template's text after it; 0 when there is none."""
         stripped = len(text) - len(text.lstrip())
-        for token in self._control:
-            if text.startswith(token, stripped):
-                return stripped + len(token)
-        return 0
+        found = self._control.match(text, stripped)
+        return found.end() if found else 0
 
     def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[bool], int]:
         """Token ids, whether each is part of the answer, and the number of tokens before the answer."""
-        ids: list[int] = []
-        labels: list[bool] = []
-        stretch: list[Piece] = []
-
-        def flush() -> None:
-            text = "".join(p.text for p in stretch)
-            if text:
-                encoded = self.tokenizer(
-                    text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-                )
-                flags = [p.answer for p in stretch for _ in p.text]
-                ids.extend(encoded["input_ids"])
-                labels.extend(any(flags[begin:end]) for begin, end in encoded["offset_mapping"])
-            stretch.clear()
-
-        for piece in pieces:
-            for text, control in [(piece.text, False)] if piece.from_data else self._cut(piece.text):
-                if control:
-                    flush()
-                    ids.append(self.tokenizer.convert_tokens_to_ids(text))
-                    labels.append(piece.answer)
-                else:
-                    stretch.append(Piece(text, piece.from_data, piece.answer))
-        flush()
+        parts = [p for piece in pieces for p in ([piece] if piece.from_data else self._cut(piece))]
+        ids, labels = self._in_one(parts) or self._in_stretches(parts)
+        if self.name != "chat" and self._bos is not None:
+            ids, labels = [self._bos, *ids], [False, *labels]
         return ids, labels, labels.index(True) if True in labels else len(ids)
 
-    def _cut(self, text: str) -> list[tuple[str, bool]]:
-        """The template's own text cut at its control tokens: (stretch, is a control token)."""
-        found = [(at, token) for token in self._control if (at := text.find(token)) >= 0]
-        if not found:
-            return [(text, False)] if text else []
-        at, token = min(found, key=lambda f: (f[0], -len(f[1])))
-        rest = self._cut(text[at + len(token) :])
-        return [*([(text[:at], False)] if at else []), (token, True), *rest]
+    def _in_one(self, parts: list[Piece]) -> tuple[list[int], list[bool]] | None:
+        """Ids and labels by the tokenizer's own reading of the whole text, which others will use when they serve the
+        model; ``None`` when it would take text from the data for a control token."""
+        text = "".join(p.text for p in parts)
+        begins = accumulate((len(p.text) for p in parts), initial=0)
+        written = [(begin, p) for begin, p in zip(begins, parts, strict=False) if p.control]
+        if [m.span() for m in self._control.finditer(text)] != [(at, at + len(p.text)) for at, p in written]:
+            return None
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, **_OFFSETS)
+        characters = [p for p in parts for _ in p.text]
+        ids: list[int] = encoded["input_ids"]
+        labels: list[bool] = []
+        read: list[int] = []
+        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True):
+            covered = characters[begin:end]
+            control = next((p for p in covered if p.control), None)  # such a token may take spaces around it along
+            read += [token] if control else []
+            labels.append(control.answer if control else any(p.answer for p in covered))
+        return (ids, labels) if read == [self._id(p) for _, p in written] else None
+
+    def _in_stretches(self, parts: list[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids and labels with the template's control tokens put in by us, and what stands between them tokenised as
+        plain text, whatever it says."""
+        ids: list[int] = []
+        labels: list[bool] = []
+        for is_control, group in groupby(parts, key=lambda p: p.control):
+            stretch = list(group)
+            if is_control:
+                ids += [self._id(p) for p in stretch]
+                labels += [p.answer for p in stretch]
+            elif text := "".join(p.text for p in stretch):
+                encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **_OFFSETS)
+                flags = [p.answer for p in stretch for _ in p.text]
+                ids += encoded["input_ids"]
+                labels += [any(flags[begin:end]) for begin, end in encoded["offset_mapping"]]
+        return ids, labels
+
+    def _cut(self, piece: Piece) -> list[Piece]:
+        """The template's own text cut at its control tokens."""
+        out, at = [], 0
+        for match in self._control.finditer(piece.text):
+            out += [Piece(piece.text[at : match.start()], False, piece.answer)]
+            out += [Piece(match[0], False, piece.answer, control=True)]
+            at = match.end()
+        return [p for p in (*out, Piece(piece.text[at:], False, piece.answer)) if p.text]
+
+    def _id(self, piece: Piece) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(piece.text))
 
 
 def _messages(example: Example, alpaca_role: str) -> list[dict[str, str]]:

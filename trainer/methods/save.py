@@ -45,20 +45,19 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
     """Reopen an adapter and compare it, to the bit.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape or value, or every LoRA B is still zero, so that the
-            adapter would change nothing.
+        CheckpointError: a tensor is missing, has another shape or value, or is not finite.
     """
     found = _load(folder / ADAPTER_FILE)
     if set(found) != set(expected):
         odd = sorted(set(found) ^ set(expected))[:3]
         raise CheckpointError(str(folder), rule=f"was written with other tensors than meant ({', '.join(odd)} …)")
     for name, tensor in expected.items():
+        if not torch.isfinite(tensor).all():  # first, for NaN is not equal to itself
+            raise CheckpointError(f"{folder} {name}", rule="holds values that are not finite")
         if found[name].shape != tensor.shape or not torch.equal(found[name], tensor):
             raise CheckpointError(
                 f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
             )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder} {name}", rule="holds values that are not finite")
 
 
 def has_learnt(folder: Path) -> bool:
@@ -74,14 +73,20 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     if not is_adapter(folder):
         raise CheckpointError(str(folder), rule="holds no adapter_config.json", cure="name a run's folder")
-    _load(folder / ADAPTER_FILE)
+    saved = _load(folder / ADAPTER_FILE)
     try:
-        return PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base"
-        ) from error
+        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
+    # PEFT fills what is missing with untrained adapters and passes over what has no place.
+    odd = sorted(set(saved) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    if odd:
+        raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
+    return model
+
+
+def _does_not_fit(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base")
 
 
 def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:

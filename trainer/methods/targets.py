@@ -17,43 +17,50 @@ ATTENTION = (
     ("q_proj", "k_proj", "v_proj", "dense"),
     ("qkv_proj", "o_proj"),
     ("query_key_value", "dense"),
-    ("c_attn", "c_proj"),
+    ("c_attn", "attn.c_proj"),  # mlp.c_proj is there too
     ("Wqkv", "out_proj"),
 )
 
 
 def target_names(model: nn.Module, wanted: Any) -> list[str]:
-    """The last parts of the names of the modules that get adapters, sorted.
+    """The endings of the names of the modules that get adapters, sorted.
 
     Args:
         model: the base model, also on the meta device.
         wanted: ``method.target_modules``: a set's name or a list of module names.
 
     Raises:
-        ConfigError: a named module does not exist in this model; the ones that do are listed.
+        ConfigError: a named module does not exist in this model or takes no adapter; the ones that do are listed.
     """
     linear = _linear_names(model)
     if wanted == "all_linear":
         return sorted(linear)
     if isinstance(wanted, str):
         for names in ATTENTION_MIN if wanted == "attention_min" else ATTENTION:
-            if all(name in linear for name in names):
+            if all(any(_is_linear(m) for m in _ending_in(model, name)) for name in names):
                 return sorted(names)
         raise _no_such_module(model, wanted, linear)
-    modules = {name for name, _ in model.named_modules()}
     for name in wanted:
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+        found = _ending_in(model, name)
+        if not found or not all(_is_linear(m) or isinstance(m, nn.Embedding) for m in found):
             raise _no_such_module(model, name, linear)
     return sorted(wanted)
+
+
+def _ending_in(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that PEFT takes a target name for."""
+    return [module for full, module in model.named_modules() if full == name or full.endswith(f".{name}")]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _linear_names(model: nn.Module) -> Counter[str]:
     """Last name parts of every linear layer but the output head, with how often each occurs."""
     head = model.get_output_embeddings()
     return Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
+        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module) and module is not head
     )
 
 
@@ -62,6 +69,6 @@ def _no_such_module(model: nn.Module, name: str, linear: Counter[str]) -> Config
     return ConfigError(
         "method.target_modules",
         value=name,
-        rule=f"is not in {type(model).__name__}, whose linear layers are {listed}",
+        rule=f"takes no adapters in {type(model).__name__}, whose linear layers are {listed}",
         cure="method.target_modules=all_linear, or a list of these",
     )

@@ -1,0 +1,25 @@
+"""What the unit tests of data and models share: the tiny model's tokenizer, and the model in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    """The tiny tokenizer: byte-level, ChatML. Tests that change it take a deep copy."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    """The tiny Llama, fresh for each test, fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
