@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.attention import along
 from trainer.config.schema import TrainConfig
 from trainer.data.micro import MicroBatch
 from trainer.distributed import World
@@ -42,19 +43,22 @@ class Engine:
 
     Args:
         model: with its trained parameters attached.
+        loss: of this model.
         config: the whole configuration.
         world: this process; the process group must be up.
         dtype: of forward and backward.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, loss: LabelLoss, config: TrainConfig, world: World, dtype: torch.dtype
+    ) -> None:
         import deepspeed
 
         self.model, self.world, self.dtype = model, world, dtype
         self.zero_stage = config.zero.stage
         self.max_grad_norm = config.optim.max_grad_norm
         self.trained = trainable_parameters(model)
-        self.loss = LabelLoss(model)
+        self.loss = loss
         # Reducing once a step is cheapest, but keeps a whole gradient on every rank: right for adapters, not for all
         # weights, which are reduced (and under stages 2 and 3 partitioned) micro-batch by micro-batch.
         self.reduces_once = config.method.name != "full" and self.zero_stage > 0
@@ -74,7 +78,7 @@ class Engine:
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed cross-entropy of one micro-batch: float32 scalar."""
         autocast = self.zero_stage == 0 and self.dtype != torch.float32
-        with torch.autocast(self.world.device.type, self.dtype) if autocast else contextlib.nullcontext():
+        with along(batch.paths), torch.autocast(self.world.device.type, self.dtype, enabled=autocast):
             return self.loss(self.deepspeed, batch)
 
     def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[list[float], bool]:
@@ -97,8 +101,10 @@ class Engine:
                 if not self.reduces_once:
                     last = k == len(batches) - 1 and self.zero_stage > 0
                     self.deepspeed.set_gradient_accumulation_boundary(last)
-                loss = self.loss_sum(batch.to(self.world.device))
-                self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+                batch = batch.to(self.world.device)
+                with along(batch.paths):  # the backward too: gradient checkpointing attends again in it
+                    loss = self.loss_sum(batch)
+                    self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())
             local_is_finite = self._local_gradients_are_finite() if self.reduces_once or self.zero_stage == 0 else True
         self.deepspeed.set_gradient_accumulation_boundary(True)

@@ -15,6 +15,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batches import Limits, split
 from trainer.data.load import Data, Rows
 from trainer.data.micro import MicroBatch
+from trainer.data.packing import Packing
 from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.generate import Sampler
 
@@ -37,13 +38,19 @@ class Scores:
 
 
 def evaluate(
-    loss_sum: Callable[[MicroBatch], Tensor], sampler: Sampler, data: Data, config: TrainConfig, world: World
+    loss_sum: Callable[[MicroBatch], Tensor],
+    sampler: Sampler,
+    packing: Packing,
+    data: Data,
+    config: TrainConfig,
+    world: World,
 ) -> Scores:
     """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
 
     Args:
         loss_sum: summed cross-entropy of one micro-batch, in evaluation mode.
         sampler: answers prompts with the same model.
+        packing: how rows share a forward.
         data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
         config: the whole configuration.
         world: this process.
@@ -55,7 +62,7 @@ def evaluate(
     samples: list[Sample] = []
     with torch.no_grad():
         if "loss" in config.eval.metrics:
-            metrics |= _loss(loss_sum, rows, config, world, sampler.pad_id)
+            metrics |= _loss(loss_sum, packing, rows, world)
         if "exact_match" in config.eval.metrics:
             answers = _answers(sampler, rows, config, world)
             pairs = [(sampler.decode(a).strip(), row["answer"].strip()) for a, row in answers]
@@ -69,14 +76,12 @@ def evaluate(
     return Scores(metrics, samples)
 
 
-def _loss(
-    loss_sum: Callable[[MicroBatch], Tensor], rows: Rows, config: TrainConfig, world: World, pad_id: int
-) -> dict[str, float]:
+def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows, world: World) -> dict[str, float]:
     """Cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
-    limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
+    examples = rows.tokens(range(len(rows)))
     total = 0.0
-    for micro in split(rows.lengths, world.world_size, limits)[world.rank]:
-        total += float(loss_sum(rows.micro_batch(micro, pad_id).to(world.device)))
+    for micro in packing.split(examples, world.world_size).micros[world.rank]:
+        total += float(loss_sum(packing.lay([examples[i] for i in micro], micro).to(world.device)))
     (total,) = sum_over_ranks([total], world.device)
     mean = total / rows.label_tokens(np.arange(len(rows)))
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}

@@ -12,7 +12,9 @@ import torch
 
 from trainer import distributed
 from trainer.config import TrainConfig, load
+from trainer.data.batches import Limits
 from trainer.data.load import load_data
+from trainer.data.packing import Packing
 from trainer.data.templates import Template
 from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import evaluate
@@ -88,9 +90,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         )
     sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, data.end_ids, world.device)
     loss = LabelLoss(loaded.model)
+    packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
     distributed.init(world)
     try:
-        return evaluate(lambda batch: loss(loaded.model, batch), sampler, data, config, world).metrics
+        return evaluate(lambda batch: loss(loaded.model, batch), sampler, packing, data, config, world).metrics
     finally:
         distributed.shutdown()
 

@@ -17,9 +17,10 @@ import torch
 
 from trainer import checkpoint
 from trainer.config.schema import TrainConfig
-from trainer.data.batches import Limits, ends_epoch, global_batch, split, total_steps
+from trainer.data.batches import ends_epoch, global_batch, total_steps
 from trainer.data.load import Data
 from trainer.data.micro import MicroBatch
+from trainer.data.packing import Packing
 from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.engine import Engine, Update
 from trainer.errors import TrainingError
@@ -48,6 +49,7 @@ class Loop:
     config: TrainConfig
     world: World
     data: Data
+    packing: Packing
     engine: Engine
     sampler: Sampler
     tracker: Tracker
@@ -98,11 +100,10 @@ class Loop:
         begin = time.perf_counter()
         keys, train = self.config, self.data.train
         chosen = global_batch(keys.run.seed, step, len(train), keys.batch.global_size)
-        lengths, label_tokens = train.lengths[chosen], train.label_tokens(chosen)
-        layout = split(lengths, self.world.world_size, Limits(keys.batch.micro_size, keys.batch.micro_tokens))
-        batches = [
-            train.micro_batch([int(i) for i in chosen[micro]], self.sampler.pad_id) for micro in layout[self.world.rank]
-        ]
+        examples, label_tokens = train.tokens(chosen), train.label_tokens(chosen)
+        layout = self.packing.split(examples, self.world.world_size)
+        mine = layout.micros[self.world.rank]
+        batches = [self.packing.lay([examples[i] for i in micro], chosen[micro]) for micro in mine]
         seeds = [_seed(keys.run.seed, step, self.world.rank, k) for k in range(len(batches))]
         data_seconds = time.perf_counter() - begin
 
@@ -112,7 +113,7 @@ class Loop:
         update = self.engine.update(rate)
         self._check_update(step, update, chosen)
 
-        computed = sum(int(lengths[m].max()) * len(m) if m else 1 for rank in layout for m in rank)
+        useful = sum(len(e.ids) for e in examples)
         record = {
             "step": step + 1,
             "epoch": (step + 1) * keys.batch.global_size / len(train),
@@ -120,7 +121,7 @@ class Loop:
             "grad_norm": update.grad_norm,
             "learning_rate": rate,
             "label_tokens": label_tokens,
-            **self.meter.measure(time.perf_counter() - begin, data_seconds, int(lengths.sum()), computed),
+            **self.meter.measure(time.perf_counter() - begin, data_seconds, useful, layout.computed_tokens),
         }
         if self.engine.dtype == torch.float16:
             record["loss_scale"] = self.engine.loss_scale
@@ -162,7 +163,7 @@ class Loop:
 
     def _evaluate(self) -> Scores:
         self.engine.eval()
-        scores = evaluate(self.engine.loss_sum, self.sampler, self.data, self.config, self.world)
+        scores = evaluate(self.engine.loss_sum, self.sampler, self.packing, self.data, self.config, self.world)
         self.engine.train()
         if scores.samples:
             self.tracker.samples(

@@ -50,7 +50,7 @@ class LabelLoss:
         stand_in = batch.source.numel() == 0
         self._source = batch.source.new_zeros(1) if stand_in else batch.source
         try:
-            output = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = forward(**_inputs(batch), use_cache=False)
         finally:
             self._source = None
         logits = output.logits.float().flatten(0, 1)
@@ -58,3 +58,12 @@ class LabelLoss:
             return logits.sum() * 0.0
         losses = nn.functional.cross_entropy(logits, batch.target, reduction="none")
         return torch.dot(losses, batch.weight)
+
+
+def _inputs(batch: MicroBatch) -> dict[str, Tensor]:
+    if batch.paths is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    # A mask of four dimensions is handed on as it is: transformers need not make one, which a trie would not look at.
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    assert batch.position_ids is not None
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": unused}

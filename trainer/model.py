@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.attention import KERNEL, register
 from trainer.config.schema import MethodConfig, ModelConfig
 from trainer.errors import ConfigError, ModelError
 
@@ -113,9 +115,18 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
+    if model.attention in ("auto", "sdpa"):
+        use_trie_kernel(loaded)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded
+
+
+def use_trie_kernel(model: Any) -> None:
+    """Let the model attend by the kernel that knows tries and is SDPA elsewhere, where its architecture can."""
+    register()
+    with contextlib.suppress(ValueError, NotImplementedError):
+        model.set_attn_implementation(KERNEL)
 
 
 def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> Any:

@@ -14,14 +14,17 @@ from typing import Any
 from trainer import checkpoint, distributed
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.data.load import Data, describe, load_data
+from trainer.data.packing import Packing
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import AfinaError, TrainingError
 from trainer.fetch import resolve
 from trainer.generate import Sampler
 from trainer.loop import Loop, Outcome
+from trainer.loss import LabelLoss
 from trainer.methods import attach, count_parameters, has_learnt, save_adapter, save_full
 from trainer.model import compute_dtype, load_model, load_tokenizer
+from trainer.proof import choose_packing
 from trainer.quiet import quiet
 from trainer.resources import Meter, device_name
 from trainer.runs import Run, open_run
@@ -81,15 +84,21 @@ class Built:
     """A model under DeepSpeed, what is to be said of it, and the meter of its cost."""
 
     engine: Engine
+    packing: Packing
     facts: dict[str, Any]
     meter: Meter
 
 
-def build(config: TrainConfig, world: World, folder: str) -> Built:
-    """Load the base, attach what is trained, hand it to DeepSpeed. The process group must be up."""
+def build(config: TrainConfig, world: World, folder: str, data: Data, pad_id: int) -> Built:
+    """Load the base, attach what is trained, choose the packing, hand it to DeepSpeed. The process group must be up."""
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(folder, config.model, config.method, dtype, world.device, config.zero.stage)
     model = attach(base, config.method, config.run.seed)
+    if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
+        model = model.to(world.device)  # where DeepSpeed would put it; the packing is tried where it will run
+    loss = LabelLoss(model)
+    # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
+    packing, why = distributed.from_main(choose_packing(model, loss, config, data, pad_id))
     trained, total = count_parameters(model)
     facts = {
         "trainable_parameters": trained,
@@ -98,9 +107,10 @@ def build(config: TrainConfig, world: World, folder: str) -> Built:
         "world_size": world.world_size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
+        "packing": why,
     }
     meter = Meter(world, model, dtype)
-    return Built(Engine(model, config, world, dtype), facts, meter)
+    return Built(Engine(model, loss, config, world, dtype), packing, facts, meter)
 
 
 def _run(
@@ -113,13 +123,15 @@ def _run(
     stop: StopRequest,
     begin: float,
 ) -> Outcome:
-    built = build(config, world, folder)
+    built = build(config, world, folder, data, tokenizer.pad_token_id)
     who = checkpoint.identity(config, data.fingerprint)
     first_step = checkpoint.load(built.engine, run.resume_from, who)
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
-    loop = Loop(config, world, data, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who)
+    loop = Loop(
+        config, world, data, built.packing, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who
+    )
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
@@ -162,6 +174,7 @@ def _introduce(
         f"ZeRO stage {config.zero.stage}; trained {facts['trainable_parameters']:,} of {facts['total_parameters']:,} "
         f"parameters ({facts['trainable_percent']:.2f} %)"
     )
+    tracker.say(str(facts["packing"]))
     tracker.say(f"run: {run.folder}" + (f", going on after step {first_step}" if first_step else ""))
 
 

@@ -51,12 +51,24 @@ class Bench:
         base = resolve(config.model.name_or_path)
         tokenizer = load_tokenizer(base, config.model)
         data = load_data(config, tokenizer, lambda _: None)
-        built = build(config, self.world, base)
+        built = build(config, self.world, base, data, tokenizer.pad_token_id)
         lockstep = config.zero.stage == 3
         sampler = Sampler(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
         who = checkpoint.identity(config, data.fingerprint)
         run = folder or Path(tempfile.gettempdir())
-        return Loop(config, self.world, data, built.engine, sampler, Tracker(), built.meter, StopRequest(), run, who)
+        return Loop(
+            config,
+            self.world,
+            data,
+            built.packing,
+            built.engine,
+            sampler,
+            Tracker(),
+            built.meter,
+            StopRequest(),
+            run,
+            who,
+        )
 
     def note(self, case: str, value: Any) -> None:
         if self.world.is_main:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.data.micro import padded
+from trainer.data.micro import MicroBatch, Tokens
+from trainer.data.micro import padded as padded_tokens
 from trainer.loss import LabelLoss
 
 Rows = list[dict[str, Any]]
@@ -39,6 +41,11 @@ def stock_loss_sum(model: nn.Module, rows: Rows) -> Tensor:
         if count:
             total = total + model(input_ids=ids, labels=labels).loss * count
     return total
+
+
+def padded(rows: Rows, which: Any, pad_id: int) -> MicroBatch:
+    examples = [Tokens(np.asarray(r["input_ids"], np.int32), np.asarray(r["labels"], bool)) for r in rows]
+    return padded_tokens(examples, which, pad_id)
 
 
 @settings(max_examples=80, deadline=None)

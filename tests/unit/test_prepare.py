@@ -243,8 +243,10 @@ def test_data_of_a_run(loaded_from: Any, asked: Asked) -> None:
     assert [len(e["input_ids"]) for e in examples] == list(data.train.lengths[which])
     assert data.train.label_tokens(which) == sum(sum(e["labels"]) for e in examples)
     assert data.train.names(which) == [f"rows.jsonl:{e['line']}" for e in examples]
-    batch = data.train.micro_batch([3, 0, 7], pad_id=0)
-    assert batch.weight.sum() == data.train.label_tokens(which)
+    tokens = data.train.tokens(which)
+    assert [t.ids.tolist() for t in tokens] == [e["input_ids"] for e in examples]
+    assert [t.labels.tolist() for t in tokens] == [e["labels"] for e in examples]
+    assert data.train.tokens([]) == []
     assert data.train.examples([]) == []
 
 

@@ -6,13 +6,14 @@ import copy
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.small import LLAMA_LIKE, adds_bos, sentencepiece_like, with_template
 from trainer.data.formats import Example
-from trainer.data.micro import padded
+from trainer.data.micro import Tokens, padded
 from trainer.data.templates import Encoded, Template
 from trainer.errors import DataError
 from trainer.fetch.tiny import CHATML
@@ -181,7 +182,7 @@ def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) ->
     doubled = copy.deepcopy(tokenizer)
     doubled.pad_token = doubled.eos_token
     rows = [Template(doubled, "chat").encode(example("q", a)) for a in ("short", "a longer answer <|im_end|>")]
-    batch = padded([{"input_ids": r.ids, "labels": r.labels} for r in rows], [0, 1], doubled.pad_token_id)
+    batch = padded([Tokens(np.asarray(r.ids), np.asarray(r.labels)) for r in rows], [0, 1], doubled.pad_token_id)
     assert (batch.target == doubled.eos_token_id).sum() == 2
     assert batch.target.tolist() == [*learnt(rows[0]), *learnt(rows[1])]
     width = batch.input_ids.shape[1]

@@ -105,7 +105,11 @@ class BatchConfig:
     micro_tokens: int = key(
         4096, "computed tokens (with padding) a device forward: lower it when memory is short", ge=8
     )
-    packing: str = key("auto", "how rows share a forward: padded to the longest", choices=("auto", "padded"))
+    packing: str = key(
+        "auto",
+        "trie: what rows begin with in common is computed once, with the same gradient; auto: trie where it is proved",
+        choices=("auto", "trie", "padded"),
+    )
     epochs: float = key(1.0, "passes over the training rows", gt=0)
     max_steps: int | None = key(None, "stop after so many updates, whatever epochs says", ge=1)
 

@@ -113,8 +113,53 @@ def split(lengths: np.ndarray, world_size: int, limits: Limits) -> list[list[MIC
     needed = len(_cut(lengths[order], limits, None))
     per_rank = max(1, math.ceil(needed / world_size))
     pieces = _even_pieces(lengths[order], limits, per_rank * world_size)
-    micros: list[MICRO] = [[int(i) for i in order[begin:end]] for begin, end in pieces]
-    micros += [[] for _ in range(per_rank * world_size - len(micros))]
+    return _deal([[int(i) for i in order[begin:end]] for begin, end in pieces], per_rank, world_size)
+
+
+def split_shared(
+    lengths: np.ndarray, begins: np.ndarray, world_size: int, limits: Limits
+) -> tuple[list[list[MICRO]], list[int]]:
+    """Lay examples, sorted by their tokens, on ranks and tries: neighbours that begin alike stay together.
+
+    Args:
+        lengths: tokens of each example, shape (examples,).
+        begins: how many of them its predecessor has too, shape (examples,).
+        world_size: number of ranks.
+        limits: what one forward may hold.
+
+    Returns:
+        As :func:`split`; and the nodes of each trie that is not empty.
+    """
+    own, added = lengths.tolist(), (lengths - begins).tolist()
+    per_rank = max(1, math.ceil(len(_cut_shared(own, added, limits, limits.tokens)) / world_size))
+    low, high = 1, sum(own)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut_shared(own, added, limits, middle)) <= per_rank * world_size:
+            high = middle
+        else:
+            low = middle + 1
+    pieces = _cut_shared(own, added, limits, low)
+    costs = [own[begin] + sum(added[begin + 1 : end]) for begin, end in pieces]
+    by_cost = sorted(range(len(pieces)), key=lambda p: -costs[p])
+    return _deal([list(range(*pieces[p])) for p in by_cost], per_rank, world_size), costs
+
+
+def _cut_shared(own: list[int], added: list[int], limits: Limits, cost: int) -> list[tuple[int, int]]:
+    """Cut sorted examples into runs of at most ``limits.rows`` examples, else at most ``cost`` nodes."""
+    most_rows = limits.rows or len(own)
+    pieces, begin, nodes = [], 0, 0
+    for i in range(len(own)):
+        if i > begin and (i - begin >= most_rows or nodes + added[i] > cost):
+            pieces.append((begin, i))
+            begin, nodes = i, 0
+        nodes += added[i] if i > begin else own[i]
+    return [*pieces, (begin, len(own))]
+
+
+def _deal(micros: list[MICRO], per_rank: int, world_size: int) -> list[list[MICRO]]:
+    """Give each rank ``per_rank`` micro-batches, forth and back, so that neighbours in cost meet in one forward."""
+    micros = micros + [[] for _ in range(per_rank * world_size - len(micros))]
     out: list[list[MICRO]] = [[] for _ in range(world_size)]
     for k in range(per_rank):
         ranks = range(world_size) if k % 2 == 0 else range(world_size - 1, -1, -1)

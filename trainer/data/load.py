@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import total_steps
-from trainer.data.micro import MicroBatch, padded
+from trainer.data.micro import Tokens
 from trainer.data.prepare import Prepared, default_cache, prepare
 from trainer.data.split import split_rows
 from trainer.data.templates import Template
@@ -50,9 +50,17 @@ class Rows:
         columns = self.prepared.table[[int(self.indices[i]) for i in which]]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def micro_batch(self, which: Sequence[int], pad_id: int) -> MicroBatch:
-        """Some rows as one padded forward; none gives the stand-in that adds zero."""
-        return padded(self.examples(which), [int(i) for i in which], pad_id)
+    def tokens(self, which: Sequence[int] | np.ndarray) -> list[Tokens]:
+        """Token ids and labels of some rows, in the order asked for, without a Python object a token."""
+        wanted = [int(self.indices[i]) for i in which]
+        if not wanted:
+            return []
+        table = self.prepared.table.with_format("arrow")[wanted]
+        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        ends = ids.offsets.to_numpy()[1:-1] - ids.offsets[0].as_py()
+        flat_ids = ids.flatten().to_numpy()
+        flat_labels = labels.flatten().to_numpy(zero_copy_only=False)
+        return [Tokens(*pair) for pair in zip(np.split(flat_ids, ends), np.split(flat_labels, ends), strict=True)]
 
     def names(self, which: Sequence[int]) -> list[str]:
         """``file:line`` of some rows."""

@@ -1,27 +1,89 @@
-"""Token tensors of one device forward."""
+"""Token tensors of one device forward: rows side by side, or a trie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.data.trie import Trie, build
+
+LEAST_QUERIES = 16  # shorter rows of queries do not fill the matrix units
+KEY_SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example: token ids (int32) and which of them are learnt (bool), of one length."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Rows of queries with keys of like length.
+
+    Attributes:
+        queries: trie nodes, int64, shape (rows, queries); short rows are filled up with node 0.
+        keys: the paths from the root to each row's last query, int64, shape (rows, keys); filled up with node 0.
+        depths: depth of each row's first query, int64, shape (rows,).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    depths: Tensor
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Which keys each query sees: bool, shape (rows, 1, queries, keys). A key's column is its depth."""
+        if window not in self._masks:
+            device = self.queries.device
+            own = self.depths[:, None, None] + torch.arange(self.queries.shape[1], device=device)[None, :, None]
+            depth = torch.arange(self.keys.shape[1], device=device)[None, None, :]
+            seen = depth <= own
+            if window is not None:
+                seen &= own - depth < window
+            # A filler beyond the last key may see nothing; SDPA would give NaN, whose gradient would spread.
+            self._masks[window] = (seen | (~seen.any(-1, keepdim=True) & (depth == 0))).unsqueeze(1)
+        return self._masks[window]
+
+
+@dataclass(slots=True)
+class Paths:
+    """How the nodes of a trie attend.
+
+    Attributes:
+        buckets: their outputs, flattened and put together, are one list of query outputs.
+        place: where each node's output stands in that list, int64, shape (nodes,).
+    """
+
+    buckets: list[Bucket]
+    place: Tensor
+
+    def to(self, device: torch.device) -> Paths:
+        """The same on ``device``."""
+        moved = [Bucket(b.queries.to(device), b.keys.to(device), b.depths.to(device)) for b in self.buckets]
+        return Paths(moved, self.place.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of one forward, padded on the right.
+    """One forward.
 
     Attributes:
-        input_ids: int64, shape (rows, width).
-        attention_mask: int64, shape (rows, width); 1 on tokens, 0 on padding.
+        input_ids: int64, shape (rows, width); a trie is one row.
+        attention_mask: int64, shape (rows, width), 1 on tokens and 0 on padding, which is on the right.
         source: int64, shape (labels,): the flattened position whose hidden state predicts each label.
         target: int64, shape (labels,): the label's token id.
         weight: float32, shape (labels,): how often the label counts in the loss.
         useful_tokens: the examples' own tokens.
-        rows: indices of the examples in the prepared table, for messages.
+        rows: indices of the examples in the training or held-out rows, for messages.
+        position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
+        paths: of a trie; ``None`` in padded rows.
     """
 
     input_ids: Tensor
@@ -31,6 +93,8 @@ class MicroBatch:
     weight: Tensor
     useful_tokens: int
     rows: tuple[int, ...]
+    position_ids: Tensor | None = None
+    paths: Paths | None = None
 
     @property
     def computed_tokens(self) -> int:
@@ -39,45 +103,103 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return MicroBatch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.source.to(device),
+            self.target.to(device),
+            self.weight.to(device),
+            self.useful_tokens,
+            self.rows,
+            None if self.position_ids is None else self.position_ids.to(device),
+            None if self.paths is None else self.paths.to(device),
         )
 
 
-def padded(examples: Sequence[dict[str, Any]], rows: Sequence[int], pad_id: int) -> MicroBatch:
+def padded(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int) -> MicroBatch:
     """Lay examples side by side, padded on the right to the longest.
 
     Without examples, a stand-in of one token and no label is returned: the forward runs the same collectives as on the
     other ranks and adds exactly zero.
 
     Args:
-        examples: each with ``input_ids`` and ``labels`` of one length; a label on the first token has nothing to be
-            predicted from and is left out.
-        rows: their indices in the prepared table.
+        examples: a label on the first token of one has nothing to be predicted from and is left out.
+        rows: their indices.
         pad_id: fills the padding; masked, so any id gives the same result.
     """
-    width = max((len(e["input_ids"]) for e in examples), default=1)
-    ids = torch.full((max(1, len(examples)), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    source: list[int] = []
-    target: list[int] = []
+    width = max((len(e.ids) for e in examples), default=1)
+    ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    learnt = np.zeros(ids.shape, dtype=bool)
     for row, example in enumerate(examples):
-        tokens = example["input_ids"]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        for position, label in enumerate(example["labels"]):
-            if label and position:
-                source.append(row * width + position - 1)
-                target.append(tokens[position])
+        ids[row, : len(example.ids)] = example.ids
+        mask[row, : len(example.ids)] = 1
+        learnt[row, 1 : len(example.ids)] = example.labels[1:]
     if not examples:
         mask[:] = 1
+    target = np.flatnonzero(learnt)
     return MicroBatch(
-        input_ids=ids,
-        attention_mask=mask,
-        source=torch.tensor(source, dtype=torch.int64),
-        target=torch.tensor(target, dtype=torch.int64),
-        weight=torch.ones(len(source), dtype=torch.float32),
-        useful_tokens=sum(len(e["input_ids"]) for e in examples),
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        source=torch.from_numpy(target - 1),
+        target=torch.from_numpy(ids.reshape(-1)[target]),
+        weight=torch.ones(len(target), dtype=torch.float32),
+        useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
     )
+
+
+def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray) -> MicroBatch:
+    """Lay examples in one trie: each shared beginning once, with the loss and gradient of the separate rows.
+
+    Args:
+        examples: at least one, each of at least one token.
+        rows: their indices.
+    """
+    trie = build([e.ids for e in examples], [e.labels for e in examples])
+    target = np.flatnonzero(trie.weights)
+    return MicroBatch(
+        input_ids=torch.from_numpy(trie.ids)[None],
+        attention_mask=torch.ones(1, len(trie.ids), dtype=torch.int64),
+        source=torch.from_numpy(trie.parents[target]),
+        target=torch.from_numpy(trie.ids[target]),
+        weight=torch.from_numpy(trie.weights[target].astype(np.float32)),
+        useful_tokens=sum(len(e.ids) for e in examples),
+        rows=tuple(int(r) for r in rows),
+        position_ids=torch.from_numpy(trie.depths)[None],
+        paths=paths_of(trie),
+    )
+
+
+def paths_of(trie: Trie) -> Paths:
+    """Cut a trie's new nodes into rows of queries, each with the path that leads to it as keys.
+
+    Most examples add about as many nodes as the median one; longer stretches (the first example, with the beginning
+    that all share) are cut to that length, so that few queries are filled up. A row ending at depth d has d + 1 keys.
+    """
+    longest = max(LEAST_QUERIES, int(np.median([len(p) - s for p, s in zip(trie.paths, trie.starts, strict=True)])))
+    pieces = [
+        (path, begin, min(begin + longest, len(path)))
+        for path, start in zip(trie.paths, trie.starts, strict=True)
+        for begin in range(start, len(path), longest)
+    ]
+    pieces.sort(key=lambda p: -p[2])
+    buckets: list[Bucket] = []
+    place = np.empty(len(trie.ids), dtype=np.int64)
+    laid = at = 0
+    while at < len(pieces):
+        end = at
+        while end < len(pieces) and pieces[end][2] * KEY_SPREAD >= pieces[at][2]:
+            end += 1
+        group, at = pieces[at:end], end
+        width = max(e - b for _, b, e in group)
+        queries = np.zeros((len(group), width), dtype=np.int64)
+        keys = np.zeros((len(group), group[0][2]), dtype=np.int64)
+        for row, (path, b, e) in enumerate(group):
+            queries[row, : e - b] = path[b:e]
+            keys[row, :e] = path[:e]
+            place[path[b:e]] = laid + row * width + np.arange(e - b)
+        laid += queries.size
+        depths = torch.tensor([b for _, b, _ in group])
+        buckets.append(Bucket(torch.from_numpy(queries), torch.from_numpy(keys), depths))
+    return Paths(buckets, torch.from_numpy(place))

@@ -1,0 +1,160 @@
+"""Is a trie right on this model? Proved at start-up on a few real rows, on the loaded model, against padded rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.attention import KERNEL, along
+from trainer.config.schema import TrainConfig
+from trainer.data.batches import Limits, global_batch
+from trainer.data.load import Data
+from trainer.data.micro import MicroBatch, Tokens
+from trainer.data.packing import Packing
+from trainer.data.trie import sort_by_tokens
+from trainer.errors import ConfigError
+from trainer.loss import LabelLoss
+
+MOST_ROWS = 6
+MOST_TOKENS = 768
+MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need
+# Relative Frobenius distance between two orders of the same sums, generously: a wrong mask, depth or exit is far above.
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Relative distance, trie against padded rows: of the summed loss, and (Frobenius) of the gradients put together;
+    and the larger of both for padded rows against rows one by one, which is the dtype's own noise."""
+
+    loss_distance: float
+    gradient_distance: float
+    noise: float
+
+
+def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data, pad_id: int) -> tuple[Packing, str]:
+    """The packing of a run, and a sentence for the user that says why.
+
+    Args:
+        model: with its trained parameters, before DeepSpeed; where it is now, it is tried.
+        loss: of this model.
+        config: ``batch.packing`` is followed; ``auto`` falls back to padded, ``trie`` does not.
+        data: the first step's rows are tried.
+        pad_id: fills padding.
+
+    Raises:
+        ConfigError: ``batch.packing=trie``, and a trie is not possible or not proved.
+    """
+    limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
+    padded, trie = Packing(False, limits, pad_id), Packing(True, limits, pad_id)
+    if config.batch.packing == "padded":
+        return padded, "packing: padded, as asked"
+    reason = why_not(model)
+    if reason is None:
+        rows = proof_rows(config, data)
+        proof = prove(model, loss, rows, pad_id)
+        dtype = next(p for p in model.parameters() if p.is_floating_point()).dtype
+        bound = max(BOUNDS.get(dtype, 1e-3), 4 * proof.noise)
+        distances = f"losses within {proof.loss_distance:.1e}, gradients within {proof.gradient_distance:.1e}"
+        if proof.loss_distance <= bound and proof.gradient_distance <= bound:
+            return trie, f"packing: trie, proved on {len(rows)} rows against padded ({distances})"
+        reason = f"on {len(rows)} rows it differs from padded ({distances}; {bound:.1e} is allowed)"
+    if config.batch.packing == "trie":
+        raise ConfigError("batch.packing", value="trie", rule=f"cannot be used: {reason}", cure="batch.packing=padded")
+    return padded, f"packing: padded. A trie cannot be used: {reason}"
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model cannot be tried on a trie at all; ``None`` when it can."""
+    config = model.config
+    if config._attn_implementation != KERNEL:
+        return f"attention is {config._attn_implementation}, which knows padded rows only"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return f"{type(base).__name__} takes no position ids"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in ([rope] if "rope_type" in rope else rope.values()) if isinstance(r, dict)}
+    if found := kinds & set(LENGTH_DEPENDENT_ROPE):
+        return f"its rotary embedding ({', '.join(sorted(map(str, found)))}) depends on the length of the row"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if odd := layers - {"full_attention", "sliding_attention"}:
+        return f"its layers ({', '.join(sorted(odd))}) are not attention over single tokens"
+    return None
+
+
+def proof_rows(config: TrainConfig, data: Data) -> list[Tokens]:
+    """A few rows of the first step: those that share most with a neighbour, and the shortest of the others."""
+    chosen = global_batch(config.run.seed, 0, len(data.train), config.batch.global_size)
+    rows = data.train.tokens(chosen[:64])
+    order, begins = sort_by_tokens([r.ids for r in rows])
+    neighbours = [int(i) for at in begins.argsort()[::-1][:2] for i in order[max(0, at - 1) : at + 1]]
+    others = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    picked: list[Tokens] = []
+    for i in dict.fromkeys([*neighbours, *others]):
+        fits = sum(len(r.ids) for r in picked) + len(rows[i].ids) <= MOST_TOKENS
+        if not picked or (len(picked) < MOST_ROWS and fits):
+            picked.append(Tokens(rows[i].ids[:MOST_TOKENS], rows[i].labels[:MOST_TOKENS]))
+    return [r for r in picked if r.labels[1:].any()] or [Tokens(r.ids, r.labels | True) for r in picked]
+
+
+def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> Proof:
+    """Losses and gradients of some rows in one trie, in padded rows, and one by one.
+
+    Args:
+        model: in evaluation or training mode; dropout is off while it is tried, and its gradients are left alone.
+        loss: of this model.
+        rows: with at least one label.
+        pad_id: fills padding.
+    """
+    unlimited = Limits(len(rows), 0)
+    trained = _some([p for p in model.parameters() if p.requires_grad])
+    was_training = model.training
+    model.eval()
+    try:
+        which = list(range(len(rows)))
+        padded, trie = Packing(False, unlimited, pad_id), Packing(True, unlimited, pad_id)
+        expected = _loss_and_gradients(model, loss, [padded.lay(rows, which)], trained)
+        found = _loss_and_gradients(model, loss, [trie.lay(rows, which)], trained)
+        single = [padded.lay([row], [i]) for i, row in enumerate(rows)]
+        noise = _distance(_loss_and_gradients(model, loss, single, trained), expected)
+    finally:
+        model.train(was_training)
+    loss_distance, gradient_distance = _distance(found, expected)
+    return Proof(loss_distance, gradient_distance, max(noise))
+
+
+def _some(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """First, last and some between, as many as ``MOST_ELEMENTS`` allow; at least one."""
+    step = max(1, sum(p.numel() for p in parameters) // MOST_ELEMENTS)
+    return parameters[::step]
+
+
+def _loss_and_gradients(
+    model: nn.Module, loss: LabelLoss, batches: Sequence[MicroBatch], trained: list[nn.Parameter]
+) -> tuple[Tensor, list[Tensor]]:
+    total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+    device = next(model.parameters()).device
+    for batch in (b.to(device) for b in batches):
+        with along(batch.paths):
+            value = loss(model, batch)
+            gradients = torch.autograd.grad(value, trained, allow_unused=True)
+        total = total + value.detach().cpu()
+        for held, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                held += gradient
+    return total, sums
+
+
+def _distance(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
+    """Relative distance of the losses, and of the gradients put together."""
+    loss = float((found[0] - expected[0]).abs() / expected[0].abs().clamp_min(1e-12))
+    apart = sum(float((f - e).square().sum()) for f, e in zip(found[1], expected[1], strict=True))
+    whole = sum(float(e.square().sum()) for e in expected[1])
+    distance = (apart / max(whole, 1e-30)) ** 0.5
+    return (loss, distance) if distance == distance else (float("inf"), float("inf"))
