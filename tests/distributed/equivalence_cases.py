@@ -28,14 +28,14 @@ def cases() -> dict[str, list[str]]:
         if thorough:
             out[f"lora {zero} padded"] = [
                 f"zero={zero}",
-                "data.max_length=200",
-                "batch.micro_tokens=256",
+                "data.max_length=400",
+                "batch.micro_tokens=400",
                 "batch.packing=padded",
             ]
             out[f"lora {zero} nodes"] = [
                 f"zero={zero}",
-                "data.max_length=200",
-                "batch.micro_tokens=256",
+                "data.max_length=400",
+                "batch.micro_tokens=400",
                 "batch.packing=trie",
             ]
         out[f"lora {zero} checkpointing"] = [f"zero={zero}", "batch.micro_size=2", "model.gradient_checkpointing=true"]
