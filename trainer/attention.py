@@ -100,7 +100,7 @@ def trie_attention(
 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, dropout: float) -> Tensor:
-    """The same sums as SDPA, written out, softmax in at least fp32; query heads that share a key head make one product."""
+    """The same sums as SDPA, written out, softmax in at least fp32; query heads with one key head make one product."""
     rows, heads, queries, width = q.shape
     groups = heads // k.shape[1]
     grouped = q.reshape(rows, k.shape[1], groups * queries, width)
