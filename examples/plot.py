@@ -1,4 +1,4 @@
-"""Draw a run's loss: ``python examples/headlines/plot.py runs/demo examples/headlines/demo.svg``."""
+"""Draw a run's loss: ``python examples/plot.py runs/demo examples/headlines/demo.svg``."""
 
 import sys
 from pathlib import Path
