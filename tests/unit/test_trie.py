@@ -84,7 +84,8 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
         beginning = tuple(int(trie.ids[a]) for a in reversed(above))
         depth = len(beginning) - 1
         assert trie.depths[node] == depth
-        assert set(above) == {j for j in range(len(trie.ids)) if j <= node < trie.exits[j]}
+        path = next(p for p, start in zip(trie.paths, trie.starts, strict=True) if node in p[start:])
+        assert above[::-1] == path[: depth + 1].tolist()
         learnt = sum(bool(r.labels[depth]) for r, w in zip(rows, words, strict=True) if w[: depth + 1] == beginning)
         assert trie.weights[node] == (learnt if depth else 0)
 

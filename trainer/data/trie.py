@@ -22,7 +22,6 @@ class Trie:
         ids: token ids, int64 (T,).
         depths: place of each token in its examples, from 0: its position id, int64 (T,).
         parents: node before it in its examples, -1 at a root, int64 (T,).
-        exits: first node behind its subtree: node j is i or above it iff ``j <= i < exits[j]``; int64 (T,).
         weights: in how many examples the node is a label that has a parent, int64 (T,).
         paths: for each distinct example in laid order, its nodes from the root on.
         starts: for each of ``paths``, how many of its nodes stood already before it was laid.
@@ -31,7 +30,6 @@ class Trie:
     ids: np.ndarray
     depths: np.ndarray
     parents: np.ndarray
-    exits: np.ndarray
     weights: np.ndarray
     paths: list[np.ndarray]
     starts: list[int]
@@ -72,15 +70,13 @@ def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
     order, shared = sort_by_tokens(examples)
     total = int(sum(len(examples[e]) for e in order) - shared.sum())
     ids, depths = np.empty(total, np.int64), np.empty(total, np.int64)
-    parents, exits = np.empty(total, np.int64), np.full(total, total, np.int64)
-    weights = np.zeros(total, np.int64)
+    parents, weights = np.empty(total, np.int64), np.zeros(total, np.int64)
     paths: list[np.ndarray] = []
     starts: list[int] = []
     path, laid = np.empty(0, np.int64), 0
     for example, start in zip(order, shared, strict=True):
         tokens = examples[example]
         new = np.arange(laid, laid + len(tokens) - start)
-        exits[path[start:]] = laid  # what the predecessor had beyond the shared beginning ends here
         path = np.concatenate([path[:start], new])
         ids[new], depths[new] = tokens[start:], np.arange(start, len(tokens))
         parents[new] = np.concatenate([path[start - 1 : start] if start else [-1], new])[: len(new)]
@@ -91,4 +87,4 @@ def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
             paths.append(path)
             starts.append(int(start))
         laid += len(new)
-    return Trie(ids, depths, parents, exits, weights, paths, starts)
+    return Trie(ids, depths, parents, weights, paths, starts)
