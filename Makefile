@@ -15,7 +15,7 @@ TEST_THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n :
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench clean distclean slurm-packages
+.PHONY: help demo test check lint format bench clean distclean packages
 
 help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
@@ -55,16 +55,22 @@ check: lint
 	$(TEST_ENV) $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
 
 # One pytest run, and nothing after it: its summary line is the last thing said.
-test: lint slurm-packages
+test: lint packages
 	$(TEST_ENV) $(PY) -m pytest tests $(PYTEST_ARGS)
 
-slurm-packages:
-	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "Slurm: installing slurmctld slurmd slurm-client munge"; \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    slurmctld slurmd slurm-client munge; } >/dev/null 2>&1 || echo "Slurm: apt-get could not install it; its tests will skip"; \
-	else echo "Slurm: slurmctld, slurmd, sbatch and munged are not all here; its tests will skip"; fi
+# What tests need beside Python: a Slurm to be requeued by, a browser to look at pages with. Quick when they are there.
+packages:
+	@missing=; has() { command -v "$$1" >/dev/null; }; \
+	has slurmctld || missing="$$missing slurmctld"; has slurmd || missing="$$missing slurmd"; \
+	has sbatch || missing="$$missing slurm-client"; has munged || missing="$$missing munge"; \
+	has chromium || has chromium-browser || has google-chrome || missing="$$missing chromium"; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && has apt-get; then \
+	  echo "tests: installing$$missing"; apt-get update -qq >/dev/null 2>&1; \
+	  for package in $$missing; do \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package >/dev/null 2>&1 || \
+	      echo "tests: apt-get could not install $$package; the tests that need it will skip"; done; \
+	else echo "tests: not on this machine:$$missing; the tests that need them will skip"; fi
 
 bench: $(PEERS)
 	@found=0; for script in benchmarks/[!_]*.py; do [ -e "$$script" ] || continue; found=1; \

@@ -106,6 +106,20 @@ def config_command(
 
 
 @app.command()
+def data(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page to look at, too")] = None,
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=0, help="rows shown token by token")] = 3,
+) -> None:
+    """Prepare, check and show the data: what is learnt, token by token, lengths, sharing, refused rows. No model."""
+    import trainer.config
+    from trainer.view import view
+
+    view(trainer.config.load(overrides or [], config_file), html, examples, lambda text: print(text, file=sys.stderr))
+
+
+@app.command()
 def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:
     """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
     import trainer.fetch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,21 +56,22 @@ def evaluate(
     """
     rows = data.validation
     if config.eval.max_rows is not None:
-        rows = Rows(rows.prepared, rows.indices[: config.eval.max_rows])
+        rows = Rows(rows.tables, rows.indices[: config.eval.max_rows])
     metrics: dict[str, float] = {}
     samples: list[Sample] = []
+    answers: list[tuple[int, str, str]] = []
     with torch.no_grad():
         if "loss" in config.eval.metrics:
             metrics |= _loss(loss_sum, packing, rows, world)
         if "exact_match" in config.eval.metrics:
             answers = _answers(sampler, rows, config, world)
-            pairs = [(sampler.decode(a).strip(), row["answer"].strip()) for a, row in answers]
-            metrics["exact_match"] = sum(a == r for a, r in pairs) / len(pairs)
+        if answers:
+            metrics["exact_match"] = sum(answer == reference for _, answer, reference in answers) / len(answers)
+            shown = answers[: config.eval.samples]
+            records = rows.examples([row for row, _, _ in shown])
             samples = [
-                Sample(sampler.decode(row["input_ids"][: row["prompt_length"]]), reference, answer)
-                for (answer, reference), (_, row) in zip(
-                    pairs[: config.eval.samples], answers[: config.eval.samples], strict=True
-                )
+                Sample(sampler.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
+                for record, (_, answer, reference) in zip(records, shown, strict=True)
             ]
     return Scores(metrics, samples)
 
@@ -87,17 +87,23 @@ def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def _answers(sampler: Sampler, rows: Rows, config: TrainConfig, world: World) -> list[tuple[list[int], dict[str, Any]]]:
-    """Each row's answer as token ids with its record, in the order of the rows."""
-    records = rows.examples(range(len(rows)))
-    lengths = np.asarray([r["prompt_length"] for r in records])
-    mine: dict[int, list[int]] = {}
-    for micro in split(lengths, world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
-        prompts = [records[i]["input_ids"][: records[i]["prompt_length"]] for i in micro]
+def _answers(sampler: Sampler, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+    """Each row that has a prompt, with the answer to it and its reference. Plain text has none: nothing is asked."""
+    prompt_lengths = rows.prompt_lengths
+    asked = np.flatnonzero(prompt_lengths)
+    if not len(asked):
+        return []
+    mine: dict[int, tuple[str, str]] = {}
+    for micro in split(prompt_lengths[asked], world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
+        records = rows.examples(asked[micro] if micro else [])  # a few at a time: as Python objects, rows are big
+        prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
         # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
         answers: Sequence[list[int]] = sampler.answer(prompts or [[sampler.pad_id]])
-        mine |= dict(zip(micro, answers, strict=False))
-    merged: dict[int, list[int]] = {}
+        mine |= {
+            int(asked[i]): (sampler.decode(answer).strip(), record["answer"].strip())
+            for i, answer, record in zip(micro, answers, records, strict=False)
+        }
+    merged: dict[int, tuple[str, str]] = {}
     for part in gather_objects(mine):
         merged |= part
-    return [(merged[i], record) for i, record in enumerate(records)]
+    return [(int(row), *merged[int(row)]) for row in asked]

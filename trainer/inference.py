@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from trainer import distributed
 from trainer.config import TrainConfig, load
+from trainer.config.parts import is_template_file
 from trainer.data.batches import Limits
 from trainer.data.load import load_data
 from trainer.data.packing import Packing
@@ -57,7 +59,8 @@ def load_run(
         CheckpointError: the run has no final adapter or model.
     """
     quiet()
-    config = load(list(overrides), run / "config.yaml")
+    own_template = _own_template(run)
+    config = load([*own_template, *overrides], run / "config.yaml")
     world = distributed.from_environment()
     method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
     dtype = compute_dtype(config.model.dtype, world.device, zero_stage=2)
@@ -72,8 +75,16 @@ def load_run(
         model = load_adapter(model, trained)
     if device_map is None and method.bits == 16:
         model = model.to(world.device)
-    tokenizer = load_tokenizer(str(trained) if adapter else folder, keys)
+    tokenizer = load_tokenizer(str(trained) if adapter or own_template else folder, keys)
     return Loaded(config, model.eval(), tokenizer, world)
+
+
+def _own_template(run: Path) -> list[str]:
+    """What to override when a finished run was trained with a chat template from a file: the tokenizer that it saved
+    carries that template, so the file may be gone by now."""
+    config = OmegaConf.load(run / "config.yaml")
+    saved = any((run / name / "tokenizer_config.json").exists() for name in ("adapter", "model"))
+    return ["data.template=chat"] if saved and is_template_file(OmegaConf.select(config, "data.template")) else []
 
 
 def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import socket
 import sys
 import time
@@ -13,8 +14,10 @@ from typing import Any
 
 from trainer import checkpoint, distributed
 from trainer.config import TrainConfig, load, to_yaml
+from trainer.config.parts import is_template_file
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
+from trainer.data.templates import Template
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import AfinaError, TrainingError
@@ -137,6 +140,7 @@ def _run(
     if world.is_main:
         checkpoint.set_aside_later(run.folder, first_step)
         (run.folder / "config.yaml").write_text(to_yaml(config))
+        _copy_refused(data, run.folder)
         write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
     loop.tracker = tracker = Tracker.open(
         config,
@@ -151,7 +155,7 @@ def _run(
         _introduce(tracker, config, data, built.facts, first_step, run)
         outcome = loop.train(first_step)
         if outcome.status == "finished":
-            _save_final(built.engine, run.folder, tokenizer, config.method.name == "full")
+            _save_final(built.engine, run.folder, _with_template(tokenizer, config), config.method.name == "full")
         summary = _summary(outcome, built.facts, run, time.perf_counter() - begin)
         if world.is_main:
             write_summary(run.folder, summary)
@@ -205,6 +209,24 @@ def _save_final(engine: Engine, folder: Path, tokenizer: Any, is_full: bool) -> 
                 str(target), rule="changes nothing: every LoRA B is still zero", cure="raise optim.learning_rate"
             )
     tokenizer.save_pretrained(str(target))
+
+
+def _with_template(tokenizer: Any, config: TrainConfig) -> Any:
+    """The tokenizer as it is saved: a chat template from a file goes with it, for whoever serves the model."""
+    keys = config.data
+    if is_template_file(keys.template):
+        tokenizer.chat_template = Template(tokenizer, keys.template, keys.alpaca_role, keys.train_on).chat_template
+    return tokenizer
+
+
+def _copy_refused(data: Data, folder: Path) -> None:
+    """Keep the rows that were left out with the run: the cache may be emptied."""
+    parts = [part for part in data.parts if part.refused or part.dropped]
+    if parts:
+        with (folder / "refused.jsonl").open("wb") as out:
+            for part in parts:
+                with part.refused_file.open("rb") as rows:
+                    shutil.copyfileobj(rows, out)
 
 
 def _summary(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:

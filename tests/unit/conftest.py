@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.prepared import Asked
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
@@ -23,3 +25,9 @@ def model(tiny_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tokenizer: Any) -> Asked:
+    """A file of 23 rows, and ``prepare`` on it with a cache of its own."""
+    return Asked(tmp_path, tokenizer)

@@ -22,7 +22,7 @@ ROWS = (
     ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
     ("attention", "model", "engine", "resources", "state", "checkpoint"),
-    ("loop", "evaluate", "generate", "merge", "runs", "proof"),
+    ("loop", "evaluate", "generate", "merge", "runs", "proof", "view"),
     ("train", "inference"),
     ("compare", "report"),
     ("cli",),

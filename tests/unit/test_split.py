@@ -15,54 +15,52 @@ shares = st.floats(0.001, 0.999) | st.integers(0, 30)
 
 
 @quick
-@given(
-    st.lists(st.integers(-5, 5), min_size=1, max_size=60), shares, st.none() | st.integers(1, 70), st.integers(0, 99)
-)
-def test_disjoint_by_prompt_and_no_more_than_asked(
-    keys: list[int], share: float, max_rows: int | None, seed: int
-) -> None:
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=60), shares, st.integers(0, 99))
+def test_disjoint_by_prompt_and_no_more_than_asked(keys: list[int], share: float, seed: int) -> None:
     rows = np.asarray(keys, dtype=np.int64)
     wanted = round(share * len(rows)) if isinstance(share, float) else share
     if wanted >= len(rows):
         with pytest.raises(DataError, match=r"data\.validation"):
-            split_rows(rows, share, max_rows, seed)
+            split_rows(rows, share, seed)
         return
-    train, held = split_rows(rows, share, max_rows, seed)
+    train, held = split_rows(rows, share, seed)
     assert train.dtype == held.dtype == np.int64
     assert len(held) <= wanted
     assert len(train)
     assert not set(rows[train]) & set(rows[held])
     assert list(train) == sorted(set(train))
     assert list(held) == sorted(set(held))
-    left = len(rows) - len(held)
-    assert len(train) == (left if max_rows is None else min(left, max_rows))
-    again = split_rows(rows, share, max_rows, seed)
+    assert len(train) + len(held) == len(rows)
+    assert set(held) == greedy(rows, wanted, seed)
+    again = split_rows(rows, share, seed)
     assert all(np.array_equal(a, b) for a, b in zip((train, held), again, strict=True))
+
+
+def greedy(keys: np.ndarray, wanted: int, seed: int) -> set[int]:
+    """The rule as it is said: groups in a drawn order, each taken when it still fits."""
+    groups = np.unique(keys)
+    held: set[int] = set()
+    for group in np.random.default_rng([seed, 0]).permutation(len(groups)):
+        rows = np.flatnonzero(keys == groups[group])
+        if len(held) + len(rows) <= wanted:
+            held |= set(rows)
+    return held
 
 
 @quick
 @given(st.integers(10, 200), st.floats(0.01, 0.9), st.integers(0, 99))
 def test_unlike_prompts_give_exactly_what_is_asked_for(rows: int, share: float, seed: int) -> None:
     keys = np.random.default_rng(seed).permutation(rows)
-    held = split_rows(keys, share, None, seed)[1]
+    held = split_rows(keys, share, seed)[1]
     assert len(held) == round(share * rows)
-    assert len(split_rows(keys, rows - 1, None, seed)[1]) == rows - 1
-
-
-def test_max_rows_leaves_the_held_out_rows_as_they_are_and_grows() -> None:
-    keys = np.arange(500)
-    _, held = split_rows(keys, 50, None, 3)
-    few, held_few = split_rows(keys, 50, 20, 3)
-    more, _ = split_rows(keys, 50, 40, 3)
-    assert np.array_equal(held, held_few)
-    assert set(few) < set(more)  # so that a longer trial trains on the same rows and others
+    assert len(split_rows(keys, rows - 1, seed)[1]) == rows - 1
 
 
 def test_the_seed_decides_and_every_row_has_its_turn() -> None:
     keys = np.arange(40)
     counts = np.zeros(40)
     for seed in range(400):
-        counts[split_rows(keys, 10, None, seed)[1]] += 1
+        counts[split_rows(keys, 10, seed)[1]] += 1
     # binomial(400, 1/4): mean 100, deviation 8.7
     assert counts.min() > 60
     assert counts.max() < 140
@@ -71,9 +69,9 @@ def test_the_seed_decides_and_every_row_has_its_turn() -> None:
 @pytest.mark.parametrize("validation", [5, 50, 0.95])
 def test_nothing_left_to_train_on(validation: float) -> None:
     with pytest.raises(DataError, match=r"data\.validation=.*would hold out all 5 rows"):
-        split_rows(np.arange(5), validation, None, 0)
+        split_rows(np.arange(5), validation, 0)
 
 
 def test_zero_holds_out_none_and_one_prompt_cannot_be_split() -> None:
-    assert [len(part) for part in split_rows(np.arange(5), 0, None, 0)] == [5, 0]
-    assert [len(part) for part in split_rows(np.full(5, 7), 4, None, 0)] == [5, 0]
+    assert [len(part) for part in split_rows(np.arange(5), 0, 0)] == [5, 0]
+    assert [len(part) for part in split_rows(np.full(5, 7), 4, 0)] == [5, 0]

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.small import LLAMA_LIKE, adds_bos, sentencepiece_like, with_template
-from trainer.data.formats import Example
+from trainer.data.formats import Example, Turn
 from trainer.data.micro import Tokens, padded
+from trainer.data.sources import RowError
 from trainer.data.templates import Encoded, Template
 from trainer.errors import DataError
 from trainer.fetch.tiny import CHATML
@@ -52,7 +53,7 @@ hostile_texts = st.lists(pieces | st.sampled_from(SPECIAL + hostile), max_size=6
 
 
 def example(instruction: str, output: str, input: str = "") -> Example:
-    return Example(instruction, input, output, "rows.jsonl:1", 1)
+    return Example((Turn("user", instruction, input), Turn("assistant", output, answer=True)), "rows.jsonl:1", 1)
 
 
 def learnt(encoded: Encoded) -> list[int]:
@@ -168,16 +169,6 @@ def test_ids_are_what_others_will_serve_the_model_with(prepend: str, layout: str
         assert [i for i in hostile.ids if i in controls] == [i for i in found.ids if i in controls]
 
 
-def test_a_control_token_that_swallows_spaces_is_not_learnt() -> None:
-    from tokenizers import AddedToken
-
-    tokenizer = sentencepiece_like("never", "{{ messages[0].content }}<|sep|>{{ messages[1].content }}</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|sep|>", rstrip=True, special=True)]})
-    found = Template(tokenizer, "chat").encode(example("a", "  b"))
-    assert found.ids == tokenizer("a<|sep|>  b</s>").input_ids
-    assert tokenizer.decode(learnt(found)) == "b</s>"
-
-
 def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) -> None:
     doubled = copy.deepcopy(tokenizer)
     doubled.pad_token = doubled.eos_token
@@ -285,9 +276,12 @@ def test_train_on_all_learns_everything_and_knows_the_same_end(tokenizer: Any) -
 
 
 def test_what_a_tokenizer_must_have(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"no chat template → data\.template=alpaca"):
-        Template(with_template(tokenizer, ""), "chat")
-    Template(with_template(tokenizer, ""), "alpaca")
+    bare = Template(with_template(tokenizer, ""), "chat")  # enough for plain text, which needs no chat template
+    assert bare.encode(Example((), "rows.txt:1", 1, text="a")).ids == [*tokenizer("a").input_ids, *bare.end_ids()]
+    with pytest.raises(DataError, match=r"no chat template → data\.template=alpaca") as caught:
+        bare.encode(example("q", "a"))
+    assert not isinstance(caught.value, RowError)  # it is not the row's fault
+    Template(with_template(tokenizer, ""), "alpaca").encode(example("q", "a"))
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     with pytest.raises(DataError, match="no end token"):

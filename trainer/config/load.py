@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.config import rules
 from trainer.config.known import FREE, Leaf, conf_dir, default_of, groups, is_key, leaves, sections, unknown_key
 from trainer.config.overrides import split
+from trainer.config.parts import TEMPLATES, is_glob, is_hub_id, is_template_file, parts_of
 from trainer.config.schema import TrainConfig
 from trainer.config.text import HIDDEN, is_secret_key, nearest, one_line, redact, wrong
 from trainer.errors import ConfigError
@@ -33,7 +36,7 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None) -> Trai
         config_file: a run's ``config.yaml``; it takes the place of ``conf/``, so groups cannot be chosen on top of it.
 
     Returns:
-        the resolved configuration; ``data.path`` (and ``data.validation`` if it is a path) absolute.
+        the resolved configuration; the paths of ``data.path``, ``.validation`` and ``.template`` absolute.
 
     Raises:
         ConfigError: one line that names the value, the rule it breaks and the cure.
@@ -49,9 +52,11 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None) -> Trai
         _assign(cfg, name, value)
     config = _resolve(cfg)
     rules.check(config)
-    config.data.path = find_data("data.path", config.data.path)
+    config.data.path = _found(config)
     if isinstance(config.data.validation, str):
         config.data.validation = find_data("data.validation", config.data.validation)
+    if is_template_file(config.data.template):
+        config.data.template = _find_template(config.data.template)
     return config
 
 
@@ -66,19 +71,54 @@ def sources(overrides: Sequence[str] = ()) -> dict[str, str]:
 
 
 def find_data(name: str, path: str) -> str:
-    """The absolute path of a data file: from the working directory, else beside ``conf/`` (where the demo's data is).
+    """The absolute path of data: a file, folder or glob, from the working directory, else beside ``conf/`` (where the
+    demo's data is). A hub id (``owner/name``, with no folder ``owner`` here) stays as it is.
 
     Raises:
-        ConfigError: it is in neither place, or is not a file.
+        ConfigError: nothing is there.
     """
+    for whole in _places(path):
+        if os.path.exists(whole) or (is_glob(path) and any(glob.iglob(whole, recursive=True))):
+            return whole
+    if is_hub_id(path) and not Path(path).parent.is_dir():
+        return path
+    if is_glob(path):
+        raise wrong(name, path, f"matches no file (looked from {Path.cwd()})", f"{name}='FOLDER/*.jsonl'")
+    raise _no_file(name, path, f"{name}=PATH/TO/FILE.jsonl")
+
+
+def _find_template(path: str) -> str:
+    """The absolute path of a chat template of the user's own, looked for like data."""
+    whole = next(filter(os.path.isfile, _places(path)), None)
+    if whole is None:
+        raise _no_file("data.template", path, f"data.template={' | '.join(TEMPLATES)} or FILE.jinja")
+    return whole
+
+
+def _places(path: str) -> list[str]:
     given = Path(path).expanduser()
-    for place in (Path.cwd(), conf_dir().parent):
-        if (place / given).exists():
-            found = place / given
-            if not found.is_file():
-                raise wrong(name, path, "must be a file, and this is a folder", f"{name}={path.rstrip('/')}/FILE.jsonl")
-            return os.path.normpath(found)
-    raise wrong(name, path, f"there is no such file (looked from {Path.cwd()})", f"{name}=PATH/TO/FILE.jsonl")
+    return [os.path.normpath(place / given) for place in (Path.cwd(), conf_dir().parent)]
+
+
+def _no_file(name: str, path: str, cure: str) -> ConfigError:
+    """The error for a path where nothing is; a file beside it with nearly that name is proposed."""
+    given = Path(path).expanduser()
+    beside = os.listdir(given.parent) if os.access(given.parent, os.R_OK) and given.parent.is_dir() else []
+    near = nearest(given.name, beside, 0.8)
+    cure = f"{name}={given.parent / near}" if near else cure
+    return wrong(name, path, f"there is no such file (looked from {Path.cwd()})", cure)
+
+
+def _found(config: TrainConfig) -> Any:
+    """``data.path`` in the form it was given, its paths absolute."""
+    data = config.data
+    parts = parts_of(data.path, data.format, data.columns, data.split, data.revision, data.subset)
+    if isinstance(data.path, str):
+        return find_data("data.path", data.path)
+    found = [find_data(f"data.path[{i}]", part.path) for i, part in enumerate(parts)]
+    return [
+        path if isinstance(item, str) else {**item, "path": path} for path, item in zip(found, data.path, strict=True)
+    ]
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -161,7 +201,8 @@ def _wrong_type(name: str, value: Any) -> ConfigError:
         return wrong(name, value, "must be keys and values", f"for example {FREE}.zero_optimization.overlap_comm=true")
     leaf = leaves()[name]
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    kind = kinds.get(leaf.base, "a list such as [a, b]") + (" or null" if leaf.optional else "")
+    other = "keys and values" if typing.get_origin(leaf.base) is dict else "a list such as [a, b]"
+    kind = kinds.get(leaf.base, other) + (" or null" if leaf.optional else "")
     return wrong(name, value, f"must be {kind}", f"for example {name}={_example(leaf)}")
 
 

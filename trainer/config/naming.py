@@ -15,7 +15,10 @@ LONGEST_SLUG = 40
 
 # What does not change the result: where it is written, how it is watched, started and saved.
 _LEFT_OUT_SECTIONS = ("log", "launch", "checkpoint")
-_LEFT_OUT_KEYS = (("run", "name"), ("run", "dir"), ("run", "overwrite"), ("data", "cache_dir"))
+_LEFT_OUT_KEYS = (
+    *(("run", "name"), ("run", "dir"), ("run", "overwrite")),
+    *(("data", "cache_dir"), ("data", "workers"), ("data", "max_refused")),
+)
 
 
 def run_name(config: TrainConfig) -> str:
@@ -43,15 +46,19 @@ def _digest(config: TrainConfig) -> str:
         del tree[section]
     for section, name in _LEFT_OUT_KEYS:
         del tree[section][name]
-    for name in ("path", "validation"):
+    for name in ("path", "validation", "template"):
         tree["data"][name] = _portable(tree["data"][name])
     text = json.dumps(tree, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _portable(path: object) -> object:
-    """A path in the checkout relative to it, so that a recipe has the same name in every checkout."""
+    """Paths in the checkout relative to it, so that a recipe has the same name in every checkout."""
     root = conf_dir().parent
+    if isinstance(path, list):
+        return [_portable(item) for item in path]
+    if isinstance(path, dict):
+        return {key: _portable(value) if key == "path" else value for key, value in path.items()}
     if isinstance(path, str) and Path(path).is_relative_to(root):
         return str(Path(path).relative_to(root))
     return path

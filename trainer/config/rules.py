@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.known import Leaf, default_of, leaves, slurm_by_hand
+from trainer.config.parts import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.text import listing, nearest, one_line, redact, wrong
 from trainer.errors import ConfigError
@@ -145,10 +146,28 @@ def _target_modules(value: Any) -> None:
 
 def _data(config: TrainConfig) -> None:
     data = config.data
-    if data.alpaca_role == "system" and data.template != "chat":
-        rule = f"needs the chat template, and data.template is {data.template}"
+    own = is_template_file(data.template)
+    if data.template not in TEMPLATES and not own:
+        rule = f"must be {', '.join(TEMPLATES)}, or a file ending in {listing(TEMPLATE_SUFFIXES)}"
+        cure = f"data.template={nearest(data.template, TEMPLATES) or TEMPLATES[0]}"
+        raise wrong("data.template", data.template or "''", rule, cure)
+    if data.alpaca_role == "system" and data.template != "chat" and not own:
+        rule = f"needs a chat template, and data.template is {data.template}"
         raise wrong("data.alpaca_role", data.alpaca_role, rule, "data.template=chat or data.alpaca_role=user")
-    held_out = data.validation
+    check_columns("data.columns", data.columns)
+    _max_refused(data.max_refused)
+    _validation(data.validation)
+
+
+def _max_refused(value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value < 0 or (isinstance(value, float) and not 0 < value < 1):
+        rule = "must be a whole number of rows, at least 0, or a share between 0 and 1"
+        whole = round(value) if number and value > 0 else 0
+        raise wrong("data.max_refused", value, rule, f"data.max_refused={whole} for rows, or 0.01 for a share")
+
+
+def _validation(held_out: Any) -> None:
     rule = "must be a whole number of rows, a share between 0 and 1, or a path"
     if isinstance(held_out, bool) or not isinstance(held_out, (int, float, str)) or held_out == "":
         raise wrong("data.validation", held_out, rule, "data.validation=0.1, or 0 to hold out none")

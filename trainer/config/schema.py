@@ -72,12 +72,23 @@ class MethodConfig:
 class DataConfig:
     """Where the examples come from and how they become tokens."""
 
-    path: str = key("???", "a JSONL file of examples")
-    format: str = key("auto", "shape of a row; auto recognises it", choices=("auto", "alpaca"))
+    path: Any = key(
+        "???",
+        "a file, folder, glob or hub id; or a list of them, each alone or as {path: …, weight: …, rows: …, format: …}",
+    )
+    format: str = key(
+        "auto",
+        "shape of a row; auto recognises it by its fields",
+        choices=("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice"),
+    )
+    columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
+    split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
+    subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
+    revision: str | None = key(None, "commit, tag or branch of a hub id; pin it for repeatable runs")
     template: str = key(
         "chat",
-        "chat: the model's own chat template; alpaca: 'Below is an instruction…'; alpaca_short: without that preamble",
-        choices=("chat", "alpaca", "alpaca_short"),
+        "chat: the model's own chat template; alpaca: 'Below is an instruction…'; alpaca_short: without that preamble; "
+        "plain: prompt and answer put together as they are; or a FILE.jinja, a chat template of your own",
     )
     alpaca_role: str = key(
         "user",
@@ -90,9 +101,16 @@ class DataConfig:
         "an example longer than max_length: error stops, drop leaves it out, truncate cuts the prompt from its left",
         choices=("error", "drop", "truncate"),
     )
-    train_on: str = key("completion", "learnt tokens: the answer, or everything", choices=("completion", "all"))
+    train_on: str = key(
+        "completion",
+        "learnt tokens; completion: the row's answer (in a chat every assistant turn); assistant: every assistant "
+        "turn, history too; last_assistant: the last one only; all: everything",
+        choices=("completion", "assistant", "last_assistant", "all"),
+    )
     validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
     max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
+    max_refused: Any = key(0, "rows that may be unusable before it is an error: a whole number, or a share below 1")
+    workers: int | None = key(None, "processes that tokenise; null: one a CPU core for files over 8 MB, else one", ge=1)
     cache_dir: str | None = key(None, "folder of the prepared tokens; null: the user's cache folder")
 
 

@@ -12,98 +12,101 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
+from datasets import Dataset
 
+from trainer.config.parts import Part
 from trainer.config.schema import DataConfig
-from trainer.data.formats import alpaca, recognise
-from trainer.data.sources import open_bytes, read_rows
-from trainer.data.templates import Encoded, Template
+from trainer.data.build import REFUSED_FILE, TABLE_FILE, build
+from trainer.data.checks import Finding
+from trainer.data.encode import Recipe
+from trainer.data.formats import recognise
+from trainer.data.rows import Row, rows_of
+from trainer.data.sources import Source, open_source
+from trainer.data.templates import Template
 from trainer.errors import DataError
 
-VERSION = 2  # of the table's layout and of everything that turns text into tokens: raise it when either changes
-FEATURES = Features(
-    {
-        "line": Value("int64"),
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("bool")),
-        "prompt_length": Value("int32"),
-        "prompt_key": Value("int64"),
-        "answer": Value("string"),
-    }
-)
+VERSION = 3  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+MARKER = "COMPLETE"
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A table of tokenised examples.
+    """A table of tokenised examples: what became of one part of the data.
 
     Attributes:
-        table: memory-mapped columns ``line`` (in the source, from 1), ``input_ids``, ``labels`` (which ids are learnt),
-            ``prompt_length``, ``prompt_key`` (a hash of the ids of the uncut prompt), ``answer`` (the text).
-        lengths: tokens an example, int32.
-        label_counts: labels an example that enter the loss, int32.
-        fingerprint: hex digest of the source's bytes, the tokenizer and every key that matters.
-        dropped: examples left out for their length.
-        truncated: examples whose prompt was cut.
-        source: name of the file.
+        table: memory-mapped columns ``file`` (which of ``names``), ``line`` (in it, from 1), ``input_ids``, ``labels``
+            (which ids are learnt), ``prompt_length``, ``prompt_key`` (a hash of the ids of the uncut opening),
+            ``answer_key`` (of the uncut learnt ids), ``answer`` (the text).
+        lengths: tokens an example, int32, shape (rows,).
+        label_counts: labels an example that enter the loss, int32, shape (rows,).
+        keys: the columns ``prompt_key`` and ``answer_key``, int64, shape (2, rows).
+        fingerprint: hex digest of the source, the tokenizer and every key that matters.
+        names: the files, as they are called in messages.
+        folder: where the table is; ``refused.jsonl`` in it holds every row that is not in the table.
+        refused: rows that cannot be used.
+        dropped: rows left out for their length.
+        truncated: rows that were cut.
+        format: the rows' format, recognised.
+        findings: what was found in the rows.
     """
 
     table: Dataset
     lengths: np.ndarray
     label_counts: np.ndarray
+    keys: np.ndarray
     fingerprint: str
+    names: tuple[str, ...]
+    folder: Path
+    refused: int
     dropped: int
     truncated: int
-    source: str
+    format: str
+    findings: tuple[Finding, ...]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def name_of(self) -> Callable[[int], str]:
-        """``row index -> "file:line"``, for messages."""
-        return lambda index: f"{self.source}:{self.table[int(index)]['line']}"
+    def refused_file(self) -> Path:
+        """Every row that is not in the table, one JSON object a line: ``where``, ``reason``, ``message``, ``raw``."""
+        return self.folder / REFUSED_FILE
+
+    def name_of(self, row: int) -> str:
+        """``file:line`` of a row, for messages."""
+        record = self.table[int(row)]
+        return f"{self.names[record['file']]}:{record['line']}"
 
 
-def prepare(path: Path, data: DataConfig, tokenizer: Any, cache: Path, say: Callable[[str], None]) -> Prepared:
-    """The prepared table of one file, built if it is not there.
+def prepare(
+    part: Part, data: DataConfig, tokenizer: Any, cache: Path, say: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """The prepared table of one part, built if it is not there.
 
     Args:
-        path: a JSONL file.
+        part: which rows; its weight and number of rows change nothing here.
         data: the ``data`` group.
         tokenizer: the model's tokenizer.
         cache: folder of prepared tables.
         say: told what is being done, by the one process that does it.
 
     Raises:
-        DataError: a row is refused, or is longer than ``data.max_length`` under ``on_too_long=error``.
+        DataError: the source, the template or the cache cannot be used, or not one row can.
     """
+    source = open_source(part)
     template = Template(tokenizer, data.template, data.alpaca_role, data.train_on)
-    fingerprint = _fingerprint(path, data, template)
+    fingerprint = _fingerprint(source, data, template, cache / "digests.json")
     folder = cache / fingerprint
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{fingerprint}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "COMPLETE").exists():
-            say(f"preparing {path.name}")
-            partial = folder.with_name(f"{folder.name}.partial")
-            try:
-                _build(path, data, template, partial)
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    facts = json.loads((folder / "COMPLETE").read_text())
-    table = Dataset.from_file(str(folder / "rows.arrow"))
-    lengths, label_counts = np.load(folder / "counts.npy", mmap_mode="r")
-    return Prepared(table, lengths, label_counts, fingerprint, facts["dropped"], facts["truncated"], path.name)
+    with _locked(cache, fingerprint):
+        if not (folder / MARKER).exists():
+            _build(source, data, tokenizer, folder, say)
+    return _open(folder, source)
 
 
 def default_cache() -> Path:
@@ -113,87 +116,108 @@ def default_cache() -> Path:
     return root / "data"
 
 
-def label_count(labels: Sequence[bool]) -> int:
-    """Labels that enter the loss: all but one on the first token, which nothing predicts."""
-    return sum(labels) - bool(labels[0])
+def first_refused(prepared: Prepared, most: int, on_too_long: str) -> list[str]:
+    """The first few rows that count as refused: ``file:line``, what is wrong and the reason's word."""
+    out: list[str] = []
+    with prepared.refused_file.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if len(out) == most:
+                break
+            if on_too_long != "drop" or row["reason"] != "too_long":
+                out.append(_told(row))
+    return out
 
 
-def _fingerprint(path: Path, data: DataConfig, template: Template) -> str:
-    digest = hashlib.sha256()
-    with open_bytes(path) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    keys = [VERSION, data.format, data.max_length, data.on_too_long, template.describe()]
-    tokenizer = template.tokenizer.backend_tokenizer.to_str()
-    named = [template.tokenizer.bos_token, template.tokenizer.eos_token]  # chat templates write them by name
-    digest.update(json.dumps([keys, tokenizer, named]).encode())
+def _told(row: dict[str, str]) -> str:
+    return f"{row['where']} {row['message'].split(' → ')[0]} ({row['reason']})"
+
+
+def _fingerprint(source: Source, data: DataConfig, template: Template, memory: Path) -> str:
+    part, tokenizer = source.part, template.tokenizer
+    keys = [VERSION, part.format, sorted(part.columns.items()), data.max_length, data.on_too_long, template.describe()]
+    named = [tokenizer.bos_token, tokenizer.eos_token]  # chat templates write them by name
+    digest = hashlib.sha256(source.digest(memory).encode())
+    digest.update(json.dumps([keys, tokenizer.backend_tokenizer.to_str(), named]).encode())
     return digest.hexdigest()[:32]
 
 
-def _build(path: Path, data: DataConfig, template: Template, partial: Path) -> None:
+@contextmanager
+def _locked(cache: Path, fingerprint: str) -> Iterator[None]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / f"{fingerprint}.lock").open("w")
+    except OSError as error:
+        raise _no_cache(cache, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _no_cache(cache: Path, error: OSError) -> DataError:
+    return DataError(
+        "data.cache_dir", value=cache, rule=f"cannot be written ({error.strerror})", cure="data.cache_dir=FOLDER"
+    )
+
+
+def _build(source: Source, data: DataConfig, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> None:
+    """Build a table beside its place and rename it there, complete."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    _remove_stale(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    lengths: list[int] = []
-    label_counts: list[int] = []
-    counts = {"dropped": 0, "truncated": 0}
-    writer = ArrowWriter(features=FEATURES, path=str(partial / "rows.arrow"), writer_batch_size=1000)
-    with writer:
-        for record in _records(path, data, template, counts):
-            lengths.append(len(record["input_ids"]))
-            label_counts.append(label_count(record["labels"]))
-            writer.write(record)
-        if lengths:
-            writer.finalize()
-    if not lengths:
-        raise DataError("data.path", value=path, rule="holds no usable row", cure="see data.on_too_long and the file")
-    np.save(partial / "counts.npy", np.asarray([lengths, label_counts], dtype=np.int32))
-    (partial / "COMPLETE").write_text(json.dumps(counts))
+    part = source.part
+    recipe = Recipe(
+        *(tokenizer, _recognised(source), part.columns, data.template, data.alpaca_role, data.train_on),
+        *(data.max_length, data.on_too_long),
+    )
+    try:
+        partial.mkdir()
+        facts = build(source, recipe, data.workers, partial, say)
+        (partial / MARKER).write_text(json.dumps(facts))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise _no_cache(folder.parent, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _records(path: Path, data: DataConfig, template: Template, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    format_name: str | None = None
-    for row in read_rows(path):
-        format_name = format_name or recognise(row, data.format)
-        example = alpaca(row)
-        whole = template.encode(example)
-        encoded = _fit(whole, data, row.where, counts)
-        if encoded is not None:
-            # of the whole prompt: cut to the room that its answer leaves, equal prompts would no longer be equal
-            prompt = np.asarray(whole.ids[: whole.prompt_length], dtype=np.int32).tobytes()
-            yield {
-                "line": row.line,
-                "input_ids": encoded.ids,
-                "labels": encoded.labels,
-                "prompt_length": encoded.prompt_length,
-                "prompt_key": int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little", signed=True),
-                "answer": example.output,
-            }
+def _remove_stale(cache: Path) -> None:
+    """Remove what killed processes left half built: what no living one holds the lock of."""
+    for partial in cache.glob("*.partial"):
+        with (cache / f"{partial.stem}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fit(encoded: Encoded, data: DataConfig, where: str, counts: dict[str, int]) -> Encoded | None:
-    """The example within ``data.max_length``, or ``None`` when it is left out.
+def _recognised(source: Source) -> str:
+    """The format of a part: that of its first usable row, decided once, before any process starts."""
+    part, unknown = source.part, None
+    for chunk in source.chunks():
+        for row in rows_of(chunk):
+            if not isinstance(row, Row):
+                continue
+            try:
+                return recognise(row, part.format, part.columns)
+            except DataError as error:
+                unknown = unknown or error
+        if unknown is not None:
+            raise unknown
+    return part.format
 
-    Raises:
-        DataError: too long under ``error``; or ``truncate`` would have to cut into the answer.
-    """
-    excess = len(encoded.ids) - data.max_length
-    if excess <= 0:
-        return encoded
-    if data.on_too_long == "drop":
-        counts["dropped"] += 1
-        return None
-    if data.on_too_long == "error":
-        raise DataError(
-            where,
-            rule=f"is {len(encoded.ids)} tokens long, over data.max_length={data.max_length}",
-            cure="raise data.max_length, or data.on_too_long=drop or truncate",
-        )
-    if excess >= encoded.prompt_length:
-        raise DataError(
-            where,
-            rule=f"has an answer of {len(encoded.ids) - encoded.prompt_length} tokens, which alone fills "
-            f"data.max_length={data.max_length}: cutting it would teach a wrong ending",
-            cure="raise data.max_length, or data.on_too_long=drop",
-        )
-    counts["truncated"] += 1
-    return Encoded(encoded.ids[excess:], encoded.labels[excess:], encoded.prompt_length - excess)
+
+def _open(folder: Path, source: Source) -> Prepared:
+    facts = json.loads((folder / MARKER).read_text())
+    if not facts["rows"]:
+        with (folder / REFUSED_FILE).open(encoding="utf-8") as lines:
+            first = [_told(json.loads(line)) for line, _ in zip(lines, range(3))]
+        why = f": {'; '.join(first)}; all of them are in {folder / REFUSED_FILE}" if first else ", it is empty"
+        raise DataError("data.path", value=source.part.path, rule=f"holds no usable row{why}", cure="mend the rows")
+    table = Dataset.from_file(str(folder / TABLE_FILE))
+    lengths, label_counts = np.load(folder / "counts.npy", mmap_mode="r")
+    keys = np.load(folder / "keys.npy", mmap_mode="r")
+    findings = tuple(Finding(**{**found, "where": tuple(found["where"])}) for found in facts["findings"])
+    numbers = (facts["refused"], facts["dropped"], facts["truncated"], facts["format"])
+    return Prepared(table, lengths, label_counts, keys, folder.name, source.names, folder, *numbers, findings)

@@ -2,51 +2,43 @@
 
 Two properties hold whatever the text says. The mask comes from positions: a token is a label because of where it
 stands, never because of its id, so an end token that doubles as padding is still learnt. And text from the data is
-never read as control tokens: only control tokens that the template itself wrote are. Where the tokenizer's own reading
-of the whole text keeps to that, it is taken as it is; else the stretches between the control tokens are tokenised with
-``split_special_tokens``.
+never read as control tokens (see :mod:`trainer.data.tokenise`).
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, product
+from pathlib import Path
 from typing import Any
 
-from trainer.data.formats import Example
+from trainer.data.layouts import alpaca, plain, user_text
+from trainer.data.rendering import ChatTemplate, Message
+from trainer.data.rows import RowError
+from trainer.data.tokenise import Reader, Rendered
+from trainer.data.turns import Example, Turn, last_assistant
 from trainer.errors import DataError
 
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-)
-ALPACA_PREAMBLE_NO_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
-
-
-_OFFSETS = {"return_offsets_mapping": True, "verbose": False}
+NAMES = ("chat", "alpaca", "alpaca_short", "plain")
+SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example, which of them are learnt, and how many belong to the prompt."""
+    """Token ids of one example and which of them are learnt.
+
+    Attributes:
+        ids: token ids.
+        labels: whether each is learnt.
+        prompt_length: tokens before the text of the last assistant turn: what generation is prompted with. 0 for text.
+        opening_length: tokens before the first learnt one (under ``train_on=all``: before the first that
+            ``completion`` would learn); all of them for plain text. Rows with equal openings belong together.
+    """
 
     ids: list[int]
     labels: list[bool]
     prompt_length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of rendered text: written by the template or taken from the data, whether it belongs to the answer, and
-    whether it is a control token that the template wrote."""
-
-    text: str
-    from_data: bool
-    answer: bool = False
-    control: bool = False
+    opening_length: int
 
 
 class Template:
@@ -54,203 +46,174 @@ class Template:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        name: ``data.template``.
-        alpaca_role: ``data.alpaca_role``.
+        name: ``data.template``: ``chat``, ``alpaca``, ``alpaca_short``, ``plain`` or the path of a chat template.
+        alpaca_role: ``data.alpaca_role``; ``system`` puts the instruction of a row that has an input into the system
+            turn, after what that says.
         train_on: ``data.train_on``.
 
+    Attributes:
+        bos_id: the token that the tokenizer itself puts before a text; ``None`` when it puts none.
+
     Raises:
-        DataError: the tokenizer has no chat template, cannot report offsets, or has no end token.
+        DataError: the tokenizer cannot report offsets or has no end token; the chat template's file cannot be read.
     """
 
     def __init__(self, tokenizer: Any, name: str, alpaca_role: str = "user", train_on: str = "completion") -> None:
         if not tokenizer.is_fast:
             raise DataError("tokenizer", rule="reports no character offsets", cure="use a model with a tokenizer.json")
-        if name == "chat" and not tokenizer.chat_template:
-            raise DataError(
-                "data.template", value="chat", rule="this model has no chat template", cure="data.template=alpaca"
-            )
         if tokenizer.eos_token is None:
             raise DataError("tokenizer", rule="has no end token, so no answer could ever end", cure="use another model")
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
-        self._control = re.compile("|".join(re.escape(t) for t in _special_tokens(tokenizer)))
-        self._bos: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
-        self._skeletons: dict[tuple[str, ...], list[str]] = {}
+        self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        source = None if name in NAMES else _own(name)
+        self._chat: ChatTemplate | None = None
+        if source is not None or (name == "chat" and tokenizer.chat_template):
+            cure = (
+                "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
+            )
+            self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", cure)
+        self._source = source
+        self._reader = self._chat.reader if self._chat else Reader(tokenizer)
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template in use, for the saved tokenizer to carry; ``None`` when none is."""
+        if self._source is not None:
+            return self._source
+        return self.tokenizer.chat_template if self._chat else None
 
     def encode(self, example: Example) -> Encoded:
-        """Token ids and label mask of one example; nothing stands after the last label when the answer is learnt.
+        """Token ids and label mask of one example.
+
+        An answer is learnt with the end token that the template writes after it (the tokenizer's, if it writes none
+        after the last turn). Nothing stands after the last label, since it would change no gradient; turns after the
+        last answer are left away for the same reason.
 
         Raises:
-            DataError: the chat template changed or dropped the text.
+            RowError: nothing in it is learnt, or the template cannot render it.
+            DataError: ``data.template=chat`` and the model has no chat template.
         """
-        pieces = self._pieces(example, example.output)
-        ids, labels, prompt_length = self._tokenise(pieces)
-        if self.train_on == "all":
-            labels = [True] * len(ids)
-        while not labels[-1]:  # a template's last newline: no label follows it, so it changes no gradient
+        if example.text is not None:
+            return self._plain_text(example.text, example.where)
+        last = last_assistant(example.turns)
+        if last is None:
+            raise self._nothing(example.where)
+        turns = example.turns if self.train_on == "all" else example.turns[: last + 1]
+        learnt = _learnt(turns, self.train_on, last)
+        if not learnt:
+            raise self._nothing(example.where)
+        rendered = self._render(turns, example.tools, learnt | {last}, example.where)
+        begins = {turn: begin for turn, begin, _ in rendered.answers}
+        every = self.train_on == "all"
+        reading = self._reader.read(rendered, learnt, example.where)
+        ids, labels = reading.ids, [True] * len(reading.ids) if every else reading.labels
+        prompt_length, opening_length = reading.start(begins[last]), reading.start(begins[min(learnt)])
+        while labels and not labels[-1]:
             ids.pop()
             labels.pop()
-        return Encoded(ids, labels, prompt_length)
+        if not labels:
+            raise self._nothing(example.where)
+        if self._chat is None and self.bos_id is not None:
+            ids, labels = [self.bos_id, *ids], [every, *labels]
+            prompt_length, opening_length = prompt_length + 1, opening_length + 1
+        return Encoded(ids, labels, prompt_length, opening_length)
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
         """Token ids of a prompt that awaits its answer, as in training."""
-        example = Example(instruction, input, "", where="prompt", line=0)
-        ids, _, _ = self._tokenise(self._pieces(example, None))
-        return ids
+        return self.encode_turns([Turn("user", instruction, input)])
+
+    def encode_turns(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> list[int]:
+        """Token ids of a conversation that awaits its answer, as in training.
+
+        Raises:
+            RowError: the template cannot render it.
+        """
+        rendered = self._render(turns, tools, set(), "prompt", waits=True)
+        ids = self._reader.read(rendered, (), "prompt").ids
+        return [self.bos_id, *ids] if self._chat is None and self.bos_id is not None else ids
 
     def end_ids(self) -> list[int]:
         """The token that closes an answer, as this template writes it."""
-        ids, labels, _ = self._tokenise(self._pieces(Example("a", "", "a", where="template", line=0), "a"))
-        return [token for token, label in zip(ids, labels, strict=True) if label][-1:]
+        if self.name == "chat" and self._chat is None:
+            return [int(self.tokenizer.eos_token_id)]
+        try:
+            rendered = self._render([Turn("user", "a"), Turn("assistant", "a")], None, {1}, "template")
+        except RowError:  # it takes no such conversation: how the rows' answers end is not known here
+            return [int(self.tokenizer.eos_token_id)]
+        reading = self._reader.read(rendered, {1}, "template")
+        return [token for token, label in zip(reading.ids, reading.labels, strict=True) if label][-1:]
 
     def describe(self) -> str:
         """What the cached tokens depend on besides the tokenizer's own files."""
-        return "\n".join((self.name, self.alpaca_role, self.train_on, str(self.tokenizer.chat_template)))
+        name = self.name if self._source is None else "file"
+        return "\n".join((name, self.alpaca_role, self.train_on, str(self.chat_template)))
 
-    def _pieces(self, example: Example, answer: str | None) -> list[Piece]:
+    def _render(
+        self, turns: Sequence[Turn], tools: Sequence[Any] | None, wanted: set[int], where: str, waits: bool = False
+    ) -> Rendered:
+        if self._chat is not None:
+            messages, shift = _messages(turns, self.alpaca_role)
+            rendered = self._chat.render(messages, tools, waits, {i + shift for i in wanted}, where)
+            rendered.answers = [(i - shift, begin, end) for i, begin, end in rendered.answers]
+            return rendered
         if self.name == "chat":
-            return self._chat_pieces(_messages(example, self.alpaca_role), answer, example.where)
-        return self._alpaca_pieces(example, answer)
+            rule = "this model has no chat template"
+            raise DataError("data.template", value="chat", rule=rule, cure="data.template=alpaca")
+        if tools:
+            rule = f"data.template={self.name} has no place for tools"
+            raise RowError("template", where, rule=rule, cure="data.template=chat, or leave `tools` out")
+        if self.name == "plain":
+            return plain(turns, self.tokenizer.eos_token, where)
+        return alpaca(turns, self.name == "alpaca", self.tokenizer.eos_token, waits, where)
 
-    def _alpaca_pieces(self, example: Example, answer: str | None) -> list[Piece]:
-        preamble = ALPACA_PREAMBLE if example.input else ALPACA_PREAMBLE_NO_INPUT
-        head = (preamble if self.name == "alpaca" else "") + "### Instruction:\n"
-        pieces = [Piece(head, False), Piece(example.instruction, True)]
-        if example.input:
-            pieces += [Piece("\n\n### Input:\n", False), Piece(example.input, True)]
-        pieces.append(Piece("\n\n### Response:\n", False))
-        if answer is not None:
-            pieces += [Piece(answer, True, answer=True), Piece(self.tokenizer.eos_token, False, answer=True)]
-        return pieces
+    def _plain_text(self, text: str, where: str) -> Encoded:
+        rendered = Rendered()
+        rendered.answer(0, text, self.tokenizer.eos_token)
+        ids = self._reader.read(rendered, {0}, where).ids
+        ids = ids if self.bos_id is None else [self.bos_id, *ids]
+        return Encoded(ids, [True] * len(ids), 0, len(ids))
 
-    def _chat_pieces(self, messages: list[dict[str, str]], answer: str | None, where: str) -> list[Piece]:
-        """The template's own text between the contents is learnt from a rendering with place-holders in it, then
-        checked: put together with the real contents it must give the real rendering, to the letter."""
-        if answer is not None:
-            messages = [*messages, {"role": "assistant", "content": answer}]
-        between = self._skeleton(tuple(m["role"] for m in messages), waits=answer is None)
-        rendered = self._render(messages, waits=answer is None)
-        for contents in product(*((m["content"], m["content"].strip()) for m in messages)):  # many trim some of them
-            if between[0] + "".join(c + b for c, b in zip(contents, between[1:], strict=True)) == rendered:
-                break
-        else:
-            raise DataError(
-                where,
-                rule="the chat template rewrites the text of its messages, so the answer's place in it is not known",
-                cure="data.template=alpaca",
-            )
-        pieces = [Piece(between[0], False)]
-        for message, content, after in zip(messages, contents, between[1:], strict=True):
-            is_answer = answer is not None and message is messages[-1]
-            pieces.append(Piece(content, True, answer=is_answer))
-            end = self._end_of_turn(after) if is_answer else 0
-            if is_answer and not end:
-                pieces.append(Piece(self.tokenizer.eos_token, False, answer=True))
-            if end:
-                pieces.append(Piece(after[:end], False, answer=True))
-            if after[end:]:
-                pieces.append(Piece(after[end:], False))
-        return pieces
-
-    def _skeleton(self, roles: tuple[str, ...], waits: bool) -> list[str]:
-        cached = self._skeletons.get((*roles, str(waits)))
-        if cached is None:
-            marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
-            text = self._render([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)], waits)
-            cached = []
-            for mark in marks:
-                before, found, text = text.partition(mark)
-                if not found:
-                    raise DataError(
-                        "chat template", rule=f"drops a turn of {' → '.join(roles)}", cure="data.alpaca_role=user"
-                    )
-                cached.append(before)
-            cached.append(text)
-            self._skeletons[(*roles, str(waits))] = cached
-        return cached
-
-    def _render(self, messages: list[dict[str, str]], waits: bool) -> str:
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=waits))
-        except Exception as error:  # a template is code of the model's author: whatever it raises is about these turns
-            roles = " → ".join(m["role"] for m in messages)
-            raise DataError(
-                "chat template", rule=f"refuses the turns {roles} ({error})", cure="data.alpaca_role=user"
-            ) from error
-
-    def _end_of_turn(self, text: str) -> int:
-        """Where the end token that closes an answer ends in the template's text after it; 0 when there is none."""
-        stripped = len(text) - len(text.lstrip())
-        found = self._control.match(text, stripped)
-        return found.end() if found else 0
-
-    def _tokenise(self, pieces: list[Piece]) -> tuple[list[int], list[bool], int]:
-        """Token ids, whether each is part of the answer, and the number of tokens before the answer."""
-        parts = [p for piece in pieces for p in ([piece] if piece.from_data else self._cut(piece))]
-        ids, labels = self._in_one(parts) or self._in_stretches(parts)
-        if self.name != "chat" and self._bos is not None:
-            ids, labels = [self._bos, *ids], [False, *labels]
-        return ids, labels, labels.index(True) if True in labels else len(ids)
-
-    def _in_one(self, parts: list[Piece]) -> tuple[list[int], list[bool]] | None:
-        """Ids and labels by the tokenizer's own reading of the whole text, which others will use when they serve the
-        model; ``None`` when it would take text from the data for a control token."""
-        text = "".join(p.text for p in parts)
-        begins = accumulate((len(p.text) for p in parts), initial=0)
-        written = [(begin, p) for begin, p in zip(begins, parts, strict=False) if p.control]
-        if [m.span() for m in self._control.finditer(text)] != [(at, at + len(p.text)) for at, p in written]:
-            return None
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, **_OFFSETS)
-        characters = [p for p in parts for _ in p.text]
-        ids: list[int] = encoded["input_ids"]
-        labels: list[bool] = []
-        read: list[int] = []
-        for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True):
-            covered = characters[begin:end]
-            control = next((p for p in covered if p.control), None)  # such a token may take spaces around it along
-            read += [token] if control else []
-            labels.append(control.answer if control else any(p.answer for p in covered))
-        return (ids, labels) if read == [self._id(p) for _, p in written] else None
-
-    def _in_stretches(self, parts: list[Piece]) -> tuple[list[int], list[bool]]:
-        """Ids and labels with the template's control tokens put in by us, and what stands between them tokenised as
-        plain text, whatever it says."""
-        ids: list[int] = []
-        labels: list[bool] = []
-        for is_control, group in groupby(parts, key=lambda p: p.control):
-            stretch = list(group)
-            if is_control:
-                ids += [self._id(p) for p in stretch]
-                labels += [p.answer for p in stretch]
-            elif text := "".join(p.text for p in stretch):
-                encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **_OFFSETS)
-                flags = [p.answer for p in stretch for _ in p.text]
-                ids += encoded["input_ids"]
-                labels += [any(flags[begin:end]) for begin, end in encoded["offset_mapping"]]
-        return ids, labels
-
-    def _cut(self, piece: Piece) -> list[Piece]:
-        """The template's own text cut at its control tokens."""
-        out, at = [], 0
-        for match in self._control.finditer(piece.text):
-            out += [Piece(piece.text[at : match.start()], False, piece.answer)]
-            out += [Piece(match[0], False, piece.answer, control=True)]
-            at = match.end()
-        return [p for p in (*out, Piece(piece.text[at:], False, piece.answer)) if p.text]
-
-    def _id(self, piece: Piece) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(piece.text))
+    def _nothing(self, where: str) -> RowError:
+        rule = f"holds nothing that data.train_on={self.train_on} learns"
+        return RowError("nothing_learnt", where, rule=rule, cure="mend its weights or roles, or remove the row")
 
 
-def _messages(example: Example, alpaca_role: str) -> list[dict[str, str]]:
-    if alpaca_role == "system" and example.input:
-        return [{"role": "system", "content": example.instruction}, {"role": "user", "content": example.input}]
-    text = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
-    return [{"role": "user", "content": text}]
+def _learnt(turns: Sequence[Turn], train_on: str, last: int) -> set[int]:
+    """Which turns are learnt; of ``all``, those that would be if only answers were."""
+    mine = {i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.weight}
+    answers = {i for i in mine if turns[i].answer}
+    if train_on == "all":
+        return answers or mine or {last}
+    return {"completion": answers, "assistant": mine, "last_assistant": mine & {last}}[train_on]
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+def _messages(turns: Sequence[Turn], alpaca_role: str) -> tuple[list[Message], int]:
+    """What ``apply_chat_template`` takes, and how many messages stand before the first turn's."""
+    out: list[Message] = []
+    instructions = []
+    for turn in turns:
+        as_system = alpaca_role == "system" and bool(turn.input)
+        instructions += [turn.text] if as_system else []
+        text = turn.input if as_system else user_text(turn)
+        out.append({"role": turn.role, "content": text, **(turn.extra or {})})
+    if not instructions:
+        return out, 0
+    if out[0]["role"] == "system":
+        out[0]["content"] = "\n\n".join([out[0]["content"], *instructions])
+        return out, 0
+    return [{"role": "system", "content": "\n\n".join(instructions)}, *out], 1
+
+
+def _own(name: str) -> str:
+    """The text of a chat template's file."""
+    if not name.endswith(SUFFIXES):
+        rule = f"must be one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
+        raise DataError("data.template", value=name, rule=rule, cure="data.template=chat")
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"cannot be read ({error})"
+        raise DataError("data.template", value=name, rule=rule, cure="data.template=PATH/TO/FILE.jinja") from error
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -1,0 +1,60 @@
+"""What a row teaches, whatever shape it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        text: what is said.
+        input: of an Alpaca user turn, what the instruction in ``text`` is about; else empty.
+        answer: the row's format calls this turn its answer: Alpaca's output, a completion, a chat's assistant turns.
+        weight: 0 leaves an assistant turn out of the loss, 1 does not.
+        extra: more keys that a chat template may use: ``tool_calls``, ``name``, ``tool_call_id``, as they came.
+    """
+
+    role: str
+    text: str
+    input: str = ""
+    answer: bool = False
+    weight: int = 1
+    extra: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What one row teaches.
+
+    Attributes:
+        turns: of a conversation, the last assistant turn being the answer that is scored. Empty in plain text.
+        where, line, file: of its row.
+        text: plain text, all of it learnt; ``None`` in conversations.
+        tools: tool definitions for the chat template, as they came.
+    """
+
+    turns: tuple[Turn, ...]
+    where: str
+    line: int
+    file: int = 0
+    text: str | None = None
+    tools: tuple[Any, ...] | None = None
+
+    @property
+    def answer(self) -> str:
+        """The text of the last assistant turn (see :func:`last_assistant`); empty in plain text."""
+        last = last_assistant(self.turns)
+        return "" if last is None else self.turns[last].text
+
+
+def last_assistant(turns: Sequence[Turn]) -> int | None:
+    """Index of the assistant turn that is scored: the last one, or, where others have weight 0, the last of weight 1.
+    ``None`` without any."""
+    mine = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    return next((i for i in reversed(mine) if turns[i].weight), mine[-1] if mine else None)

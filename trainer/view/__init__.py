@@ -1,0 +1,44 @@
+"""What is trained on, token by token, before a GPU is asked for: ``afina data``. No model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.config.schema import TrainConfig
+
+
+def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[str], None]) -> None:
+    """Prepare and check the data of a run, and show it on stdout, or on a page.
+
+    Args:
+        config: the whole configuration.
+        html: where the page goes; ``None`` shows the data on stdout alone.
+        examples: rows that are shown on stdout.
+        say: told what is being done.
+
+    Raises:
+        DataError: training would refuse this data; raised after everything has been shown.
+        ConfigError: there cannot be a page at ``html``; raised before anything is done.
+    """
+    from trainer.view import page
+
+    if html is not None:
+        page.check_target(html)
+    from trainer.fetch import resolve
+    from trainer.model import load_tokenizer
+    from trainer.quiet import quiet
+    from trainer.view import collect, terminal
+    from trainer.view.pieces import Reader
+
+    quiet()
+    tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision, say), config.model)
+    data, refusal = collect.find(config, tokenizer, say)
+    facts, reader = collect.facts(data, config, tokenizer, refusal), Reader(tokenizer)
+    terminal.show(replace(facts, examples=collect.few_examples(data, config, reader, examples)))
+    if html is not None:
+        page.write(replace(facts, examples=collect.many_examples(data, config, reader)), html)
+        print(f"page: {html}", flush=True)
+    if refusal is not None:
+        raise refusal

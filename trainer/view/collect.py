@@ -1,0 +1,99 @@
+"""Gather the overview from prepared data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from trainer.config.schema import TrainConfig
+from trainer.data.load import Data, inspect_data, load_data
+from trainer.errors import DataError
+from trainer.view import choose
+from trainer.view.overview import LONGEST_ROWS, Overview, Shown, Source, refused_rows
+from trainer.view.pieces import Reader
+from trainer.view.sharing import sharing_of
+from trainer.view.words import LEVELS
+
+PAGE_EXAMPLES = 200
+PAGE_TOKENS = 200_000  # of all examples of a page: some megabytes, and a second
+
+
+def find(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[Data, DataError | None]:
+    """The data as training would have it; and if training would refuse it, as it is, with what it would say.
+
+    Raises:
+        DataError: there is nothing to look at: a source cannot be used, or holds no usable row.
+    """
+    try:
+        return load_data(config, tokenizer, say), None
+    except DataError as error:
+        return inspect_data(config, tokenizer, say), error
+
+
+def facts(data: Data, config: TrainConfig, tokenizer: Any, refusal: DataError | None) -> Overview:
+    """The overview, without examples yet."""
+    findings = [finding for finding in data.findings if finding.count]
+    findings.sort(key=lambda f: (LEVELS.index(f.level) if f.level in LEVELS else len(LEVELS), -f.count))
+    files = dict.fromkeys(part.refused_file for part in data.parts if part.refused or part.dropped)
+    return Overview(
+        model=config.model.name_or_path,
+        tokenizer=f"{len(tokenizer):,} tokens",
+        template=config.data.template,
+        train_on=config.data.train_on,
+        packing=config.batch.packing,
+        max_length=config.data.max_length,
+        sources=tuple(
+            Source(p.names, p.format, len(p), p.refused, p.dropped, p.truncated, p.refused_file) for p in data.parts
+        ),
+        train_rows=len(data.train),
+        held_out_rows=len(data.validation),
+        lengths=data.train.lengths,
+        label_tokens=data.train.label_tokens(np.arange(len(data.train))),
+        longest=_longest(data),
+        sharing=sharing_of(data, config, tokenizer.pad_token_id),
+        findings=tuple(findings),
+        refused=refused_rows(list(files)),
+        error=None if refusal is None else str(refusal),
+    )
+
+
+def few_examples(data: Data, config: TrainConfig, reader: Reader, most: int) -> tuple[Shown, ...]:
+    """For a terminal."""
+    return tuple(_shown(data, reader, choose.few(data, config, reader.control_ids, most)))
+
+
+def many_examples(data: Data, config: TrainConfig, reader: Reader) -> tuple[Shown, ...]:
+    """For a page: up to ``PAGE_EXAMPLES``, of ``PAGE_TOKENS`` together."""
+    choices = choose.many(data, config, reader.control_ids, PAGE_EXAMPLES)
+    return tuple(_within(_shown(data, reader, choices), PAGE_TOKENS))
+
+
+def _longest(data: Data) -> tuple[tuple[str, int], ...]:
+    """Names and tokens of the longest training rows, each once however often a mixture takes it."""
+    rows = choose.longest(data.train, LONGEST_ROWS)
+    return tuple(zip(data.train.names(rows), data.train.lengths[rows].tolist(), strict=True)) if rows else ()
+
+
+def _shown(data: Data, reader: Reader, choices: Iterable[choose.Choice]) -> Iterator[Shown]:
+    for choice in choices:
+        rows = data.validation if choice.held_out else data.train
+        (tokens,) = rows.tokens([choice.row])
+        pieces = reader.pieces(tokens.ids.tolist(), tokens.labels.tolist())
+        learnt = int(tokens.labels[1:].sum())
+        (name,) = rows.names([choice.row])
+        yield Shown(name, choice.held_out, tuple(choice.why), len(tokens.ids), learnt, tuple(pieces))
+
+
+def _within(examples: Iterator[Shown], most_tokens: int) -> Iterator[Shown]:
+    """The first one, and more while their tokens fit."""
+    for example in islice(examples, 1):
+        most_tokens -= example.tokens
+        yield example
+    for example in examples:
+        most_tokens -= example.tokens
+        if most_tokens < 0:
+            return
+        yield example

@@ -1,0 +1,189 @@
+"""The facts about the data of a run, for the terminal and for the page alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.checks import Finding
+from trainer.view.pieces import Piece, visible
+from trainer.view.sharing import Sharing
+
+LONGEST_ROWS = 5
+OVERFLOW = 3.0  # rows over so many times the 95 % length share the last bar, or the others would be a few pixels
+RAW_SHOWN = 400  # characters of a refused row
+REFUSED_A_REASON = 3
+REFUSED_READ = 200_000  # lines of refused.jsonl that are looked through for them
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One part of the data: what its files are called, the format of its rows, and what became of them."""
+
+    names: tuple[str, ...]
+    format: str
+    rows: int
+    refused: int
+    dropped: int
+    truncated: int
+    refused_file: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedRow:
+    """A row that cannot be used: where, why in a word and in a sentence, and the beginning of its text."""
+
+    where: str
+    reason: str
+    message: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Rows with ``begin <= tokens < end``; the last bar of a long tail has no end."""
+
+    begin: int
+    end: int | None
+    rows: int
+
+    @property
+    def label(self) -> str:
+        if self.end is None:
+            return f"{self.begin:,} or more"
+        return f"{self.begin:,}" if self.end == self.begin + 1 else f"{self.begin:,}–{self.end - 1:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One example, token by token.
+
+    Attributes:
+        name: ``file:line``.
+        held_out: it is no training row.
+        why: what it was chosen for.
+        tokens, learnt: of the example; a label on its first token is not learnt, for nothing predicts it.
+        pieces: all its tokens.
+    """
+
+    name: str
+    held_out: bool
+    why: tuple[str, ...]
+    tokens: int
+    learnt: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Everything that is shown.
+
+    Attributes:
+        model, tokenizer, template, train_on, packing, max_length: of the config.
+        sources: the parts of the data, held-out files included.
+        train_rows, held_out_rows: rows of each side.
+        lengths: tokens of each training row, int32.
+        label_tokens: of all training rows.
+        longest: ``(file:line, tokens)`` of the longest training rows.
+        sharing: ``None`` without training rows.
+        findings: what is wrong with the data, worst first.
+        refused: the first few refused rows of each reason.
+        error: the line with which training would refuse this data, or ``None``.
+        examples: some rows, token by token.
+    """
+
+    model: str
+    tokenizer: str
+    template: str
+    train_on: str
+    packing: str
+    max_length: int
+    sources: tuple[Source, ...]
+    train_rows: int
+    held_out_rows: int
+    lengths: np.ndarray
+    label_tokens: int
+    longest: tuple[tuple[str, int], ...]
+    sharing: Sharing | None
+    findings: tuple[Finding, ...]
+    refused: tuple[RefusedRow, ...]
+    error: str | None
+    examples: tuple[Shown, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def learnt_share(self) -> float:
+        return self.label_tokens / max(1, self.tokens)
+
+    @property
+    def quantiles(self) -> tuple[int, int, int, int]:
+        """Tokens of the shortest, the median, the 95 % and the longest training row, rounded as in the run's log."""
+        if not len(self.lengths):
+            return (0, 0, 0, 0)
+        low, median, high, top = (round(q) for q in np.quantile(self.lengths, (0, 0.5, 0.95, 1)).tolist())
+        return low, median, high, top
+
+    def total(self, what: str) -> int:
+        """Sum over the sources of ``refused``, ``dropped`` or ``truncated``."""
+        return sum(getattr(source, what) for source in self.sources)
+
+
+def histogram(lengths: np.ndarray, most_bars: int) -> list[Bar]:
+    """Rows by length, in at most ``most_bars`` bars of equal, round width; a long tail is one bar of its own."""
+    if not len(lengths):
+        return []
+    low, top = int(lengths.min()), int(lengths.max())
+    high = int(np.quantile(lengths, 0.95, method="lower"))
+    tail = top > OVERFLOW * high
+    width = _round_width(((2 * high if tail else top) - low + 1) / (most_bars - 2))
+    begin = low // width * width
+    bars = ((2 * high if tail else top) - begin) // width + 1
+    places = np.minimum((lengths - begin) // width, bars)
+    counts = np.bincount(places, minlength=bars + tail)
+    edges = [begin + i * width for i in range(bars + 1)]
+    out = [Bar(edge, edge + width, int(n)) for edge, n in zip(edges[:bars], counts)]
+    return [*out, Bar(edges[-1], None, int(counts[bars]))] if tail else out
+
+
+def _round_width(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50 … that is at least ``least``."""
+    power = 1
+    while True:
+        for width in (power, 2 * power, 5 * power):
+            if width >= least:
+                return width
+        power *= 10
+
+
+def refused_rows(files: Sequence[Path]) -> tuple[RefusedRow, ...]:
+    """The first few rows of each reason in some ``refused.jsonl``; a missing or broken file shows none."""
+    kept: dict[str, list[RefusedRow]] = {}
+    for record in islice((record for file in files for record in _records(file)), REFUSED_READ):
+        texts = {key: visible(str(record.get(key, ""))) for key in ("where", "reason", "message")}
+        raw = visible(str(record.get("raw", ""))[: RAW_SHOWN + 1])
+        row = RefusedRow(**texts, raw=raw if len(raw) <= RAW_SHOWN else raw[:RAW_SHOWN] + "…")
+        of_reason = kept.setdefault(row.reason, [])
+        if len(of_reason) < REFUSED_A_REASON:
+            of_reason.append(row)
+    return tuple(row for rows in kept.values() for row in rows)
+
+
+def _records(file: Path) -> Iterator[dict[str, object]]:
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

@@ -1,0 +1,127 @@
+"""Token ids as text that can be shown: which tokens read as one, and nothing that a terminal or a page would obey."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+MOST_MERGED = 8  # tokens of one piece: a character has at most four bytes, yet a token may end one and begin another
+JOINERS = "\u200c\u200d"  # between letters and in emoji they are part of the word
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token, or the few that one character is cut into.
+
+    Attributes:
+        start: place of its first token in the example, from 0.
+        ids: its token ids.
+        text: as it is shown: newlines are kept, what cannot be seen is named (``⟨U+200B⟩``), tokens that hold a part of
+            a character are their bytes (``⟨F0 9F⟩``).
+        learnt: its tokens are labels.
+        control: a control token of the tokenizer, not text that looks like one.
+    """
+
+    start: int
+    ids: tuple[int, ...]
+    text: str
+    learnt: bool
+    control: bool
+
+
+class Reader:
+    """Shows the tokens of one tokenizer.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.control_ids = frozenset(special | set(tokenizer.all_special_ids))
+        # Decoders strip the space of what stands first, so nothing that is shown stands first.
+        self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor_text = self._decode(self._anchor)
+        self._known: dict[tuple[int, ...], str] = {}
+
+    def pieces(self, ids: Sequence[int], labels: Sequence[bool]) -> list[Piece]:
+        """The tokens of an example, in order and each in exactly one piece; no piece crosses the edge of the mask."""
+        out: list[Piece] = []
+        tokens = zip(ids, labels, strict=True)
+        kinds = [(int(i), bool(learnt), int(i) in self.control_ids) for i, learnt in tokens]
+        for (learnt, control), run in groupby(kinds, key=lambda kind: kind[1:]):
+            stretch = tuple(i for i, *_ in run)
+            at = out[-1].start + len(out[-1].ids) if out else 0
+            for group in [(i,) for i in stretch] if control else self._groups(stretch):
+                text = visible(self._decode(group) or self._name(group)) if control else self._shown(group)
+                out.append(Piece(at, group, text, learnt, control))
+                at += len(group)
+        return out
+
+    def _groups(self, stretch: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Cut into the shortest groups that are whole characters; a token that never becomes whole stands alone."""
+        groups, at = [], 0
+        while at < len(stretch):
+            ends = range(at + 1, min(at + MOST_MERGED, len(stretch)) + 1)
+            end = next((e for e in ends if BROKEN not in self._text(stretch[at:e])), at + 1)
+            groups.append(stretch[at:end])
+            at = end
+        return groups
+
+    def _shown(self, group: tuple[int, ...]) -> str:
+        text = self._text(group)
+        return visible(text) if text and BROKEN not in text else self._name(group)
+
+    def _text(self, group: tuple[int, ...]) -> str:
+        if group not in self._known:
+            whole = self._decode([*self._anchor, *group])
+            fits = whole.startswith(self._anchor_text)
+            self._known[group] = whole[len(self._anchor_text) :] if fits else self._decode(group)
+        return self._known[group]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def _name(self, group: tuple[int, ...]) -> str:
+        """Tokens by their bytes, where the vocabulary writes bytes, else as the vocabulary has them."""
+        names = []
+        for token in self._tokenizer.convert_ids_to_tokens(list(group)):
+            if token is None:  # the model may have more rows than the tokenizer has tokens
+                names.append(f"⟨{' '.join(map(str, group))}⟩")
+            elif token.startswith("<0x") and token.endswith(">"):
+                names.append(f"⟨{token[3:-1]}⟩")
+            elif all(letter in _byte_of() for letter in token):
+                names.append(f"⟨{' '.join(f'{_byte_of()[letter]:02X}' for letter in token)}⟩")
+            else:
+                names.append(visible(token))
+        return "".join(names)
+
+
+def visible(text: str) -> str:
+    """``text`` without what cannot be seen or would be obeyed (escape codes, changes of direction, zero width):
+    such characters are named, as ``⟨U+001B⟩``. Newlines and tabs stay."""
+    return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
+
+
+@cache
+def _visible(letter: str) -> str:
+    if letter in "\n\t" or letter in JOINERS:
+        return letter
+    hidden = unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return f"⟨U+{ord(letter):04X}⟩" if hidden else letter
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """The letters that byte-level vocabularies write bytes with (Radford et al., 2019)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
