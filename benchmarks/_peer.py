@@ -2,8 +2,8 @@
 
 python benchmarks/_peer.py {trl,trainer} ROWS.npz SETTINGS.json RESULT.json
 
-Both get token ids and labels as afina prepared them, in the order in which afina draws them; so nothing but the training
-differs. The window is the one that afina is measured with: from the loaded base model to the saved adapter.
+Both get token ids and labels as afina prepared them, in the order in which afina draws them; so nothing but the
+training differs. The window is the one that afina is measured with: from the loaded base model to the saved adapter.
 """
 
 from __future__ import annotations
