@@ -2,8 +2,9 @@
 
 The rows of the hidden states that predict a label are picked before the vocabulary matrix, so no logits are computed
 for prompt or padding. Few labels go through the model's own output layer in its own forward: whatever a model does
-before and after that layer (soft-capping, scaling) stays as its authors wrote it. Many labels are cut into chunks, and
-their logits are computed again in the backward; so no tensor of all logits ever exists.
+before and after that layer (soft-capping, scaling) stays as its authors wrote it. Many labels are cut into chunks that
+the layer meets one after the other; so no tensor of all logits ever exists. (But under ZeRO-3 with a trained output
+layer, whose weights DeepSpeed takes away between the calls.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,13 +30,13 @@ class LabelLoss:
 
     Args:
         model: a Hugging Face causal LM, wrapped by PEFT or not, before it is handed to DeepSpeed.
-        chunk_elements: most logits that exist at a time.
+        chunk_elements: most logits that exist at a time; ``None``: ``CHUNK_ELEMENTS``.
     """
 
-    def __init__(self, model: Any, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+    def __init__(self, model: Any, chunk_elements: int | None = None) -> None:
         text = model.config.get_text_config()
         self._after = partial(after_head, text)
-        self._labels_a_call = max(1, chunk_elements // int(text.vocab_size))
+        self._labels_a_call = max(1, (chunk_elements or CHUNK_ELEMENTS) // int(text.vocab_size))
         self._is_checked = False
         self._picks: Tensor | None = None
         self._first = 0
@@ -61,7 +63,7 @@ class LabelLoss:
             float32 scalar. Without labels it is exactly zero but still connected to the parameters, so that its
             backward runs the same collectives as on the other ranks.
         """
-        calls = math.ceil(max(batch.most_labels, 1) / self._labels_a_call)
+        calls = self._calls(batch)
         # Every call sends at least one position through, if need be with weight zero: an empty matmul would leave the
         # graph, and under ZeRO-3 each call is a collective, as many on every rank.
         missing = (0, max(0, calls - batch.source.numel()))
@@ -81,8 +83,20 @@ class LabelLoss:
         pieces = list(zip(*(t.split(sizes) for t in (picked, target, weight)), strict=True))
         total = _cross_entropy(logits, *pieces[0][1:])
         for piece in pieces[1:]:
-            total = total + checkpoint(self._chunk, *piece, use_reentrant=False)
+            if not self._is_trained():
+                total = total + _FrozenHead.apply(self._chunk, *piece)
+            else:
+                total = total + checkpoint(self._chunk, *piece, use_reentrant=False)
         return total
+
+    def _calls(self, batch: MicroBatch) -> int:
+        """How often the output layer is called: as often on every rank."""
+        if self._is_trained() and any(hasattr(p, "ds_id") for p in self._head.parameters()):
+            return 1
+        return math.ceil(max(batch.most_labels, 1) / self._labels_a_call)
+
+    def _is_trained(self) -> bool:
+        return any(p.requires_grad for p in self._head.parameters())
 
     def _chunk(self, hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return _cross_entropy(self._after(self._head(hidden)), target, weight)
@@ -95,6 +109,26 @@ class LabelLoss:
             return True
         warnings.warn("this model changes its logits in a way of its own: they are computed all at once", stacklevel=2)
         return False
+
+
+class _FrozenHead(torch.autograd.Function):
+    """The loss of a chunk, with the gradient of its hidden states taken at once, so that its logits can go."""
+
+    @staticmethod
+    def forward(ctx: Any, chunk: Callable[..., Tensor], hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        if not ctx.needs_input_grad[1]:
+            return chunk(hidden, target, weight)
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            loss = chunk(leaf, target, weight)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        ctx.save_for_backward(gradient)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * outer[0], None, None
 
 
 def after_head(config: Any, logits: Tensor) -> Tensor:

@@ -219,6 +219,27 @@ def test_in_chunks_the_loss_and_gradient_are_the_same(model: Any, name: str) -> 
         assert float((other - gradient).norm()) <= 2e-5 * float(gradient.norm()) + 1e-6, parameter_name
 
 
+def test_in_chunks_under_a_frozen_output_layer(model: Any) -> None:
+    from trainer.config.schema import MethodConfig
+    from trainer.methods import attach
+
+    wrapped = attach(model, MethodConfig(r=4), seed=0)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    batch = padded(random_rows([5, 12, 9]), range(3), pad_id=0)
+    met: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    found = []
+    for elements in (10**9, 4 * 384):
+        value = LabelLoss(wrapped, chunk_elements=elements)(wrapped, batch) * 0.5
+        found.append((value.detach(), torch.autograd.grad(value, trained)))
+    assert met[0] == len(batch.source)
+    assert max(met[1:]) <= 4
+    assert sum(met[1:]) == len(batch.source) + 1, "each label once, and one look at what follows the layer"
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for whole, chunked in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+
+
 def test_a_rank_with_fewer_labels_calls_the_output_layer_as_often(model: Any) -> None:
     import dataclasses
 
