@@ -81,7 +81,7 @@ def costs_of(packing: Packing, rows: list[Tokens], world_size: int) -> np.ndarra
 
 
 def step_and_total(packing: Packing, rows: list[Tokens], world_size: int) -> tuple[int, int]:
-    """Of a step: the slowest rank's k-th forward, summed over k, as ranks meet at each (ZeRO-3); the busiest rank's all."""
+    """Of a step: the slowest rank's k-th forward, summed over k, as ZeRO-3 meets at each; all of the busiest rank."""
     costs = costs_of(packing, rows, world_size)
     return int(costs.max(0).sum()), int(costs.sum(1).max())
 
