@@ -91,7 +91,7 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(examples(), st.integers(1, 4), st.integers(3, 60), st.one_of(st.none(), st.integers(1, 4)))
+@given(examples(), st.integers(1, 8), st.integers(3, 60), st.one_of(st.none(), st.integers(1, 4)))
 def test_split_lays_every_example_once_within_the_limits(
     rows: list[Tokens], world_size: int, tokens: int, most_rows: int | None
 ) -> None:
