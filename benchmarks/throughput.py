@@ -167,7 +167,7 @@ def run(system: str, folder: Path, settings: dict[str, Any], overrides: list[str
 def table(results: dict[str, Any], rounds: int, steps: int) -> str:
     """Markdown: one row a system and data set; ratios to TRL in the same rounds."""
     lines = [
-        f"SmolLM2-135M, bf16, LoRA r=16 on q, k, v, o; {os.cpu_count()} CPU cores; {steps} steps of {GLOBAL_SIZE} rows,",
+        f"SmolLM2-135M, bf16, LoRA r=16 on q, k, v, o; {os.cpu_count()} cores; {steps} steps of {GLOBAL_SIZE} rows,",
         f"from loaded model to saved adapter; medians of {rounds} rounds in which the systems take turns.",
         "",
         "| data (tokens a row, shared by all) | system | useful tokens/s | beside TRL | peak memory | final loss |",

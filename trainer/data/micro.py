@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor
 from trainer.data.trie import Trie, build
 
 LEAST_QUERIES = 16  # shorter rows of queries do not fill the matrix units
-KEY_SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
+MOST_QUERIES = 512  # longer rows would compute many scores that the causal mask then hides
+SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
+MOST_KEYS = 1 << 15  # key positions a bucket: bounds the copies of keys and values that exist at a time
+Piece = tuple[np.ndarray, int, int]  # a path from the root, and the stretch of it that is new: from, to
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,11 @@ class Paths:
 
     buckets: list[Bucket]
     place: Tensor
+
+    @property
+    def copies(self) -> float:
+        """How often, in the mean, a node's key and value are copied for the rows that attend to it."""
+        return sum(b.keys.numel() for b in self.buckets) / len(self.place)
 
     def to(self, device: torch.device) -> Paths:
         """The same on ``device``."""
@@ -183,24 +193,24 @@ def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_la
 def paths_of(trie: Trie) -> Paths:
     """Cut a trie's new nodes into rows of queries, each with the path that leads to it as keys.
 
-    Most examples add about as many nodes as the median one; longer stretches (the first example, with the beginning
-    that all share) are cut to that length, so that few queries are filled up. A row ending at depth d has d + 1 keys.
+    Most examples add about as many nodes as the median one, and are a row each. Longer stretches (the first example,
+    with the beginning that all share) are rows of their own kind, cut where they are very long. A row ending at depth d
+    has d + 1 keys; rows whose keys are of like length share a bucket, so that little is filled up.
     """
-    longest = max(LEAST_QUERIES, int(np.median([len(p) - s for p, s in zip(trie.paths, trie.starts, strict=True)])))
-    pieces = [
-        (path, begin, min(begin + longest, len(path)))
-        for path, start in zip(trie.paths, trie.starts, strict=True)
-        for begin in range(start, len(path), longest)
-    ]
-    pieces.sort(key=lambda p: -p[2])
+    usual = max(LEAST_QUERIES, round(SPREAD * np.median([len(p) - s for p, s in zip(trie.paths, trie.starts)])))
+    short: list[Piece] = []
+    long: list[Piece] = []
+    for path, start in zip(trie.paths, trie.starts, strict=True):
+        size = len(path) - start
+        if size <= usual:
+            short.append((path, start, len(path)))
+            continue
+        cuts = np.linspace(start, len(path), math.ceil(size / max(usual, MOST_QUERIES)) + 1).astype(int).tolist()
+        long += [(path, begin, end) for begin, end in pairwise(cuts)]
     buckets: list[Bucket] = []
     place = np.empty(len(trie.ids), dtype=np.int64)
-    laid = at = 0
-    while at < len(pieces):
-        end = at
-        while end < len(pieces) and pieces[end][2] * KEY_SPREAD >= pieces[at][2]:
-            end += 1
-        group, at = pieces[at:end], end
+    laid = 0
+    for group in (*_of_like_keys(short), *_of_like_keys(long)):
         width = max(e - b for _, b, e in group)
         queries = np.zeros((len(group), width), dtype=np.int64)
         keys = np.zeros((len(group), group[0][2]), dtype=np.int64)
@@ -212,3 +222,15 @@ def paths_of(trie: Trie) -> Paths:
         depths = torch.tensor([b for _, b, _ in group])
         buckets.append(Bucket(torch.from_numpy(queries), torch.from_numpy(keys), depths))
     return Paths(buckets, torch.from_numpy(place))
+
+
+def _of_like_keys(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Groups of pieces whose ends, and so the lengths of their keys, differ by little."""
+    pieces.sort(key=lambda p: -p[2])
+    at = 0
+    while at < len(pieces):
+        keys, end = pieces[at][2], at + 1
+        while end < len(pieces) and pieces[end][2] * SPREAD >= keys and (end - at + 1) * keys <= MOST_KEYS:
+            end += 1
+        yield pieces[at:end]
+        at = end
