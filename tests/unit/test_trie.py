@@ -10,51 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
+from tests.unit.tiny_models import MODELS
 from trainer.attention import KERNEL, along, register
 from trainer.data.batches import Limits
-from trainer.data.micro import Bucket, MicroBatch, Tokens
+from trainer.data.micro import Tokens
 from trainer.data.packing import Packing
-from trainer.data.trie import Trie, build
+from trainer.data.trie import build
 from trainer.loss import LabelLoss
-from trainer.proof import prove, why_not
-
-VOCABULARY = 40
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # attention far from uniform: a wrong mask shows
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mistral, window 8": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(**GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=1)
-    ),
-}
+from trainer.proof import why_not
 
 # Few token ids, so that beginnings are shared by chance; sometimes a long common one.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
@@ -151,51 +115,3 @@ def test_trie_equals_padded(case: tuple[Any, LabelLoss], rows: list[Tokens], lim
     assert found == pytest.approx(stock_loss(case[0], rows), rel=1e-5, abs=1e-5)
     for one, other in zip(gradients, others, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
-
-
-LONG = [
-    Tokens(np.asarray([5, 6, 7, 8] * 4 + [tail, 9, 10, tail], np.int32), np.asarray([False] * 14 + [True] * 6))
-    for tail in (1, 2, 3, 4)
-]
-
-
-def test_the_proof_accepts_what_is_right(case: tuple[Any, LabelLoss]) -> None:
-    proof = prove(*case, LONG, pad_id=0)
-    assert proof.loss_distance <= 1e-5
-    assert proof.gradient_distance <= 1e-4
-
-
-def wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Bucket.mask
-    monkeypatch.setattr(Bucket, "mask", lambda self, window: right(self, None if window else 8))
-
-
-def wrong_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a subtree ended too late: one row of queries sees its neighbour's tail."""
-    right = MicroBatch.to
-
-    def shifted(self: MicroBatch, device: torch.device) -> MicroBatch:
-        moved = right(self, device)
-        for bucket in moved.paths.buckets if moved.paths else []:
-            bucket.keys[0] = bucket.keys[1]
-        return moved
-
-    monkeypatch.setattr(MicroBatch, "to", shifted)
-
-
-def wrong_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainer.data.micro as micro
-
-    def deeper(ids: list[np.ndarray], labels: list[np.ndarray]) -> Trie:
-        trie = build(ids, labels)
-        trie.depths[len(trie.depths) // 2 :] += 1
-        return trie
-
-    monkeypatch.setattr(micro, "build", deeper)
-
-
-@pytest.mark.parametrize("mistake", [wrong_window, wrong_keys, wrong_depth])
-def test_the_proof_catches(case: tuple[Any, LabelLoss], mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    mistake(monkeypatch)
-    proof = prove(*case, LONG, pad_id=0)
-    assert max(proof.loss_distance, proof.gradient_distance) > 1e-2
