@@ -31,9 +31,9 @@ MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cos
 # weight more, for a moment.
 MOST_FP32 = 1_000_000_000
 # Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 2e-6 on random models
-# whose attention is sharp, and every mistake of tests/unit/test_proof.py is beyond 3e-3. In bf16 right tries were within
-# 7e-2 (SmolLM2-135M: 6e-2, where its own noise is 5e-2), and so were small mistakes (one label too many, one key of
-# another row): there the bound only tells what is grossly wrong in this dtype.
+# whose attention is sharp, and every mistake of tests/unit/test_proof.py is beyond 3e-3. In bf16 right tries were
+# within 7e-2 (SmolLM2-135M: 6e-2, where its own noise is 5e-2), and so were small mistakes (one label too many, one key
+# of another row): there the bound only tells what is grossly wrong in this dtype.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 MOST_BOUND = 0.2  # however noisy the dtype
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

@@ -25,12 +25,41 @@ ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 row_ids = st.one_of(ids, st.builds(lambda n, tail: [3] * n + tail, st.integers(0, 12), ids))
 
 
+deep = st.integers(20, 60).map(lambda n: [[3, 4] * (n // 2), [3, 4] * (n // 2) + [2], [3] * n])
+wide = st.integers(9, 30).map(lambda n: [[3, 4, k, k] for k in range(5, 5 + n)])
+chain = st.integers(2, 12).map(lambda n: [[4] * k for k in range(1, n + 1)])
+turns = st.builds(lambda a, b, c: [a + b, a + b + c, a + c], ids, ids, ids)
+rows_of_a_kind = st.one_of(
+    st.lists(row_ids, min_size=1, max_size=8),
+    row_ids.map(lambda r: [r]),
+    row_ids.map(lambda r: [r] * 5),
+    *(deep, wide, chain, turns),
+)
+
+
+@st.composite
+def labels_of(draw: st.DrawFn, length: int) -> list[bool]:
+    """None, all, an answer at the end, several turns, or any."""
+    kind = draw(st.sampled_from(["none", "all", "answer", "turns", "any"]))
+    begin, period = draw(st.integers(0, length)), draw(st.integers(1, 5))
+    if kind == "any":
+        return draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    learnt = {
+        "none": lambda i: False,
+        "all": lambda i: True,
+        "answer": lambda i: i >= begin,
+        "turns": lambda i: i // period % 2 == 1,
+    }
+    return [learnt[kind](i) for i in range(length)]
+
+
 @st.composite
 def examples(draw: st.DrawFn) -> list[Tokens]:
-    rows = draw(st.lists(row_ids, min_size=1, max_size=8))
+    rows = list(draw(rows_of_a_kind))
     rows += [rows[0]] * draw(st.integers(0, 1))  # an equal one
-    rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
-    labels = [draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in rows]
+    if draw(st.booleans()):
+        rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
+    labels = [draw(labels_of(len(r))) for r in rows]
     return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, labels, strict=True)]
 
 
@@ -84,7 +113,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, LabelLoss]:
 
 def loss_and_gradients(case: tuple[Any, LabelLoss], packing: Packing, rows: list[Tokens]) -> tuple[float, list[Tensor]]:
     model, loss = case
-    model.zero_grad()
+    model.zero_grad(set_to_none=False)
     total = 0.0
     for micro in packing.split(rows, 1).micros[0]:
         batch = packing.lay([rows[i] for i in micro], micro)
@@ -113,5 +142,23 @@ def test_trie_equals_padded(case: tuple[Any, LabelLoss], rows: list[Tokens], lim
     found, others = loss_and_gradients(case, Packing(True, limits, 0), rows)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert found == pytest.approx(stock_loss(case[0], rows), rel=1e-5, abs=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
+
+
+@settings(max_examples=8, deadline=None)
+@given(rows=examples(), limits=st.sampled_from([Limits(None, 4096), Limits(None, 20)]))
+def test_trie_equals_padded_with_checkpointing(case: tuple[Any, LabelLoss], rows: list[Tokens], limits: Limits) -> None:
+    """The backward attends a second time, along the same paths."""
+    model = case[0]
+    expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        found, others = loss_and_gradients(case, Packing(True, limits, 0), rows)
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     for one, other in zip(gradients, others, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
