@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from trainer.data.micro import Paths
+from trainer.data.micro import Bucket, Paths
 
 KERNEL = "afina_trie"
 # Up to so many keys, SDPA's backward on CPU is slower than the products written out: 8 times at 46 keys, 4 at 79, and
 # faster at 512 (torch 2.13, bf16, 2 cores).
 SHORT_KEYS = 256
+# Beyond so many copies a node (a long document under many questions), gathering again costs less than the memory.
+MOST_COPIES = 8.0
 _paths: list[Paths] = []  # of the micro-batch in its forward or backward; recomputation in the backward needs it too
 
 
@@ -80,23 +84,41 @@ def trie_attention(
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     paths = _paths[-1]
     nodes, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))
+    # The gathered keys and values would be kept for the backward: where they are many, they are gathered anew instead.
+    gather_again = torch.is_grad_enabled() and paths.copies > MOST_COPIES
     out = []
     for bucket in paths.buckets:
-        rows, queries = bucket.queries.shape
-        q = nodes.index_select(0, bucket.queries.flatten()).unflatten(0, (rows, queries)).transpose(1, 2)
-        k, v = (
-            t.index_select(0, bucket.keys.flatten()).unflatten(0, tuple(bucket.keys.shape)).transpose(1, 2)
-            for t in (keys, values)
-        )
-        mask = bucket.mask(sliding_window)
-        if q.device.type == "cpu" and k.shape[2] <= SHORT_KEYS:
-            attended = _attend_short(q, k, v, mask, scaling, dropout)
+        attend = partial(_attend, bucket, bucket.mask(sliding_window), scaling, dropout)
+        if gather_again:
+            out.append(checkpoint(attend, nodes, keys, values, use_reentrant=False))
         else:
-            attended = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-            )
-        out.append(attended.transpose(1, 2).flatten(0, 1))
+            out.append(attend(nodes, keys, values))
     return torch.cat(out).index_select(0, paths.place).unsqueeze(0), None
+
+
+def _attend(
+    bucket: Bucket,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+    nodes: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """The outputs of a bucket's queries: (rows * queries, heads, width), from node tensors (nodes, heads, width)."""
+    rows, queries = bucket.queries.shape
+    q = nodes.index_select(0, bucket.queries.flatten()).unflatten(0, (rows, queries)).transpose(1, 2)
+    k, v = (
+        t.index_select(0, bucket.keys.flatten()).unflatten(0, tuple(bucket.keys.shape)).transpose(1, 2)
+        for t in (keys, values)
+    )
+    if q.device.type == "cpu" and k.shape[2] <= SHORT_KEYS:
+        attended = _attend_short(q, k, v, mask, scaling, dropout)
+    else:
+        attended = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        )
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, dropout: float) -> Tensor:

@@ -80,8 +80,9 @@ def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows
     """Cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
     examples = rows.tokens(range(len(rows)))
     total = 0.0
-    for micro in packing.split(examples, world.world_size).micros[world.rank]:
-        total += float(loss_sum(packing.lay([examples[i] for i in micro], micro).to(world.device)))
+    layout = packing.split(examples, world.world_size)
+    for batch in packing.batches(examples, layout, world.rank, range(len(rows))):
+        total += float(loss_sum(batch.to(world.device)))
     (total,) = sum_over_ranks([total], world.device)
     mean = total / rows.label_tokens(np.arange(len(rows)))
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}

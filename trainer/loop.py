@@ -102,8 +102,7 @@ class Loop:
         chosen = global_batch(keys.run.seed, step, len(train), keys.batch.global_size)
         examples, label_tokens = train.tokens(chosen), train.label_tokens(chosen)
         layout = self.packing.split(examples, self.world.world_size)
-        mine = layout.micros[self.world.rank]
-        batches = [self.packing.lay([examples[i] for i in micro], chosen[micro]) for micro in mine]
+        batches = list(self.packing.batches(examples, layout, self.world.rank, chosen))
         seeds = [_seed(keys.run.seed, step, self.world.rank, k) for k in range(len(batches))]
         data_seconds = time.perf_counter() - begin
 

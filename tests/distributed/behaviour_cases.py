@@ -6,10 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import trainer.loss
 from tests.distributed.reference import mean_loss, reference_model
 from tests.distributed.support_cases import Bench, reference_batches
 from trainer import checkpoint
@@ -124,6 +126,22 @@ def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
     bench.note(f"resume {name}", {"first step": first, "identical": identical, "tensors": len(expected)})
 
 
+def chunks_equal_one_call(bench: Bench, zero: str, *overrides: str) -> None:
+    """Three steps with the vocabulary matrix in chunks of two labels, ranks with unlike numbers of them, against all
+    labels at once."""
+    config = bench.config(f"zero={zero}", "batch.micro_size=3", *overrides)
+    states = []
+    for chunk_elements in (trainer.loss.CHUNK_ELEMENTS, 2 * 384):
+        with patch.object(trainer.loss, "CHUNK_ELEMENTS", chunk_elements):
+            loop = bench.loop(config)
+        for step in range(3):
+            loop._step(step)
+        states.append(gather_live(loop.engine, only_trained=True))
+    if bench.world.is_main:
+        far = {n: float((states[1][n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in states[0].items()}
+        bench.note(" ".join(["chunks", zero, *overrides]), max(far.values()))
+
+
 def _everything(loop: Loop) -> dict[str, Tensor]:
     live = {f"live/{n}": t for n, t in gather_live(loop.engine, only_trained=True).items()}
     return {**gather_state(loop.engine), **live}
@@ -207,6 +225,10 @@ def main() -> None:
     resume_is_bit_identical(bench, "stage2", "model.dtype=bf16")
     resume_is_bit_identical(bench, "stage3", "model.dtype=bf16")
     resume_is_bit_identical(bench, "stage0", "model.dtype=bf16")
+    for zero in ZERO:
+        chunks_equal_one_call(bench, zero)
+    for zero in ("stage2", "stage3"):
+        chunks_equal_one_call(bench, zero, "method=full")
     resume_at_another_stage(bench)
     generation_in_lockstep(bench)
     for zero in ("stage2", "stage3"):

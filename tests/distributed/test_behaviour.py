@@ -52,6 +52,11 @@ def test_state_moves_to_another_stage_to_the_bit(seen: dict[str, Any], zero: str
     assert seen[f"stage2 → {zero}"]
 
 
+@pytest.mark.parametrize("name", [*ZERO, *(f"{z} method=full" for z in ("stage2", "stage3"))])
+def test_the_vocabulary_matrix_in_chunks_changes_nothing(seen: dict[str, Any], name: str) -> None:
+    assert seen[f"chunks {name}"] <= 1e-5
+
+
 def test_another_seed_is_refused(seen: dict[str, Any]) -> None:
     assert "run.seed" in seen["another seed"]
 

@@ -1,4 +1,4 @@
-"""One global batch gives one update, however it is cut: DESIGN's norm of 1e-5 after five steps in fp32."""
+"""One global batch gives one update, however it is cut: DESIGN's norm of 1e-5 in fp32, after five steps and twenty."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ NORM = 1e-5
 BF16_BOUND = 0.2
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, 2, 3])
 def distances(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
     """Each case's largest relative distance to the plain process, from one torchrun of all cases."""
     results = tmp_path_factory.mktemp("equivalence") / "results.json"
     torchrun(SCRIPT, results, nproc=request.param, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=600)
-    return json.loads(results.read_text())
-
-
-def test_every_case_ran(distances: dict[str, float]) -> None:
-    assert set(distances) == set(cases())
+    found = json.loads(results.read_text())
+    assert set(found) == set(cases(request.param))
+    return found
 
 
 def test_fp32_is_within_the_norm(distances: dict[str, float]) -> None:
@@ -37,7 +35,8 @@ def test_fp32_is_within_the_norm(distances: dict[str, float]) -> None:
 
 def test_bf16_error_is_reported(distances: dict[str, float], record_property: pytest.RecordProperty) -> None:
     errors = {case: d for case, d in distances.items() if "bf16" in case}
+    if not errors:
+        pytest.skip("bf16 is measured on one and two ranks")
     print(f"bf16 distance after five steps: {errors}")
     record_property("bf16", errors)
-    assert errors
     assert all(d <= BF16_BOUND for d in errors.values())

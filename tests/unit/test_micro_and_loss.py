@@ -93,6 +93,7 @@ def small_models() -> dict[str, Any]:
         "mistral": t.MistralConfig(**gated, sliding_window=4),
         "gemma2": t.Gemma2Config(**gated, head_dim=8, final_logit_softcapping=5.0, sliding_window=4),
         "cohere": t.CohereConfig(**gated, logit_scale=0.25),
+        "granite": t.GraniteConfig(**gated, logits_scaling=4.0),
     }
 
 
@@ -188,3 +189,83 @@ def test_through_peft_the_loss_is_the_same(model: Any) -> None:
     expected = float(stock_loss_sum(model, random_rows([5, 12])))
     wrapped = attach(model, MethodConfig(r=4), seed=0)
     assert float(LabelLoss(wrapped)(wrapped, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere", "granite"])
+def test_in_chunks_the_loss_and_gradient_are_the_same(model: Any, name: str) -> None:
+    if name != "tiny":
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = small_models()[name]
+        config.pad_token_id = None
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    rows = random_rows([5, 12, 1, 9])
+    expected = stock_loss_sum(model, rows)
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    batch = padded(rows, range(4), pad_id=0)
+    met: list[int] = []
+    loss = LabelLoss(model, chunk_elements=4 * 384)
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    found = loss(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    found.backward()
+    assert max(met) <= 4
+    assert sum(met) == 2 * len(batch.source) - met[0] + 1, "one look at what follows the layer, the rest twice"
+    for parameter_name, gradient in gradients.items():
+        other = dict(model.named_parameters())[parameter_name].grad
+        assert float((other - gradient).norm()) <= 2e-5 * float(gradient.norm()) + 1e-6, parameter_name
+
+
+def test_in_chunks_under_a_frozen_output_layer(model: Any) -> None:
+    from trainer.config.schema import MethodConfig
+    from trainer.methods import attach
+
+    wrapped = attach(model, MethodConfig(r=4), seed=0)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    batch = padded(random_rows([5, 12, 9]), range(3), pad_id=0)
+    met: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    found = []
+    for elements in (10**9, 4 * 384):
+        value = LabelLoss(wrapped, chunk_elements=elements)(wrapped, batch) * 0.5
+        found.append((value.detach(), torch.autograd.grad(value, trained)))
+    assert met[0] == len(batch.source)
+    assert max(met[1:]) <= 4
+    assert sum(met[1:]) == len(batch.source) + 1, "each label once, and one look at what follows the layer"
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for whole, chunked in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rank_with_fewer_labels_calls_the_output_layer_as_often(model: Any) -> None:
+    import dataclasses
+
+    rows = random_rows([5, 3])
+    loss = LabelLoss(model, chunk_elements=384)
+    met: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    for batch in (padded(rows, range(2), pad_id=0), padded([], [], pad_id=0)):
+        met.clear()
+        found = loss(model, dataclasses.replace(batch, most_labels=12))
+        found.backward()
+        assert len(met) in (12 + 11, 12 + 11 + 1)
+        torch.testing.assert_close(found, stock_loss_sum(model, rows if batch.rows else []), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_logits_of_its_own_making_is_not_cut(model: Any) -> None:
+    class Odd(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 3 + 1
+            return output
+
+    model.__class__ = Odd
+    rows = random_rows([5, 12])
+    batch = padded(rows, range(2), pad_id=0)
+    expected = LabelLoss(model)(model, batch).item()
+    with pytest.warns(UserWarning, match="logits in a way of its own"):
+        found = LabelLoss(model, chunk_elements=4 * 384)(model, batch).item()
+    assert found == pytest.approx(expected, rel=1e-6)

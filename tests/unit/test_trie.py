@@ -10,63 +10,56 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
+from tests.unit.tiny_models import MODELS
 from trainer.attention import KERNEL, along, register
 from trainer.data.batches import Limits
-from trainer.data.micro import Bucket, MicroBatch, Tokens
+from trainer.data.micro import Tokens
 from trainer.data.packing import Packing
-from trainer.data.trie import Trie, build
+from trainer.data.trie import build
 from trainer.loss import LabelLoss
-from trainer.proof import prove, why_not
-
-VOCABULARY = 40
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # attention far from uniform: a wrong mask shows
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "mistral, window 8": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SIZES, head_dim=8)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(**GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=1)
-    ),
-}
+from trainer.proof import why_not
 
 # Few token ids, so that beginnings are shared by chance; sometimes a long common one.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 row_ids = st.one_of(ids, st.builds(lambda n, tail: [3] * n + tail, st.integers(0, 12), ids))
 
 
+deep = st.integers(20, 60).map(lambda n: [[3, 4] * (n // 2), [3, 4] * (n // 2) + [2], [3] * n])
+wide = st.integers(9, 30).map(lambda n: [[3, 4, k, k] for k in range(5, 5 + n)])
+chain = st.integers(2, 12).map(lambda n: [[4] * k for k in range(1, n + 1)])
+turns = st.builds(lambda a, b, c: [a + b, a + b + c, a + c], ids, ids, ids)
+rows_of_a_kind = st.one_of(
+    st.lists(row_ids, min_size=1, max_size=8),
+    row_ids.map(lambda r: [r]),
+    row_ids.map(lambda r: [r] * 5),
+    *(deep, wide, chain, turns),
+)
+
+
+@st.composite
+def labels_of(draw: st.DrawFn, length: int) -> list[bool]:
+    """None, all, an answer at the end, several turns, or any."""
+    kind = draw(st.sampled_from(["none", "all", "answer", "turns", "any"]))
+    begin, period = draw(st.integers(0, length)), draw(st.integers(1, 5))
+    if kind == "any":
+        return draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    learnt = {
+        "none": lambda i: False,
+        "all": lambda i: True,
+        "answer": lambda i: i >= begin,
+        "turns": lambda i: i // period % 2 == 1,
+    }
+    return [learnt[kind](i) for i in range(length)]
+
+
 @st.composite
 def examples(draw: st.DrawFn) -> list[Tokens]:
-    rows = draw(st.lists(row_ids, min_size=1, max_size=8))
+    rows = list(draw(rows_of_a_kind))
     rows += [rows[0]] * draw(st.integers(0, 1))  # an equal one
-    rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
-    labels = [draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r))) for r in rows]
+    if draw(st.booleans()):
+        rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
+    labels = [draw(labels_of(len(r))) for r in rows]
     return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, labels, strict=True)]
 
 
@@ -91,7 +84,7 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(examples(), st.integers(1, 4), st.integers(3, 60), st.one_of(st.none(), st.integers(1, 4)))
+@given(examples(), st.integers(1, 8), st.integers(3, 60), st.one_of(st.none(), st.integers(1, 4)))
 def test_split_lays_every_example_once_within_the_limits(
     rows: list[Tokens], world_size: int, tokens: int, most_rows: int | None
 ) -> None:
@@ -120,7 +113,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, LabelLoss]:
 
 def loss_and_gradients(case: tuple[Any, LabelLoss], packing: Packing, rows: list[Tokens]) -> tuple[float, list[Tensor]]:
     model, loss = case
-    model.zero_grad()
+    model.zero_grad(set_to_none=False)
     total = 0.0
     for micro in packing.split(rows, 1).micros[0]:
         batch = packing.lay([rows[i] for i in micro], micro)
@@ -153,49 +146,19 @@ def test_trie_equals_padded(case: tuple[Any, LabelLoss], rows: list[Tokens], lim
         assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
 
 
-LONG = [
-    Tokens(np.asarray([5, 6, 7, 8] * 4 + [tail, 9, 10, tail], np.int32), np.asarray([False] * 14 + [True] * 6))
-    for tail in (1, 2, 3, 4)
-]
-
-
-def test_the_proof_accepts_what_is_right(case: tuple[Any, LabelLoss]) -> None:
-    proof = prove(*case, LONG, pad_id=0)
-    assert proof.loss_distance <= 1e-5
-    assert proof.gradient_distance <= 1e-4
-
-
-def wrong_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Bucket.mask
-    monkeypatch.setattr(Bucket, "mask", lambda self, window: right(self, None if window else 8))
-
-
-def wrong_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a subtree ended too late: one row of queries sees its neighbour's tail."""
-    right = MicroBatch.to
-
-    def shifted(self: MicroBatch, device: torch.device) -> MicroBatch:
-        moved = right(self, device)
-        for bucket in moved.paths.buckets if moved.paths else []:
-            bucket.keys[0] = bucket.keys[1]
-        return moved
-
-    monkeypatch.setattr(MicroBatch, "to", shifted)
-
-
-def wrong_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainer.data.micro as micro
-
-    def deeper(ids: list[np.ndarray], labels: list[np.ndarray]) -> Trie:
-        trie = build(ids, labels)
-        trie.depths[len(trie.depths) // 2 :] += 1
-        return trie
-
-    monkeypatch.setattr(micro, "build", deeper)
-
-
-@pytest.mark.parametrize("mistake", [wrong_window, wrong_keys, wrong_depth])
-def test_the_proof_catches(case: tuple[Any, LabelLoss], mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    mistake(monkeypatch)
-    proof = prove(*case, LONG, pad_id=0)
-    assert max(proof.loss_distance, proof.gradient_distance) > 1e-2
+@settings(max_examples=8, deadline=None)
+@given(rows=examples(), limits=st.sampled_from([Limits(None, 4096), Limits(None, 20)]))
+def test_trie_equals_padded_with_checkpointing(case: tuple[Any, LabelLoss], rows: list[Tokens], limits: Limits) -> None:
+    """The backward attends a second time, along the same paths."""
+    model = case[0]
+    expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    try:
+        found, others = loss_and_gradients(case, Packing(True, limits, 0), rows)
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7

@@ -7,11 +7,16 @@ resumed or resized run sees the same examples; ``split`` is computed alike on ev
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.data.balance import Forest, even_bins
+
 MICRO = list[int]  # indices into the global batch; an empty one contributes nothing
+CAPS = 4  # rounds of padded forwards that get a cap of their own; the long rows are in the first
 
 
 def total_steps(rows: int, global_size: int, epochs: float, max_steps: int | None) -> int:
@@ -109,11 +114,22 @@ def split(lengths: np.ndarray, world_size: int, limits: Limits) -> list[list[MIC
     Returns:
         ``[rank][k] -> indices into lengths``; every index occurs exactly once.
     """
-    order = np.argsort(-lengths, kind="stable")
-    needed = len(_cut(lengths[order], limits, None))
+    order = np.argsort(-lengths, kind="stable").tolist()
+    sorted_lengths = [int(n) for n in lengths[order]]
+    needed = len(_cut(sorted_lengths, 0, limits, None))
     per_rank = max(1, math.ceil(needed / world_size))
-    pieces = _even_pieces(lengths[order], limits, per_rank * world_size)
-    return _deal([[int(i) for i in order[begin:end]] for begin, end in pieces], per_rank, world_size)
+    rounds, costs, begin, cap = [], [], 0, 0
+    for k in range(per_rank):
+        if begin == len(order):
+            break
+        # Ranks meet at each forward, so the costliest of a round is what it takes; after the longest rows less will do.
+        if k == 0 or (k < CAPS and world_size > 1):
+            cap = _least_cap(sorted_lengths, begin, limits, (per_rank - k) * world_size, cap)
+        pieces = _cut(sorted_lengths, begin, limits, cap)[:world_size]
+        rounds.append([order[b:e] for b, e in pieces])
+        costs.append([(e - b) * sorted_lengths[b] for b, e in pieces])
+        begin = pieces[-1][1]
+    return _deal(rounds, costs, per_rank, world_size)
 
 
 def split_shared(
@@ -130,65 +146,81 @@ def split_shared(
     Returns:
         As :func:`split`; and the nodes of each trie that is not empty.
     """
-    own, added = lengths.tolist(), (lengths - begins).tolist()
-    per_rank = max(1, math.ceil(len(_cut_shared(own, added, limits, limits.tokens)) / world_size))
-    low, high = 1, sum(own)
+    forest = Forest.of(lengths.tolist(), begins.tolist())
+    most_rows = limits.rows or len(forest.own)
+    most_nodes = forest.sums[-1] if limits.rows else limits.tokens
+    per_rank = max(1, math.ceil(len(_cut_shared(forest, most_rows, most_nodes)) / world_size))
+    low, high = min(max(forest.own), most_nodes), most_nodes
     while low < high:
         middle = (low + high) // 2
-        if len(_cut_shared(own, added, limits, middle)) <= per_rank * world_size:
+        if len(_cut_shared(forest, most_rows, middle)) <= per_rank * world_size:
             high = middle
         else:
             low = middle + 1
-    pieces = _cut_shared(own, added, limits, low)
-    costs = [own[begin] + sum(added[begin + 1 : end]) for begin, end in pieces]
-    by_cost = sorted(range(len(pieces)), key=lambda p: -costs[p])
-    return _deal([list(range(*pieces[p])) for p in by_cost], per_rank, world_size), costs
+    runs = _cut_shared(forest, most_rows, low)
+    micros = [(forest.nodes(b, e), list(range(b, e))) for b, e in runs]
+    micros = even_bins(forest, micros, world_size, per_rank, most_rows, most_nodes)
+    micros.sort(key=lambda m: -m[0])
+    chunks = [micros[k : k + world_size] for k in range(0, len(micros), world_size)]
+    rounds, costs = [[m for _, m in chunk] for chunk in chunks], [[cost for cost, _ in chunk] for chunk in chunks]
+    return _deal(rounds, costs, per_rank, world_size), [cost for cost, _ in micros]
 
 
-def _cut_shared(own: list[int], added: list[int], limits: Limits, cost: int) -> list[tuple[int, int]]:
-    """Cut sorted examples into runs of at most ``limits.rows`` examples, else at most ``cost`` nodes."""
-    most_rows = limits.rows or len(own)
-    pieces, begin, nodes = [], 0, 0
-    for i in range(len(own)):
-        if i > begin and (i - begin >= most_rows or nodes + added[i] > cost):
-            pieces.append((begin, i))
-            begin, nodes = i, 0
-        nodes += added[i] if i > begin else own[i]
-    return [*pieces, (begin, len(own))]
-
-
-def _deal(micros: list[MICRO], per_rank: int, world_size: int) -> list[list[MICRO]]:
-    """Give each rank ``per_rank`` micro-batches, forth and back, so that neighbours in cost meet in one forward."""
-    micros = micros + [[] for _ in range(per_rank * world_size - len(micros))]
-    out: list[list[MICRO]] = [[] for _ in range(world_size)]
-    for k in range(per_rank):
-        ranks = range(world_size) if k % 2 == 0 else range(world_size - 1, -1, -1)
-        for rank, micro in zip(ranks, micros[k * world_size : (k + 1) * world_size], strict=True):
-            out[rank].append(micro)
-    return out
-
-
-def _cut(sorted_lengths: np.ndarray, limits: Limits, cost: int | None) -> list[tuple[int, int]]:
-    """Cut rows sorted from long to short into runs within the limits and, if given, within ``cost`` padded tokens."""
-    pieces, begin = [], 0
-    while begin < len(sorted_lengths):
-        longest = int(sorted_lengths[begin])
-        rows = limits.most_rows(longest)
-        if cost is not None:
-            rows = max(1, min(rows, cost // longest))
-        end = min(begin + rows, len(sorted_lengths))
+def _cut_shared(forest: Forest, most_rows: int, most_nodes: int) -> list[tuple[int, int]]:
+    """Cut sorted examples into runs, each as long as can be; a single example may have more nodes."""
+    pieces, begin, count = [], 0, len(forest.own)
+    while begin < count:
+        room = most_nodes - forest.own[begin] + forest.sums[begin + 1]
+        end = min(max(begin + 1, bisect_right(forest.sums, room) - 1), begin + most_rows, count)
         pieces.append((begin, end))
         begin = end
     return pieces
 
 
-def _even_pieces(sorted_lengths: np.ndarray, limits: Limits, count: int) -> list[tuple[int, int]]:
-    """At most ``count`` runs whose largest padded cost is as small as can be (bisection on the cost)."""
-    low, high = 1, int(sorted_lengths[0]) * len(sorted_lengths)
-    while low < high:
+def _deal(
+    rounds: Sequence[Sequence[MICRO]], costs: Sequence[Sequence[int]], per_rank: int, world_size: int
+) -> list[list[MICRO]]:
+    """Give each rank one micro-batch a round, the costliest to the rank that has least so far."""
+    out: list[list[MICRO]] = [[] for _ in range(world_size)]
+    totals = [0] * world_size
+    for micros, round_costs in zip(rounds, costs, strict=True):
+        ranks = sorted(range(world_size), key=lambda r: (totals[r], r))
+        by_cost = sorted(range(len(micros)), key=lambda m: -round_costs[m])
+        for rank, m in zip(ranks, by_cost, strict=False):
+            out[rank].append(micros[m])
+            totals[rank] += round_costs[m]
+        for rank in ranks[len(micros) :]:
+            out[rank].append([])
+    for rank_micros in out:
+        rank_micros += [[] for _ in range(per_rank - len(rounds))]
+    return out
+
+
+def _cut(sorted_lengths: Sequence[int], begin: int, limits: Limits, cap: int | None) -> list[tuple[int, int]]:
+    """Cut rows sorted from long to short, from ``begin`` on, into runs within the limits and within ``cap`` padded
+    tokens, if given."""
+    pieces, count = [], len(sorted_lengths)
+    while begin < count:
+        longest = sorted_lengths[begin]
+        rows = limits.most_rows(longest)
+        if cap is not None:
+            rows = max(1, min(rows, cap // longest))
+        end = min(begin + rows, count)
+        pieces.append((begin, end))
+        begin = end
+    return pieces
+
+
+def _least_cap(sorted_lengths: Sequence[int], begin: int, limits: Limits, pieces: int, known: int) -> int:
+    """The smallest largest padded cost of at most ``pieces`` runs of the rows from ``begin`` on, by bisection.
+
+    With a cap ``known`` to do (0: none is), it is only looked for whether a smaller one is worth it, to a part in 64.
+    """
+    low, high = sorted_lengths[begin], known or sorted_lengths[begin] * (len(sorted_lengths) - begin)
+    while low < high - known // 64:
         middle = (low + high) // 2
-        if len(_cut(sorted_lengths, limits, middle)) <= count:
+        if len(_cut(sorted_lengths, begin, limits, middle)) <= pieces:
             high = middle
         else:
             low = middle + 1
-    return _cut(sorted_lengths, limits, low)
+    return max(high, low)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor
 from trainer.data.trie import Trie, build
 
 LEAST_QUERIES = 16  # shorter rows of queries do not fill the matrix units
-KEY_SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
+MOST_QUERIES = 512  # longer rows would compute many scores that the causal mask then hides
+SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
+MOST_KEYS = 1 << 15  # key positions a bucket: bounds the copies of keys and values that exist at a time
+Piece = tuple[np.ndarray, int, int]  # a path from the root, and the stretch of it that is new: from, to
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,11 @@ class Paths:
     buckets: list[Bucket]
     place: Tensor
 
+    @property
+    def copies(self) -> float:
+        """How often, in the mean, a node's key and value are copied for the rows that attend to it."""
+        return sum(b.keys.numel() for b in self.buckets) / len(self.place)
+
     def to(self, device: torch.device) -> Paths:
         """The same on ``device``."""
         moved = [Bucket(b.queries.to(device), b.keys.to(device), b.depths.to(device)) for b in self.buckets]
@@ -82,6 +92,7 @@ class MicroBatch:
         weight: float32, shape (labels,): how often the label counts in the loss.
         useful_tokens: the examples' own tokens.
         rows: indices of the examples in the training or held-out rows, for messages.
+        most_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
         paths: of a trie; ``None`` in padded rows.
     """
@@ -93,6 +104,7 @@ class MicroBatch:
     weight: Tensor
     useful_tokens: int
     rows: tuple[int, ...]
+    most_labels: int
     position_ids: Tensor | None = None
     paths: Paths | None = None
 
@@ -111,12 +123,15 @@ class MicroBatch:
             self.weight.to(device),
             self.useful_tokens,
             self.rows,
+            self.most_labels,
             None if self.position_ids is None else self.position_ids.to(device),
             None if self.paths is None else self.paths.to(device),
         )
 
 
-def padded(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int) -> MicroBatch:
+def padded(
+    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int, most_labels: int = 0
+) -> MicroBatch:
     """Lay examples side by side, padded on the right to the longest.
 
     Without examples, a stand-in of one token and no label is returned: the forward runs the same collectives as on the
@@ -126,6 +141,7 @@ def padded(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id:
         examples: a label on the first token of one has nothing to be predicted from and is left out.
         rows: their indices.
         pad_id: fills the padding; masked, so any id gives the same result.
+        most_labels: labels of the micro-batch that has most, of those that run at the same time on the ranks.
     """
     width = max((len(e.ids) for e in examples), default=1)
     ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
@@ -146,15 +162,17 @@ def padded(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id:
         weight=torch.ones(len(target), dtype=torch.float32),
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
+        most_labels=max(most_labels, len(target)),
     )
 
 
-def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray) -> MicroBatch:
+def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_labels: int = 0) -> MicroBatch:
     """Lay examples in one trie: each shared beginning once, with the loss and gradient of the separate rows.
 
     Args:
         examples: at least one, each of at least one token.
         rows: their indices.
+        most_labels: as in :func:`padded`.
     """
     trie = build([e.ids for e in examples], [e.labels for e in examples])
     target = np.flatnonzero(trie.weights)
@@ -166,6 +184,7 @@ def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray) -> Micr
         weight=torch.from_numpy(trie.weights[target].astype(np.float32)),
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
+        most_labels=max(most_labels, len(target)),
         position_ids=torch.from_numpy(trie.depths)[None],
         paths=paths_of(trie),
     )
@@ -174,24 +193,24 @@ def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray) -> Micr
 def paths_of(trie: Trie) -> Paths:
     """Cut a trie's new nodes into rows of queries, each with the path that leads to it as keys.
 
-    Most examples add about as many nodes as the median one; longer stretches (the first example, with the beginning
-    that all share) are cut to that length, so that few queries are filled up. A row ending at depth d has d + 1 keys.
+    Most examples add about as many nodes as the median one, and are a row each. Longer stretches (the first example,
+    with the beginning that all share) are rows of their own kind, cut where they are very long. A row ending at depth d
+    has d + 1 keys; rows whose keys are of like length share a bucket, so that little is filled up.
     """
-    longest = max(LEAST_QUERIES, int(np.median([len(p) - s for p, s in zip(trie.paths, trie.starts, strict=True)])))
-    pieces = [
-        (path, begin, min(begin + longest, len(path)))
-        for path, start in zip(trie.paths, trie.starts, strict=True)
-        for begin in range(start, len(path), longest)
-    ]
-    pieces.sort(key=lambda p: -p[2])
+    usual = max(LEAST_QUERIES, round(SPREAD * np.median([len(p) - s for p, s in zip(trie.paths, trie.starts)])))
+    short: list[Piece] = []
+    long: list[Piece] = []
+    for path, start in zip(trie.paths, trie.starts, strict=True):
+        size = len(path) - start
+        if size <= usual:
+            short.append((path, start, len(path)))
+            continue
+        cuts = np.linspace(start, len(path), math.ceil(size / max(usual, MOST_QUERIES)) + 1).astype(int).tolist()
+        long += [(path, begin, end) for begin, end in pairwise(cuts)]
     buckets: list[Bucket] = []
     place = np.empty(len(trie.ids), dtype=np.int64)
-    laid = at = 0
-    while at < len(pieces):
-        end = at
-        while end < len(pieces) and pieces[end][2] * KEY_SPREAD >= pieces[at][2]:
-            end += 1
-        group, at = pieces[at:end], end
+    laid = 0
+    for group in (*_of_like_keys(short), *_of_like_keys(long)):
         width = max(e - b for _, b, e in group)
         queries = np.zeros((len(group), width), dtype=np.int64)
         keys = np.zeros((len(group), group[0][2]), dtype=np.int64)
@@ -203,3 +222,15 @@ def paths_of(trie: Trie) -> Paths:
         depths = torch.tensor([b for _, b, _ in group])
         buckets.append(Bucket(torch.from_numpy(queries), torch.from_numpy(keys), depths))
     return Paths(buckets, torch.from_numpy(place))
+
+
+def _of_like_keys(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Groups of pieces whose ends, and so the lengths of their keys, differ by little."""
+    pieces.sort(key=lambda p: -p[2])
+    at = 0
+    while at < len(pieces):
+        keys, end = pieces[at][2], at + 1
+        while end < len(pieces) and pieces[end][2] * SPREAD >= keys and (end - at + 1) * keys <= MOST_KEYS:
+            end += 1
+        yield pieces[at:end]
+        at = end

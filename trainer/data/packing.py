@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +46,25 @@ class Packing:
         pieces, costs = split_shared(lengths, begins, world_size, self.limits)
         return Layout([[[int(order[i]) for i in m] for m in rank] for rank in pieces], sum(costs))
 
-    def lay(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray) -> MicroBatch:
-        """One forward of some examples; of none, the stand-in that adds zero."""
+    def batches(
+        self, examples: Sequence[Tokens], layout: Layout, rank: int, rows: Sequence[int] | np.ndarray
+    ) -> Iterator[MicroBatch]:
+        """A rank's forwards.
+
+        Args:
+            examples: those that were laid.
+            layout: by :meth:`split`.
+            rank: whose.
+            rows: what the examples are called in messages.
+        """
+        labels = [int(np.count_nonzero(e.labels[1:])) for e in examples]
+        for together in zip(*layout.micros, strict=True):
+            most = max(sum(labels[i] for i in micro) for micro in together)
+            mine = together[rank]
+            yield self.lay([examples[i] for i in mine], [rows[i] for i in mine], most)
+
+    def lay(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_labels: int = 0) -> MicroBatch:
+        """One forward of some examples; of none, the stand-in that adds zero. ``most_labels``: see ``MicroBatch``."""
         if self.shares and examples:
-            return shared(examples, rows)
-        return padded(examples, rows, self.pad_id)
+            return shared(examples, rows, most_labels)
+        return padded(examples, rows, self.pad_id, most_labels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,19 +46,44 @@ def sort_by_tokens(examples: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarr
         ``order``: indices of the examples, sorted by their ids; ``shared``: for each in that order, how many tokens at
         its beginning its predecessor has too (0 for the first). Both int64, shape (examples,).
     """
-    keys = [np.ascontiguousarray(e, dtype=">u4").tobytes() for e in examples]
-    order = sorted(range(len(examples)), key=keys.__getitem__)
+    flat, starts, lengths = _flat(examples)
+    # big-endian: bytes compare as the numbers do
+    raw, at = flat.astype(">u4").tobytes(), (4 * np.append(starts, len(flat))).tolist()
+    keys = [raw[begin:end] for begin, end in pairwise(at)]
+    order = np.asarray(sorted(range(len(examples)), key=keys.__getitem__), dtype=np.int64)
     shared = np.zeros(len(order), dtype=np.int64)
-    for i in range(1, len(order)):
-        shared[i] = common_prefix(examples[order[i - 1]], examples[order[i]])
-    return np.asarray(order, dtype=np.int64), shared
+    if len(order) > 1:
+        shared[1:] = _common_beginnings([examples[i] for i in order], lengths[order])
+    return order, shared
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common beginning of two arrays."""
-    n = min(len(a), len(b))
-    unequal = np.flatnonzero(a[:n] != b[:n])
-    return int(unequal[0]) if len(unequal) else n
+def _flat(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Arrays one after the other, where each starts, and their lengths."""
+    lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    flat = np.concatenate(arrays) if len(arrays) else np.empty(0, np.int32)
+    return flat, np.cumsum(lengths) - lengths, lengths
+
+
+def _places(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``starts[i], starts[i] + 1, …`` for each i, ``counts[i]`` of them, one after the other."""
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def _common_beginnings(examples: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """Length of the longest common beginning of each two neighbours: int64, shape (examples - 1,).
+
+    All pairs in one pass: with short examples, a comparison a pair would cost more than a fast device leaves time for.
+    """
+    both = np.minimum(lengths[1:], lengths[:-1])
+    first, second = (
+        np.concatenate([e[:n] for e, n in zip(side, both.tolist(), strict=True)])
+        for side in (examples[:-1], examples[1:])
+    )
+    unequal = np.flatnonzero(first != second)
+    begins = np.cumsum(both) - both
+    # the first unequal place at or behind each pair's begin, if it is that pair's own
+    found = np.append(unequal, len(first))[np.searchsorted(unequal, begins)]
+    return np.minimum(found - begins, both)
 
 
 def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
@@ -68,23 +94,27 @@ def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
         labels: for each, which of its tokens are learnt, bool, of the same length.
     """
     order, shared = sort_by_tokens(examples)
-    total = int(sum(len(examples[e]) for e in order) - shared.sum())
-    ids, depths = np.empty(total, np.int64), np.empty(total, np.int64)
-    parents, weights = np.empty(total, np.int64), np.zeros(total, np.int64)
-    paths: list[np.ndarray] = []
-    starts: list[int] = []
-    path, laid = np.empty(0, np.int64), 0
-    for example, start in zip(order, shared, strict=True):
-        tokens = examples[example]
-        new = np.arange(laid, laid + len(tokens) - start)
-        path = np.concatenate([path[:start], new])
-        ids[new], depths[new] = tokens[start:], np.arange(start, len(tokens))
-        parents[new] = np.concatenate([path[start - 1 : start] if start else [-1], new])[: len(new)]
-        learnt = np.asarray(labels[example], dtype=bool).copy()
-        learnt[0] = False  # nothing stands before it that could predict it
-        weights[path[learnt]] += 1
-        if len(new):
-            paths.append(path)
-            starts.append(int(start))
-        laid += len(new)
-    return Trie(ids, depths, parents, weights, paths, starts)
+    flat, begins, lengths = _flat([examples[i] for i in order])
+    learnt, _, _ = _flat([np.asarray(labels[i], dtype=bool) for i in order])
+    learnt[begins] = False  # nothing stands before it that could predict it
+    new = lengths - shared
+    ends = np.cumsum(new)
+    total = int(ends[-1])
+    nodes = np.arange(total)
+    parents = nodes - 1
+    every: list[np.ndarray] = []
+    path = nodes[:0]
+    for start, first, end in zip(shared.tolist(), (ends - new).tolist(), ends.tolist(), strict=True):
+        if first < end:
+            parents[first] = path[start - 1] if start else -1
+        path = np.concatenate((path[:start], nodes[first:end]))
+        every.append(path)
+    distinct = np.flatnonzero(new)
+    return Trie(
+        ids=flat[_places(begins + shared, new)].astype(np.int64),
+        depths=_places(shared, new),
+        parents=parents,
+        weights=np.bincount(np.concatenate(every)[learnt], minlength=total),
+        paths=[every[i] for i in distinct],
+        starts=shared[distinct].tolist(),
+    )

@@ -1,0 +1,256 @@
+"""The start-up proof: it accepts right models on any rows, and no mistake gets past it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import trainer.data.micro as micro
+from tests.unit.tiny_models import MODELS, VOCABULARY
+from trainer.attention import KERNEL, register
+from trainer.config import TrainConfig, load
+from trainer.config.schema import MethodConfig
+from trainer.data.load import Data
+from trainer.data.micro import Bucket, Paths, Tokens
+from trainer.data.trie import Trie
+from trainer.errors import ConfigError
+from trainer.loss import LabelLoss
+from trainer.methods import attach
+from trainer.proof import BOUNDS, choose_packing, proof_rows, prove, smallest_window
+
+WINDOWED = "mistral, window 8"
+
+
+@dataclass
+class Held:
+    """Rows in memory, as ``trainer.data.load.Rows`` gives them."""
+
+    rows: list[Tokens]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(r.ids) for r in self.rows], dtype=np.int32)
+
+    def tokens(self, which: Any) -> list[Tokens]:
+        return [self.rows[int(i)] for i in which]
+
+
+def rows_like(lengths: list[int], shared: int, seed: int = 0) -> Data:
+    """Rows with a common beginning and a short answer at the end."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(2, VOCABULARY, shared)
+    rows = []
+    for length in lengths:
+        ids = np.append(head, rng.integers(2, VOCABULARY, max(0, length - shared)))[:length].astype(np.int32)
+        rows.append(Tokens(ids, np.arange(length) >= length - 3))
+    return Data(Held(rows), Held([]), "", ())  # type: ignore[arg-type]
+
+
+DATA = rows_like([17, 20, 22, 22, 25, 30, 31, 34], 14)
+
+
+def config(packing: str = "auto", size: int = 8) -> TrainConfig:
+    return load(["debug=tiny", f"batch.packing={packing}", f"batch.global_size={size}"])
+
+
+def made(name: str, dtype: torch.dtype, seed: int = 0, adapter: bool = False) -> tuple[Any, LabelLoss]:
+    torch.manual_seed(seed)
+    model = MODELS[name]().to(dtype)
+    register()
+    model.set_attn_implementation(KERNEL)
+    if adapter:
+        model = attach(model, MethodConfig(r=4), seed=0)
+    return model, LabelLoss(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_right_models_are_accepted(name: str, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        model, loss = made(name, dtype, seed, adapter=seed % 2 == 1 and name != "gpt2")
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        packing, why = choose_packing(model, loss, config("trie"), rows_like([17, 20, 22, 25, 30, 31, 34], 14, seed), 0)
+        assert packing.shares
+        assert "proved on" in why
+        after = dict(model.named_parameters())
+        assert all(torch.equal(after[n], b) and after[n].dtype == b.dtype for n, b in before.items())
+        assert all(p.grad is None for p in after.values())
+
+
+def wrong_window(by: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def put_in(patch: pytest.MonkeyPatch) -> None:
+        right = Bucket.mask
+        patch.setattr(Bucket, "mask", lambda self, window: right(self, None if window is None else window + by))
+
+    return put_in
+
+
+def no_window(patch: pytest.MonkeyPatch) -> None:
+    right = Bucket.mask
+    patch.setattr(Bucket, "mask", lambda self, window: right(self, None))
+
+
+def _change_trie(patch: pytest.MonkeyPatch, change: Callable[[Trie], None]) -> None:
+    right = micro.build
+
+    def wrong(ids: list[np.ndarray], labels: list[np.ndarray]) -> Trie:
+        trie = right(ids, labels)
+        change(trie)
+        return trie
+
+    patch.setattr(micro, "build", wrong)
+
+
+def _change_paths(patch: pytest.MonkeyPatch, change: Callable[[Paths], None]) -> None:
+    right = micro.paths_of
+
+    def wrong(trie: Trie) -> Paths:
+        paths = right(trie)
+        change(paths)
+        return paths
+
+    patch.setattr(micro, "paths_of", wrong)
+
+
+def sees_a_sibling(patch: pytest.MonkeyPatch) -> None:
+    """As if a subtree ended too late: one stretch of one example reads a single key of another example."""
+
+    def change(paths: Paths) -> None:
+        bucket = max(paths.buckets, key=lambda b: len(b.keys))
+        for row in range(1, len(bucket.keys)):
+            last = int(bucket.depths[row])
+            if bucket.keys[row, last] != bucket.keys[0, last]:
+                bucket.keys[row, last] = bucket.keys[0, last]
+                return
+        raise AssertionError("these rows have no siblings")
+
+    _change_paths(patch, change)
+
+
+def sees_one_too_many(patch: pytest.MonkeyPatch) -> None:
+    def change(paths: Paths) -> None:
+        for bucket in paths.buckets:
+            bucket.depths += 1
+
+    _change_paths(patch, change)
+
+
+def deeper(patch: pytest.MonkeyPatch) -> None:
+    def change(trie: Trie) -> None:
+        trie.depths[len(trie.depths) // 2 :] += 1
+
+    _change_trie(patch, change)
+
+
+def one_label_too_many(patch: pytest.MonkeyPatch) -> None:
+    def change(trie: Trie) -> None:
+        trie.weights[np.flatnonzero(trie.weights)[-1]] += 1
+
+    _change_trie(patch, change)
+
+
+def labels_count_once(patch: pytest.MonkeyPatch) -> None:
+    def change(trie: Trie) -> None:
+        trie.weights[:] = trie.weights.clip(max=1)
+
+    _change_trie(patch, change)
+
+
+def parent_is_the_token_before(patch: pytest.MonkeyPatch) -> None:
+    """Right but at the forks: the first token of a branch is predicted from the end of the branch before."""
+
+    def change(trie: Trie) -> None:
+        trie.parents[1:] = np.arange(len(trie.parents) - 1)
+
+    _change_trie(patch, change)
+
+
+MISTAKES = [
+    sees_a_sibling,
+    sees_one_too_many,
+    deeper,
+    one_label_too_many,
+    labels_count_once,
+    parent_is_the_token_before,
+]
+WINDOW_MISTAKES = {"one wider": wrong_window(1), "one narrower": wrong_window(-1), "none": no_window}
+CASES = [
+    *((name, mistake, torch.float32) for name in MODELS for mistake in MISTAKES),
+    *(("llama", mistake, torch.bfloat16) for mistake in MISTAKES),
+    *((WINDOWED, mistake, dtype) for mistake in WINDOW_MISTAKES.values() for dtype in (torch.float32, torch.bfloat16)),
+]
+
+
+@pytest.mark.parametrize(("name", "mistake", "dtype"), CASES)
+def test_no_mistake_gets_past(name: str, mistake: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty times beyond the bound of fp32, so real models leave room; also when the model itself is of 16 bits."""
+    mistake(monkeypatch)
+    model, loss = made(name, dtype)
+    if dtype == torch.float32:
+        for rows in proof_rows(config(), DATA, smallest_window(model))[:1]:
+            proof = prove(model, loss, rows, 0)
+            assert max(proof.loss_distance, proof.gradient_distance) > 30 * BOUNDS[torch.float32]
+    packing, why = choose_packing(model, loss, config("auto"), DATA, 0)
+    assert not packing.shares
+    assert "differs from padded" in why
+    with pytest.raises(ConfigError, match="differs from padded"):
+        choose_packing(model, loss, config("trie"), DATA, 0)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_no_mistake_gets_past_an_adapter(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh LoRA: A has no gradient yet, B has."""
+    mistake(monkeypatch)
+    model, loss = made("llama", torch.bfloat16, adapter=True)
+    assert not choose_packing(model, loss, config(), DATA, 0)[0].shares
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_wide_window_is_tried_if_any_training_row_is_longer(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's rows are inside the window of 40; one row of the others is not."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from tests.unit.tiny_models import SIZES
+
+    monkeypatch.setitem(MODELS, "wide", lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=40)))
+    model, loss = made("wide", torch.float32)
+    assert smallest_window(model) == 40
+    short, long = rows_like([20] * 40, 10), rows_like([20] * 39 + [70], 10)
+    assert choose_packing(model, loss, config("trie"), long, 0)[0].shares
+    wrong_window(by)(monkeypatch)
+    model, loss = made("wide", torch.float32)
+    assert not choose_packing(model, loss, config(), long, 0)[0].shares
+    # no row leaves the window: it makes no difference how wide it is
+    narrow_enough = choose_packing(model, loss, config(), short, 0)[0].shares
+    assert narrow_enough
+
+
+@pytest.mark.parametrize(("name", "window"), [("llama", None), (WINDOWED, 8), ("qwen2", None), ("gpt2", None)])
+def test_smallest_window(name: str, window: int | None) -> None:
+    assert smallest_window(made(name, torch.float32)[0]) == window
+
+
+def test_rows_of_the_proof_hold_the_hard_cases() -> None:
+    (rows,) = proof_rows(config(), DATA, None)
+    words = [tuple(r.ids.tolist()) for r in rows]
+    assert len(set(words[:-2])) == len(words) - 2
+    assert words[-2] in words[:-2]
+    assert any(w[: len(words[-1])] == words[-1] and len(w) > len(words[-1]) for w in words)
+    trie = micro.build([r.ids for r in rows], [r.labels for r in rows])
+    assert trie.weights.max() >= 2
+    forks = np.flatnonzero(trie.parents[1:] != np.arange(len(trie.ids) - 1)) + 1
+    assert trie.weights[forks].any()
+
+
+def test_a_single_row_of_one_token_is_no_trouble() -> None:
+    data = Data(Held([Tokens(np.asarray([5], np.int32), np.asarray([True]))]), Held([]), "", ())  # type: ignore[arg-type]
+    model, loss = made("llama", torch.float32)
+    assert choose_packing(model, loss, config("trie", size=1), data, 0)[0].shares

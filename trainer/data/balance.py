@@ -1,0 +1,183 @@
+"""Tries of even cost: which examples go together when cutting their sorted order into runs leaves ranks waiting.
+
+A run of neighbours shares most, but its cost comes in steps of an example: with few examples a rank, some rank has one
+too many. Here subtrees are dealt one by one, the costliest first, each to the trie where it makes the step least
+longer (longest processing time first: Graham, 1969), what it shares with the trie already there taken off. A subtree
+that fits nowhere is cut where its examples share least, so no more is computed twice than evenness asks for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, pairwise
+
+MICRO_OF = tuple[int, list[int]]  # nodes, and positions of the examples in sorted order
+GOOD_ENOUGH = 1.05  # times the least possible: below it nothing better is looked for
+MOST_TRIALS = 2048  # examples times tries: beyond it looking takes longer than ranks wait, and runs are even enough
+# Size of a trie that is aimed at, in even parts of the step; and the largest subtree that is dealt whole, of that.
+AIMS = ((1.05, 1.0), (1.12, 1.0), (1.0, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """Examples sorted by their tokens.
+
+    Attributes:
+        own: tokens of each.
+        begins: how many of them its predecessor has too; the first has 0.
+        sums: ``sums[i]`` is the nodes of the trie of the first ``i`` examples; ascending.
+    """
+
+    own: list[int]
+    begins: list[int]
+    sums: list[int]
+
+    @classmethod
+    def of(cls, own: list[int], begins: list[int]) -> Forest:
+        """A forest of at least one example."""
+        return cls(own, begins, [0, *accumulate(n - b for n, b in zip(own, begins, strict=True))])
+
+    def nodes(self, begin: int, end: int) -> int:
+        """Nodes of the trie of a run."""
+        return self.sums[end] - self.sums[begin] + self.begins[begin]
+
+    def least_step(self, world_size: int) -> float:
+        """No step can be shorter, in nodes a rank: the longest example; and on each rank the beginning that all share,
+        with an even part of the rest."""
+        common = min(self.begins[1:], default=0)
+        return max(max(self.own), common + (self.sums[-1] - common) / world_size)
+
+    def subtrees(self, begin: int, end: int, most_nodes: float, most_rows: int) -> list[tuple[int, int]]:
+        """A run cut where least is shared, into runs of at most ``most_nodes``; a single example may be larger."""
+        out, stack = [], [(begin, end)]
+        while stack:
+            begin, end = stack.pop()
+            if end - begin == 1 or (end - begin <= most_rows and self.nodes(begin, end) <= most_nodes):
+                out.append((begin, end))
+                continue
+            shared = min(self.begins[begin + 1 : end])
+            cuts = [begin, *(i for i in range(begin + 1, end) if self.begins[i] == shared), end]
+            stack += self._gathered(cuts, most_nodes, most_rows)
+        return out
+
+    def _gathered(self, cuts: Sequence[int], most_nodes: float, most_rows: int) -> list[tuple[int, int]]:
+        """Small neighbours put together again as far as they fit, so that what they share is computed once."""
+        out: list[tuple[int, int]] = []
+        for begin, end in pairwise(cuts):
+            if out and self.nodes(out[-1][0], end) <= most_nodes and end - out[-1][0] <= most_rows:
+                out[-1] = (out[-1][0], end)
+            else:
+                out.append((begin, end))
+        return out
+
+    def shared(self, positions: Sequence[int], begin: int, end: int) -> int:
+        """Nodes of a run that a trie of examples at ``positions`` (ascending) has already."""
+        at, most = bisect(positions, begin), 0
+        if at:
+            most = min(self.begins[positions[at - 1] + 1 : begin + 1])
+        if at < len(positions):
+            most = max(most, min(self.begins[end : positions[at] + 1]))
+        return most
+
+
+@dataclass(slots=True)
+class Bin:
+    """A trie to be: which forward of its rank it is, the positions of its examples, its nodes."""
+
+    k: int
+    positions: list[int] = field(default_factory=list)
+    nodes: int = 0
+
+
+def step_of(costs: Sequence[int], world_size: int) -> int:
+    """What a step takes, in nodes, when ranks meet at every forward and like costs meet: each lasts as its costliest.
+
+    Args:
+        costs: of the tries, in any order.
+        world_size: so many are forwarded at a time.
+    """
+    return sum(sorted(costs, reverse=True)[::world_size])
+
+
+def even_bins(
+    forest: Forest, runs: list[MICRO_OF], world_size: int, per_rank: int, most_rows: int, most_nodes: int
+) -> list[MICRO_OF]:
+    """``runs``, or tries that make a shorter step.
+
+    Args:
+        forest: the examples.
+        runs: a way to cut them.
+        world_size: number of ranks.
+        per_rank: forwards of each.
+        most_rows: examples a trie.
+        most_nodes: nodes a trie, unless it is of one example.
+    """
+    least = forest.least_step(world_size)
+    best, step = runs, step_of([nodes for nodes, _ in runs], world_size)
+    if len(forest.own) * per_rank * world_size > MOST_TRIALS:
+        return runs
+    for aim, whole in AIMS:
+        if step <= GOOD_ENOUGH * least:
+            break
+        cap = min(most_nodes, int(aim * max(least / per_rank, forest.sums[-1] / (per_rank * world_size))))
+        bins = [b for b in _dealt(forest, world_size, per_rank, (most_rows, most_nodes), cap, whole) if b.positions]
+        found = step_of([b.nodes for b in bins], world_size)
+        if bins and found < step:
+            best, step = [(b.nodes, b.positions) for b in bins], found
+    return best
+
+
+def _dealt(
+    forest: Forest, world_size: int, per_rank: int, limits: tuple[int, int], cap: int, whole: float
+) -> list[Bin]:
+    """Subtrees dealt on ``per_rank`` forwards of each rank; no bins when they do not fit.
+
+    Args:
+        forest: the examples.
+        world_size: number of ranks.
+        per_rank: forwards of each.
+        limits: examples and nodes a trie.
+        cap: a subtree that would make a trie larger than this, and the step longer, is cut further.
+        whole: the largest subtree that is dealt as one, as a share of ``cap``.
+    """
+    bins = [Bin(k) for k in range(per_rank) for _ in range(world_size)]
+    lasts = [cap] * per_rank  # nodes that each forward takes anyway
+    units = [(-forest.nodes(b, e), b, e) for b, e in forest.subtrees(0, len(forest.own), whole * cap, limits[0])]
+    heapify(units)
+    while units:
+        alone, begin, end = heappop(units)
+        excess, nodes, best = _place(forest, bins, lasts, (begin, end), limits)
+        if end - begin > 1 and (best is None or excess > 0):
+            for b, e in forest.subtrees(begin, end, -alone // 2, (end - begin + 1) // 2):
+                heappush(units, (-forest.nodes(b, e), b, e))
+            continue
+        if best is None:
+            return []
+        at = bisect(best.positions, begin)
+        best.positions[at:at] = range(begin, end)
+        best.nodes, lasts[best.k] = nodes, max(lasts[best.k], nodes)
+    return bins
+
+
+def _place(
+    forest: Forest, bins: list[Bin], lasts: list[int], run: tuple[int, int], limits: tuple[int, int]
+) -> tuple[int, int, Bin | None]:
+    """Where a run makes the step least longer, then adds fewest nodes, then makes the smallest trie: by how much the
+    step grows, the trie's nodes then, and which it is, if it fits anywhere."""
+    begin, end = run
+    alone = forest.nodes(begin, end)
+    best, best_bin = (0, 0, 0), None
+    for bin_ in bins:
+        added = alone - (forest.shared(bin_.positions, begin, end) if bin_.positions else 0)
+        nodes = bin_.nodes + added
+        fits = len(bin_.positions) + end - begin <= limits[0] and nodes <= limits[1]
+        if fits or not bin_.positions:
+            key = (max(0, nodes - lasts[bin_.k]), added, nodes)
+            if best_bin is None or key < best:
+                best, best_bin = key, bin_
+        if not bin_.positions:
+            break  # the other empty ones, of this and later forwards, are no better
+    return best[0], best[2], best_bin
