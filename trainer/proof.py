@@ -30,7 +30,7 @@ MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cos
 # A model of at most so many weights is tried in fp32 too, which tells a mistake from rounding. It takes four bytes a
 # weight more, for a moment.
 MOST_FP32 = 1_000_000_000
-# Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 2e-6 on random models
+# Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 5e-6 on random models
 # whose attention is sharp, and every mistake of tests/unit/test_proof.py is beyond 3e-3. In bf16 right tries were
 # within 7e-2 (SmolLM2-135M: 6e-2, where its own noise is 5e-2), and so were small mistakes (one label too many, one key
 # of another row): there the bound only tells what is grossly wrong in this dtype.
