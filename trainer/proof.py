@@ -22,8 +22,7 @@ from trainer.data.trie import sort_by_tokens
 from trainer.errors import ConfigError
 from trainer.loss import LabelLoss
 
-MOST_ROWS = 6
-MOST_TOKENS = 768
+KEPT = 32  # tokens before and after the fork of the two rows that share most; and twice that of the others
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
 OTHER_TAIL = 16  # of these, how many differ in that row's twin
 MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need
@@ -32,29 +31,25 @@ MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cos
 MOST_FP32 = 1_000_000_000
 # Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 5e-6 on random models
 # whose attention is sharp, and every mistake of tests/unit/test_proof.py is beyond 3e-3. In bf16 right tries were
-# within 7e-2 (SmolLM2-135M: 6e-2, where its own noise is 5e-2), and so were small mistakes (one label too many, one key
-# of another row): there the bound only tells what is grossly wrong in this dtype.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-MOST_BOUND = 0.2  # however noisy the dtype
+# within 7e-2 (SmolLM2-135M: 6e-2, where padded rows against rows one by one are 5e-2 apart), and so were small mistakes
+# (one label too many, one key of another row): there the bound only tells what is grossly wrong in this dtype.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Relative distance, trie against padded rows: of the summed loss, and (Frobenius) of the gradients put together;
-    and the larger of both for padded rows against rows one by one, which is the dtype's own noise."""
+    """Relative distance, trie against padded rows, computed in ``dtype``: of the summed loss, and (Frobenius) of the
+    gradients put together."""
 
     loss_distance: float
     gradient_distance: float
-    noise: float
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
 
     @property
     def bound(self) -> float:
-        """What is allowed: in fp32 a constant, in 16 bits four times the noise or more."""
-        if self.dtype == torch.float32:
-            return BOUNDS[torch.float32]
-        return min(MOST_BOUND, max(BOUNDS.get(self.dtype, 0.1), 4 * self.noise))
+        """What is allowed."""
+        return BOUNDS.get(self.dtype, BOUNDS[torch.float32])
 
     @property
     def holds(self) -> bool:
@@ -128,23 +123,21 @@ def smallest_window(model: Any) -> int | None:
 
 
 def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list[Tokens]]:
-    """Real rows, in groups that are tried one after the other.
+    """Real rows of the first step, in groups that are tried one after the other; short, so that a try takes a second.
 
-    First a few rows of the first step: those that share most with a neighbour, and the shortest of the others. Two of
-    them come again with every token learnt, one of these cut short: so there are labels at forks, labels that count
-    more than once, and an end inside another row, whatever the data holds. Then, if any training row is longer than the
-    sliding window, such a row, and one that leaves it shortly before its end.
+    First the two rows that share most, cut around their fork, and the shortest of the others. The two come again with
+    every token learnt, one of these cut short: so there are labels at forks, labels that count more than once, and an
+    end inside another row, whatever the data holds. Then, if any training row is longer than the sliding window, such a
+    row, and one that leaves it shortly before its end.
     """
     chosen = global_batch(config.run.seed, 0, len(data.train), config.batch.global_size)
     rows = data.train.tokens(chosen[:64])
     order, begins = sort_by_tokens([r.ids for r in rows])
-    neighbours = [int(i) for at in begins.argsort()[::-1][:2] for i in order[max(0, at - 1) : at + 1]]
-    others = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    picked: list[Tokens] = []
-    for i in dict.fromkeys([*neighbours, *others]):
-        fits = sum(len(r.ids) for r in picked) + len(rows[i].ids) <= MOST_TOKENS
-        if not picked or (len(picked) < MOST_ROWS and fits):
-            picked.append(Tokens(rows[i].ids[:MOST_TOKENS], rows[i].labels[:MOST_TOKENS]))
+    at = int(begins.argmax())
+    pair = order[max(0, at - 1) : at + 1].tolist()
+    others = sorted(set(range(len(rows))) - set(pair), key=lambda i: len(rows[i].ids))[:1]
+    start = max(0, int(begins[at]) - KEPT)
+    picked = [_stretch(rows[i], start) for i in pair] + [_stretch(rows[i], 0) for i in others]
     first, second = picked[0].ids, picked[min(1, len(picked) - 1)].ids
     groups = [[*picked, _all_learnt(first), _all_learnt(second[: len(second) * 2 // 3 + 1])]]
     longer = np.flatnonzero(data.train.lengths > (window or np.inf))
@@ -153,6 +146,11 @@ def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list
         twin = np.concatenate([ids[:-OTHER_TAIL], ids[-OTHER_TAIL:][::-1]])
         groups.append([_all_learnt(ids), _all_learnt(twin)])
     return groups
+
+
+def _stretch(row: Tokens, start: int) -> Tokens:
+    end = start + 2 * KEPT
+    return Tokens(row.ids[start:end], row.labels[start:end])
 
 
 def _all_learnt(ids: np.ndarray) -> Tokens:
@@ -185,7 +183,7 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> Proof:
-    """Losses and gradients of some rows in one trie, in padded rows, and one by one.
+    """Losses and gradients of some rows in one trie, against padded rows.
 
     Args:
         model: in evaluation or training mode; dropout is off while it is tried, and its gradients are left alone.
@@ -202,13 +200,11 @@ def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int
         padded, trie = Packing(False, unlimited, pad_id), Packing(True, unlimited, pad_id)
         expected = _loss_and_gradients(model, loss, [padded.lay(rows, which)], trained)
         found = _loss_and_gradients(model, loss, [trie.lay(rows, which)], trained)
-        single = [padded.lay([row], [i]) for i, row in enumerate(rows)]
-        noise = _distance(_loss_and_gradients(model, loss, single, trained), expected)
     finally:
         model.train(was_training)
     loss_distance, gradient_distance = _distance(found, expected)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Proof(loss_distance, gradient_distance, max(noise), dtype)
+    return Proof(loss_distance, gradient_distance, dtype)
 
 
 def _some(parameters: list[nn.Parameter]) -> list[nn.Parameter]:

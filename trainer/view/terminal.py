@@ -201,4 +201,4 @@ def _one_line(text: str) -> str:
 
 def _encodable(text: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, errors="replace").decode(encoding)
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
