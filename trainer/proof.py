@@ -22,7 +22,7 @@ from trainer.data.trie import sort_by_tokens
 from trainer.errors import ConfigError
 from trainer.loss import LabelLoss
 
-KEPT = 32  # tokens before and after the fork of the two rows that share most; and twice that of the others
+KEPT = 24  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
 OTHER_TAIL = 16  # of these, how many differ in that row's twin
 MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need
@@ -125,9 +125,9 @@ def smallest_window(model: Any) -> int | None:
 def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list[Tokens]]:
     """Real rows of the first step, in groups that are tried one after the other; short, so that a try takes a second.
 
-    First the two rows that share most, cut around their fork, and the shortest of the others. The two come again with
-    every token learnt, one of these cut short: so there are labels at forks, labels that count more than once, and an
-    end inside another row, whatever the data holds. Then, if any training row is longer than the sliding window, such a
+    First the two rows that share most, cut around their fork. They come again with every token learnt, one of them cut
+    short: so there are labels at forks, labels that count more than once, and an end inside another row, whatever the
+    data holds. Then, if any training row is longer than the sliding window, such a
     row, and one that leaves it shortly before its end.
     """
     chosen = global_batch(config.run.seed, 0, len(data.train), config.batch.global_size)
@@ -135,10 +135,9 @@ def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list
     order, begins = sort_by_tokens([r.ids for r in rows])
     at = int(begins.argmax())
     pair = order[max(0, at - 1) : at + 1].tolist()
-    others = sorted(set(range(len(rows))) - set(pair), key=lambda i: len(rows[i].ids))[:1]
     start = max(0, int(begins[at]) - KEPT)
-    picked = [_stretch(rows[i], start) for i in pair] + [_stretch(rows[i], 0) for i in others]
-    first, second = picked[0].ids, picked[min(1, len(picked) - 1)].ids
+    picked = [Tokens(rows[i].ids[start : start + 2 * KEPT], rows[i].labels[start : start + 2 * KEPT]) for i in pair]
+    first, second = picked[0].ids, picked[-1].ids
     groups = [[*picked, _all_learnt(first), _all_learnt(second[: len(second) * 2 // 3 + 1])]]
     longer = np.flatnonzero(data.train.lengths > (window or np.inf))
     if window is not None and len(longer):
@@ -148,24 +147,22 @@ def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list
     return groups
 
 
-def _stretch(row: Tokens, start: int) -> Tokens:
-    end = start + 2 * KEPT
-    return Tokens(row.ids[start:end], row.labels[start:end])
-
-
 def _all_learnt(ids: np.ndarray) -> Tokens:
     return Tokens(ids, np.ones(len(ids), dtype=bool))
 
 
 def prove_in_each_dtype(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> list[Proof]:
-    """:func:`prove` as the model is, and in fp32 when it is of 16 bits, small enough and not quantised."""
-    proofs = [prove(model, loss, rows, pad_id)]
+    """:func:`prove` in fp32 when the model is small enough and not quantised, and in its own 16 bits: there without the
+    gradients, which say little more, when fp32 has told them."""
     parameters = list(model.parameters())
+    if all(p.dtype == torch.float32 for p in parameters):
+        return [prove(model, loss, rows, pad_id)]
     plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
-    if proofs[0].dtype != torch.float32 and plain and sum(p.numel() for p in parameters) <= MOST_FP32:
-        with _in_fp32(model):
-            proofs.append(prove(model, loss, rows, pad_id))
-    return proofs
+    if not plain or sum(p.numel() for p in parameters) > MOST_FP32:
+        return [prove(model, loss, rows, pad_id)]
+    with _in_fp32(model):
+        exact = prove(model, loss, rows, pad_id)
+    return [exact, prove(model, loss, rows, pad_id, with_gradients=False)]
 
 
 @contextlib.contextmanager
@@ -182,7 +179,7 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> Proof:
+def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int, with_gradients: bool = True) -> Proof:
     """Losses and gradients of some rows in one trie, against padded rows.
 
     Args:
@@ -190,9 +187,10 @@ def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int
         loss: of this model.
         rows: with at least one label.
         pad_id: fills padding.
+        with_gradients: else their distance is 0.
     """
     unlimited = Limits(len(rows), 0)
-    trained = _some([p for p in model.parameters() if p.requires_grad])
+    trained = _some([p for p in model.parameters() if p.requires_grad]) if with_gradients else []
     was_training = model.training
     model.eval()
     try:
@@ -219,9 +217,9 @@ def _loss_and_gradients(
     total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trained]
     device = next(model.parameters()).device
     for batch in (b.to(device) for b in batches):
-        with along(batch.paths):
+        with along(batch.paths), torch.set_grad_enabled(bool(trained)):
             value = loss(model, batch)
-            gradients = torch.autograd.grad(value, trained, allow_unused=True)
+            gradients = torch.autograd.grad(value, trained, allow_unused=True) if trained else ()
         total = total + value.detach().cpu()
         for held, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
