@@ -51,7 +51,7 @@ def rows_like(lengths: list[int], shared: int, seed: int = 0) -> Data:
     for length in lengths:
         ids = np.append(head, rng.integers(2, VOCABULARY, max(0, length - shared)))[:length].astype(np.int32)
         rows.append(Tokens(ids, np.arange(length) >= length - 3))
-    return Data(Held(rows), Held([]), "", ())  # type: ignore[arg-type]
+    return Data(Held(rows), Held([]), "", (), (), ())  # type: ignore[arg-type]
 
 
 DATA = rows_like([17, 20, 22, 22, 25, 30, 31, 34], 14)
@@ -124,12 +124,14 @@ def sees_a_sibling(patch: pytest.MonkeyPatch) -> None:
     """As if a subtree ended too late: one stretch of one example reads a single key of another example."""
 
     def change(paths: Paths) -> None:
-        bucket = max(paths.buckets, key=lambda b: len(b.keys))
-        for row in range(1, len(bucket.keys)):
+        rows = [(b, row) for b in paths.buckets for row in range(len(b.keys)) if b.depths[row] > 0]
+        for bucket, row in rows:
             last = int(bucket.depths[row])
-            if bucket.keys[row, last] != bucket.keys[0, last]:
-                bucket.keys[row, last] = bucket.keys[0, last]
-                return
+            for other in paths.buckets:
+                for node in other.keys[:, last].tolist() if last < other.keys.shape[1] else []:
+                    if node not in (0, int(bucket.keys[row, last])):
+                        bucket.keys[row, last] = node
+                        return
         raise AssertionError("these rows have no siblings")
 
     _change_paths(patch, change)
@@ -251,6 +253,6 @@ def test_rows_of_the_proof_hold_the_hard_cases() -> None:
 
 
 def test_a_single_row_of_one_token_is_no_trouble() -> None:
-    data = Data(Held([Tokens(np.asarray([5], np.int32), np.asarray([True]))]), Held([]), "", ())  # type: ignore[arg-type]
+    data = Data(Held([Tokens(np.asarray([5], np.int32), np.asarray([True]))]), Held([]), "", (), (), ())  # type: ignore[arg-type]
     model, loss = made("llama", torch.float32)
     assert choose_packing(model, loss, config("trie", size=1), data, 0)[0].shares

@@ -31,6 +31,11 @@ def recipe(tokenizer: Any) -> Recipe:
     return Recipe(tokenizer, "alpaca", {}, "chat", "user", "completion", 200, "error")
 
 
+def serving(parent: int | None = None) -> list[psutil.Process]:
+    """The workers below a process: others may have children of their own there."""
+    return [p for p in psutil.Process(parent).children() if "trainer.data.workers" in " ".join(p.cmdline())]
+
+
 def gone(processes: list[psutil.Process], seconds: float = 60) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
@@ -48,7 +53,7 @@ def test_workers_are_light_and_work_ahead_a_little_only(recipe: Recipe) -> None:
         assert batch.rows == Encoder(recipe).batch(chunk).rows
         assert len(read) - taken <= 5
         if taken == 1:
-            workers = psutil.Process().children()
+            workers = serving()
             assert len(workers) == 2
             loaded = {os.path.basename(m.path) for worker in workers for m in worker.memory_maps()}
             assert not [name for name in loaded if name.startswith(("libtorch", "pandas"))]
@@ -58,7 +63,7 @@ def test_workers_are_light_and_work_ahead_a_little_only(recipe: Recipe) -> None:
 def test_leaving_early_leaves_no_worker(recipe: Recipe) -> None:
     batches = encoded(chunks(1000), recipe, 2)
     next(batches)
-    workers = psutil.Process().children()
+    workers = serving()
     assert len(workers) == 2
     batches.close()
     assert gone(workers)
@@ -67,7 +72,7 @@ def test_leaving_early_leaves_no_worker(recipe: Recipe) -> None:
 def test_a_worker_that_dies_is_told(recipe: Recipe) -> None:
     batches = encoded(chunks(1000), recipe, 2)
     next(batches)
-    workers = psutil.Process().children()
+    workers = serving()
     workers[0].kill()
     with pytest.raises(DataError, match=r"data\.workers: a process that tokenises was killed by SIGKILL"):
         list(batches)
@@ -95,7 +100,7 @@ def test_no_worker_outlives_its_parent(recipe: Recipe, number: signal.Signals) -
     child = context.Process(target=parent)
     child.start()
     assert ready.wait(60)
-    workers = psutil.Process(child.pid).children()
+    workers = serving(child.pid)
     assert len(workers) == 2
     begin = time.monotonic()
     os.kill(child.pid or 0, number)
@@ -107,7 +112,7 @@ def test_no_worker_outlives_its_parent(recipe: Recipe, number: signal.Signals) -
 def test_a_scheduler_that_signals_every_process_stops_no_worker(recipe: Recipe) -> None:
     batches = encoded(chunks(30), recipe, 2)
     next(batches)
-    for worker in psutil.Process().children():
+    for worker in serving():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             worker.send_signal(number)
     assert len(list(batches)) == 29
