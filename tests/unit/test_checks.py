@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.checks import REASONS, Finding, RefusedCount, few_rows, in_table, leak, repeats
+from trainer.data.checks import REASONS, Finding, RefusedCount, across_parts, few_rows, in_table, leak, repeats
 from trainer.data.encode import DOUBLE_BOS, FACTS, NO_END, TRUNCATED
 from trainer.data.rows import Refused
 
@@ -18,7 +18,7 @@ def facts(rows: int, **columns: Any) -> np.ndarray:
     """Rows that differ in everything, but for what is said."""
     out = np.zeros(rows, dtype=FACTS)
     out["line"] = np.arange(rows) + 1
-    for name in ("prompt_key", "answer_key", "text_key"):
+    for name in ("prompt_key", "row_key", "reply_key", "text_key"):
         out[name] = np.arange(rows) * 7919
     for name, values in columns.items():
         out[name] = values
@@ -37,7 +37,7 @@ pairs = st.lists(st.tuples(st.integers(-3, 3), st.integers(-2, 2)), max_size=40)
 @given(pairs)
 def test_repeats_against_a_loop_over_the_rows(rows: list[tuple[int, int]]) -> None:
     prompts, answers = (np.asarray([r[i] for r in rows], dtype=np.int64) for i in (0, 1))
-    same, other = repeats(prompts, answers)
+    same, other = repeats(prompts, answers, answers)
     first: dict[int, int] = {}
     for i, (prompt, answer) in enumerate(rows):
         assert same[i] == ((prompt, answer) in rows[:i])
@@ -50,13 +50,16 @@ def test_nothing_is_found_in_clean_rows() -> None:
 
 
 def test_repeated_rows_and_other_answers_are_named() -> None:
-    table = facts(9, prompt_key=[1, 2, 1, 1, 3, 3, 3, 4, 5], answer_key=[1, 1, 1, 2, 5, 6, 6, 7, 8])
+    table = facts(9, prompt_key=[1, 2, 1, 1, 3, 3, 3, 4, 5], row_key=[1, 1, 1, 2, 5, 6, 6, 7, 8])
+    table["reply_key"] = table["row_key"]
     names = found(table)
     assert (names["duplicate"].count, names["duplicate"].where) == (2, ("a.jsonl:3", "a.jsonl:7"))
     assert (names["other_answer"].count, names["other_answer"].where) == (2, ("a.jsonl:4", "a.jsonl:6"))
     assert names["duplicate"].level == names["other_answer"].level == "warning"
     assert names["duplicate"].message.endswith("in 2 rows → remove them")
-    many = found(facts(30, prompt_key=1, answer_key=1))
+    table["reply_key"][5] = 5  # a chat that goes on otherwise after the same first answer
+    assert found(table)["other_answer"].where == ("a.jsonl:4",)
+    many = found(facts(30, prompt_key=1, row_key=1, reply_key=1))
     assert (many["duplicate"].count, len(many["duplicate"].where)) == (29, 5)
 
 
@@ -108,3 +111,11 @@ def test_a_leak_names_the_held_out_rows() -> None:
 def test_few_rows() -> None:
     assert few_rows(100) == []
     assert few_rows(99)[0].count == 99
+
+
+def test_rows_of_an_earlier_part_are_named() -> None:
+    keys = np.asarray([1, 2, 2, 3, 1, 4, 4], dtype=np.int64)
+    (finding,) = across_parts(keys, np.asarray([0, 3, 6, 7]), str)
+    assert (finding.kind, finding.level, finding.where) == ("duplicate", "warning", ("4", "6"))
+    assert across_parts(keys, np.asarray([0, 7]), str) == []
+    assert across_parts(np.arange(7), np.asarray([0, 3, 6, 7]), str) == []

@@ -72,7 +72,7 @@ def build(
                 say(f"prepared {rows:,} rows so far")
     facts = np.concatenate(pieces)
     np.save(folder / "counts.npy", np.stack([facts["length"], facts["label_count"]]))
-    np.save(folder / "keys.npy", np.stack([facts["prompt_key"], facts["answer_key"]]))
+    np.save(folder / "keys.npy", np.stack([facts["prompt_key"], facts["row_key"]]))
     findings = count.findings() + in_table(
         facts, lambda row: f"{source.names[facts['file'][row]]}:{facts['line'][row]}"
     )

@@ -107,7 +107,7 @@ def in_table(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
         facts: dtype ``encode.FACTS``, shape (rows,).
         name_of: row -> ``file:line``.
     """
-    same, other = repeats(facts["prompt_key"], facts["answer_key"])
+    same, other = repeats(facts["prompt_key"], facts["row_key"], facts["reply_key"])
     flags = facts["flags"]
     no_end, two_begins, cut = ((flags & bit) > 0 for bit in (NO_END, DOUBLE_BOS, TRUNCATED))
     repeated, differs = "an earlier row is repeated, and so learnt more often,", "the same opening had another answer"
@@ -124,11 +124,13 @@ def in_table(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
     return found + _one_class(facts, name_of)
 
 
-def repeats(prompt_keys: np.ndarray, answer_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that repeat an earlier one, and rows whose answer differs from that of the first row that opens alike.
+def repeats(prompt_keys: np.ndarray, row_keys: np.ndarray, reply_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that repeat an earlier one, and rows whose first answer differs from that of the first row that opens alike.
 
     Args:
-        prompt_keys, answer_keys: int64, shape (rows,).
+        prompt_keys: of what stands before the first learnt token, int64, shape (rows,).
+        row_keys: of the whole row.
+        reply_keys: of the first learnt turn: later ones answer what may have gone another way.
 
     Returns:
         Two masks of shape (rows,), disjoint.
@@ -137,10 +139,27 @@ def repeats(prompt_keys: np.ndarray, answer_keys: np.ndarray) -> tuple[np.ndarra
     if not rows:
         return np.zeros(0, dtype=bool), np.zeros(0, dtype=bool)
     _, first, group = np.unique(prompt_keys, return_index=True, return_inverse=True)
-    order = np.lexsort((answer_keys, prompt_keys))  # stable: equal rows stay in the order of the file
+    order = np.lexsort((row_keys, prompt_keys))  # stable: equal rows stay in the order of the file
     follows = np.zeros(rows, dtype=bool)
-    follows[order[1:]] = (np.diff(prompt_keys[order]) == 0) & (np.diff(answer_keys[order]) == 0)
-    return follows, (answer_keys != answer_keys[first[group]]) & ~follows
+    follows[order[1:]] = (np.diff(prompt_keys[order]) == 0) & (np.diff(row_keys[order]) == 0)
+    return follows, (reply_keys != reply_keys[first[group]]) & ~follows
+
+
+def across_parts(row_keys: np.ndarray, begins: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
+    """Rows that an earlier part of a mixture holds too.
+
+    Args:
+        row_keys: of all parts, int64, shape (rows,).
+        begins: where each part begins, and where the last ends.
+        name_of: row -> ``file:line``.
+    """
+    if len(begins) <= 2:
+        return []
+    _, first, group = np.unique(row_keys, return_index=True, return_inverse=True)
+    rows = np.arange(len(row_keys))
+    elsewhere = np.searchsorted(begins, rows, "right") != np.searchsorted(begins, first[group], "right")
+    what, cure = "an earlier part of the mixture is repeated", "take them out, or give the parts other weights"
+    return _finding("duplicate", "warning", elsewhere, what, cure, name_of)
 
 
 def leak(train_keys: np.ndarray, held_keys: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:

@@ -26,11 +26,11 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.bool_()),
         "prompt_length": pa.int32(),
         "prompt_key": pa.int64(),
-        "answer_key": pa.int64(),
+        "row_key": pa.int64(),
         "answer": pa.string(),
     }
 )
-# What is remembered of each row while a table is built, beside the table itself: 49 bytes.
+# What is remembered of each row while a table is built, beside the table itself: 57 bytes.
 FACTS = np.dtype(
     [
         ("file", np.int32),
@@ -39,7 +39,8 @@ FACTS = np.dtype(
         ("label_count", np.int32),
         ("answer_length", np.int32),
         ("prompt_key", np.int64),
-        ("answer_key", np.int64),
+        ("row_key", np.int64),
+        ("reply_key", np.int64),
         ("text_key", np.int64),
         ("flags", np.uint8),
     ]
@@ -133,8 +134,9 @@ class Encoder:
         whole_ids, whole_labels = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.labels, dtype=np.bool_)
         fact = (
             *(example.file, example.line, len(ids), learnt, len(ids) - cut.prompt_length),
-            *(_key(whole_ids[: whole.opening_length].tobytes()), _key(whole_ids[whole_labels].tobytes())),
-            *(_key((example.text or example.answer).encode()), self._flags(ids, labels, cut is not whole, example)),
+            *(_key(whole_ids[: whole.opening_length].tobytes()), _key(whole_ids.tobytes())),
+            *(_key(_first_reply(whole_ids, whole_labels).tobytes()), _key((example.text or example.answer).encode())),
+            self._flags(ids, labels, cut is not whole, example),
         )
         return _Record(fact, ids, labels, cut.prompt_length, example.answer)
 
@@ -190,6 +192,13 @@ def fit(encoded: Encoded, recipe: Recipe, where: str, is_text: bool, bos_id: int
     return Encoded(ids, labels, encoded.prompt_length - excess, max(kept, encoded.opening_length - excess))
 
 
+def _first_reply(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The learnt tokens up to the first that is not: in a chat, the first learnt turn."""
+    begin = int(labels.argmax())
+    gap = np.flatnonzero(~labels[begin:])
+    return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
+
+
 def _key(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
@@ -213,7 +222,7 @@ def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
         pa.ListArray.from_arrays(offsets, _column(pa.bool_(), np.packbits(labels, bitorder="little"), len(labels))),
         _column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
         _column(pa.int64(), facts["prompt_key"]),
-        _column(pa.int64(), facts["answer_key"]),
+        _column(pa.int64(), facts["row_key"]),
         pa.StringArray.from_buffers(
             len(answers), pa.py_buffer(_ends([len(a) for a in answers])), pa.py_buffer(b"".join(answers))
         ),

@@ -211,7 +211,7 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[Prepared], must
     train = Rows(joined, at_most(mix(train_rows, joined.begins, parts, seed), keys.max_rows, seed))
     if validation.tables is not joined:
         found += checks.leak(joined.keys[0][train.indices], validation.tables.keys[0], validation.tables.name_of)
-    found += checks.few_rows(len(train))
+    found += checks.across_parts(joined.keys[1], joined.begins, joined.name_of) + checks.few_rows(len(train))
     digest = hashlib.sha256()
     for rows in (train, validation):
         digest.update("".join(p.fingerprint for p in rows.tables.parts).encode() + rows.indices.tobytes())
