@@ -32,8 +32,9 @@ def recipe(tokenizer: Any) -> Recipe:
 
 
 def serving(parent: int | None = None) -> list[psutil.Process]:
-    """The workers below a process: others may have children of their own there."""
-    return [p for p in psutil.Process(parent).children() if "trainer.data.workers" in " ".join(p.cmdline())]
+    """The workers below a process: others may have children of their own there, dead ones among them."""
+    alive = [p for p in psutil.Process(parent).children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in alive if "trainer.data.workers" in " ".join(p.cmdline())]
 
 
 def gone(processes: list[psutil.Process], seconds: float = 60) -> bool:
