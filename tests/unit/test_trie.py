@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.tiny_models import MODELS
+from trainer import attention
 from trainer.attention import KERNEL, along, register
+from trainer.data import micro
 from trainer.data.batches import Limits
 from trainer.data.micro import Tokens
 from trainer.data.packing import Packing
@@ -92,11 +95,11 @@ def test_split_lays_every_example_once_within_the_limits(
     assert sorted(i for rank in layout.micros for micro in rank for i in micro) == list(range(len(rows)))
     assert len({len(rank) for rank in layout.micros}) == 1
     computed = 0
-    for micro in (m for rank in layout.micros for m in rank if m):
-        nodes = len(build([rows[i].ids for i in micro], [rows[i].labels for i in micro]).ids)
+    for laid in (m for rank in layout.micros for m in rank if m):
+        nodes = len(build([rows[i].ids for i in laid], [rows[i].labels for i in laid]).ids)
         computed += nodes
-        assert len(micro) <= (most_rows or len(rows))
-        assert most_rows is not None or nodes <= tokens or len(micro) == 1
+        assert len(laid) <= (most_rows or len(rows))
+        assert most_rows is not None or nodes <= tokens or len(laid) == 1
     assert computed == layout.computed_tokens
 
 
@@ -115,8 +118,8 @@ def loss_and_gradients(case: tuple[Any, LabelLoss], packing: Packing, rows: list
     model, loss = case
     model.zero_grad(set_to_none=False)
     total = 0.0
-    for micro in packing.split(rows, 1).micros[0]:
-        batch = packing.lay([rows[i] for i in micro], micro)
+    for laid in packing.split(rows, 1).micros[0]:
+        batch = packing.lay([rows[i] for i in laid], laid)
         with along(batch.paths):
             value = loss(model, batch)
             value.backward()
@@ -162,3 +165,36 @@ def test_trie_equals_padded_with_checkpointing(case: tuple[Any, LabelLoss], rows
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     for one, other in zip(gradients, others, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=examples(), most_queries=st.integers(1, 6), most_keys=st.integers(1, 60), copies=st.sampled_from([0.0, 99.0])
+)
+def test_long_stretches_are_cut_and_keys_gathered_again(
+    case: tuple[Any, LabelLoss], rows: list[Tokens], most_queries: int, most_keys: int, copies: float
+) -> None:
+    """What only long rows meet, on short ones: the limits of a row of queries, of a bucket, and of copies kept."""
+    expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
+    with (
+        patch.object(micro, "LEAST_QUERIES", 1),
+        patch.object(micro, "MOST_QUERIES", most_queries),
+        patch.object(micro, "MOST_KEYS", most_keys),
+        patch.object(attention, "MOST_COPIES", copies),
+    ):
+        found, others = loss_and_gradients(case, Packing(True, Limits(None, 4096), 0), rows)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
+
+
+def test_copies_of_a_long_document_are_bounded() -> None:
+    """Fifty questions about one document: it is cut into few rows of queries, and no bucket holds many keys."""
+    document = np.arange(3000, dtype=np.int32)
+    rows = [np.concatenate([document, np.full(20, 5000 + k, np.int32)]) for k in range(50)]
+    paths = micro.paths_of(build(rows, [np.ones(len(r), dtype=bool) for r in rows]))
+    assert len(paths.place) == 3000 + 50 * 20
+    assert max(b.keys.numel() for b in paths.buckets) <= micro.MOST_KEYS
+    gathered = sum(b.keys.numel() for b in paths.buckets)
+    assert gathered <= 50 * 3020 + 6 * 3020
+    assert paths.copies > attention.MOST_COPIES
