@@ -82,12 +82,11 @@ class LabelLoss:
                 return self(forward, batch)
         pieces = list(zip(*(t.split(sizes) for t in (picked, target, weight)), strict=True))
         total = _cross_entropy(logits, *pieces[0][1:])
-        for piece in pieces[1:]:
-            if not self._is_trained():
-                total = total + _FrozenHead.apply(self._chunk, *piece)
-            else:
-                total = total + checkpoint(self._chunk, *piece, use_reentrant=False)
-        return total
+        if self._is_trained():
+            rest = [checkpoint(self._chunk, *piece, use_reentrant=False) for piece in pieces[1:]]
+        else:
+            rest = [_FrozenHead.apply(self._chunk, *piece) for piece in pieces[1:]]
+        return sum(rest, total)
 
     def _calls(self, batch: MicroBatch) -> int:
         """How often the output layer is called: as often on every rank."""

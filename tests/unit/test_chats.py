@@ -7,30 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats import Example, example_of, recognise
-from trainer.data.sources import Row, RowError
-
-CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-def row(fields: dict[str, Any]) -> Row:
-    return Row(fields, "rows.jsonl:7", 7, 2)
-
-
-def read(fields: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Example:
-    return example_of(row(fields), recognise(row(fields), format, columns or {}), columns or {})
-
-
-def refused(fields: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> RowError:
-    with pytest.raises(RowError) as caught:
-        read(fields, format, columns)
-    assert str(caught.value).startswith("rows.jsonl:7")
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
-def said(example: Example) -> list[tuple[str, str, bool]]:
-    return [(turn.role, turn.text, turn.answer) for turn in example.turns]
+from tests.reading import CHAT, read, refused, said
 
 
 def test_chat_in_both_spellings() -> None:

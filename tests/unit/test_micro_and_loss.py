@@ -97,31 +97,44 @@ def small_models() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere"])
-def test_loss_and_gradient_equal_transformers(model: Any, name: str) -> None:
-    """Also where something follows the output layer: Gemma 2 caps its logits, Cohere scales them."""
-    if name != "tiny":
-        from transformers import AutoModelForCausalLM
+def small_model(name: str) -> Any:
+    from transformers import AutoModelForCausalLM
 
-        torch.manual_seed(0)
-        config = small_models()[name]
-        config.pad_token_id = None
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    rows = random_rows([5, 12, 1, 9])
-    rows[1]["labels"][0] = True
+    torch.manual_seed(0)
+    config = small_models()[name]
+    config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def stock_loss_and_gradients(model: Any, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
     expected = stock_loss_sum(model, rows)
     expected.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    return expected, gradients
+
+
+def assert_gradients(model: Any, expected: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, gradient in expected.items():
+        far = float((parameters[name].grad - gradient).norm())
+        assert far <= 2e-5 * float(gradient.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere"])
+def test_loss_and_gradient_equal_transformers(model: Any, name: str) -> None:
+    """Also where something follows the output layer: Gemma 2 caps its logits, Cohere scales them."""
+    model = model if name == "tiny" else small_model(name)
+    rows = random_rows([5, 12, 1, 9])
+    rows[1]["labels"][0] = True
+    expected, gradients = stock_loss_and_gradients(model, rows)
 
     found = LabelLoss(model)(model, padded(rows, range(4), pad_id=0))
     assert found.dtype == torch.float32
     assert found.shape == ()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     found.backward()
-    for parameter_name, gradient in gradients.items():
-        other = dict(model.named_parameters())[parameter_name].grad
-        assert float((other - gradient).norm()) <= 2e-5 * float(gradient.norm()) + 1e-6, parameter_name
+    assert_gradients(model, gradients)
 
 
 def test_any_pad_id_and_any_cut_give_the_same_sum(model: Any) -> None:
@@ -193,18 +206,9 @@ def test_through_peft_the_loss_is_the_same(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere", "granite"])
 def test_in_chunks_the_loss_and_gradient_are_the_same(model: Any, name: str) -> None:
-    if name != "tiny":
-        from transformers import AutoModelForCausalLM
-
-        torch.manual_seed(0)
-        config = small_models()[name]
-        config.pad_token_id = None
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = model if name == "tiny" else small_model(name)
     rows = random_rows([5, 12, 1, 9])
-    expected = stock_loss_sum(model, rows)
-    expected.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    expected, gradients = stock_loss_and_gradients(model, rows)
     batch = padded(rows, range(4), pad_id=0)
     met: list[int] = []
     loss = LabelLoss(model, chunk_elements=4 * 384)
@@ -214,9 +218,7 @@ def test_in_chunks_the_loss_and_gradient_are_the_same(model: Any, name: str) -> 
     found.backward()
     assert max(met) <= 4
     assert sum(met) == 2 * len(batch.source) - met[0] + 1, "one look at what follows the layer, the rest twice"
-    for parameter_name, gradient in gradients.items():
-        other = dict(model.named_parameters())[parameter_name].grad
-        assert float((other - gradient).norm()) <= 2e-5 * float(gradient.norm()) + 1e-6, parameter_name
+    assert_gradients(model, gradients)
 
 
 def test_in_chunks_under_a_frozen_output_layer(model: Any) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config.parts import FORMATS
+
 
 def key(default: Any, help: str, **limits: Any) -> Any:
     """A documented config field.
@@ -79,7 +81,7 @@ class DataConfig:
     format: str = key(
         "auto",
         "shape of a row; auto recognises it by its fields",
-        choices=("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice"),
+        choices=FORMATS,
     )
     columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
     split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
