@@ -29,7 +29,7 @@ def test_data_of_a_run(loaded_from: Any, asked: Asked) -> None:
     data = loaded_from()
     assert (len(data.train), len(data.validation)) == (18, 5)
     assert data.end_ids == (asked.tokenizer.eos_token_id,)
-    prompts = [{r["prompt_key"] for r in rows.examples(range(len(rows)))} for rows in (data.train, data.validation)]
+    prompts = [set(rows.tables.keys[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
     assert not prompts[0] & prompts[1]
     which = np.asarray([3, 0, 7])
     examples = data.train.examples(which)

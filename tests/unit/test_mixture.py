@@ -123,7 +123,7 @@ def test_rows_of_several_tables_read_as_one(mixed: Any) -> None:
 
 def test_equal_prompts_of_two_parts_stay_on_one_side(mixed: Any) -> None:
     data = mixed("[@/a.jsonl,{path:@/a.jsonl,weight:2}]")
-    keys = [{e["prompt_key"] for e in rows.examples(range(len(rows)))} for rows in (data.train, data.validation)]
+    keys = [set(rows.tables.keys[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
     assert not keys[0] & keys[1]
     assert len(data.validation) == 8
     assert len(keys[1]) == 4

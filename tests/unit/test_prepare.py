@@ -39,7 +39,6 @@ def test_the_table_holds_what_the_template_makes(asked: Asked) -> None:
         assert record["labels"] == encoded.labels
         assert (record["prompt_length"], record["answer"]) == (encoded.prompt_length, row["output"])
         assert (found.lengths[i], found.label_counts[i]) == (len(encoded.ids), sum(encoded.labels))
-        assert list(found.keys[:, i]) == [record["prompt_key"], record["row_key"]]
         assert (record["file"], record["line"], found.name_of(i)) == (0, i + 1, f"rows.jsonl:{i + 1}")
     assert (found.refused, found.dropped, found.truncated) == (0, 0, 0)
     assert (found.format, found.names, asked.refused(found)) == ("alpaca", ("rows.jsonl",), [])

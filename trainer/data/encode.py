@@ -25,8 +25,6 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.bool_()),
         "prompt_length": pa.int32(),
-        "prompt_key": pa.int64(),
-        "row_key": pa.int64(),
         "answer": pa.string(),
     }
 )
@@ -221,8 +219,6 @@ def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
         pa.ListArray.from_arrays(offsets, _column(pa.int32(), ids)),
         pa.ListArray.from_arrays(offsets, _column(pa.bool_(), np.packbits(labels, bitorder="little"), len(labels))),
         _column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
-        _column(pa.int64(), facts["prompt_key"]),
-        _column(pa.int64(), facts["row_key"]),
         pa.StringArray.from_buffers(
             len(answers), pa.py_buffer(_ends([len(a) for a in answers])), pa.py_buffer(b"".join(answers))
         ),

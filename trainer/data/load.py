@@ -144,8 +144,7 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
     dropped, truncated, refused = (sum(getattr(p, n) for p in data.parts) for n in ("dropped", "truncated", "refused"))
     if dropped or truncated:
         lines.append(
-            f"over data.max_length={config.data.max_length}: {dropped:,} rows left out, "
-            f"{truncated:,} prompts cut on the left"
+            f"over data.max_length={config.data.max_length}: {dropped:,} rows left out, {truncated:,} rows cut to fit"
         )
     if refused:
         files = ", ".join(str(p.refused_file) for p in data.parts if p.refused)

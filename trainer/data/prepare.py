@@ -32,7 +32,7 @@ from trainer.data.sources import Source, open_source
 from trainer.data.templates import Template
 from trainer.errors import DataError
 
-VERSION = 4  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 5  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 MARKER = "COMPLETE"
 
 
@@ -42,11 +42,10 @@ class Prepared:
 
     Attributes:
         table: memory-mapped columns ``file`` (which of ``names``), ``line`` (in it, from 1), ``input_ids``, ``labels``
-            (which ids are learnt), ``prompt_length``, ``prompt_key`` (a hash of the ids of the uncut opening),
-            ``row_key`` (of all its uncut ids), ``answer`` (the text).
+            (which ids are learnt), ``prompt_length``, ``answer`` (the text).
         lengths: tokens an example, int32, shape (rows,).
         label_counts: labels an example that enter the loss, int32, shape (rows,).
-        keys: the columns ``prompt_key`` and ``row_key``, int64, shape (2, rows).
+        keys: hashes of the ids of each row's uncut opening, and of all its uncut ids; int64, shape (2, rows).
         fingerprint: hex digest of the source, the tokenizer and every key that matters.
         names: the files, as they are called in messages.
         folder: where the table is; ``refused.jsonl`` in it holds every row that is not in the table.
