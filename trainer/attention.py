@@ -20,12 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from trainer.data.micro import Bucket, Paths
+from trainer.data.micro import Paths
+from trainer.short_attention import ShortAttention, is_short, summed_back
 
 KERNEL = "afina_trie"
-# Up to so many keys, SDPA's backward on CPU is slower than the products written out: 8 times at 46 keys, 4 at 79, and
-# faster at 512 (torch 2.13, bf16, 2 cores).
-SHORT_KEYS = 256
 # Beyond so many copies a node (a long document under many questions), gathering again costs less than the memory.
 MOST_COPIES = 8.0
 _paths: list[Paths] = []  # of the micro-batch in its forward or backward; recomputation in the backward needs it too
@@ -83,51 +81,80 @@ def trie_attention(
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     paths = _paths[-1]
-    nodes, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))
-    # The gathered keys and values would be kept for the backward: where they are many, they are gathered anew instead.
-    gather_again = torch.is_grad_enabled() and paths.copies > MOST_COPIES
+    _, heads, nodes, width = query.shape
+    scaling = width**-0.5 if scaling is None else scaling
+    order = paths.order(heads)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
+    queries = _Reorder.apply(query.reshape(-1, width), order.there, order.back, None)
+    flat = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
+    sizes = [b.queries.numel() * heads for b in paths.buckets]
     out = []
-    for bucket in paths.buckets:
-        attend = partial(_attend, bucket, bucket.mask(sliding_window), scaling, dropout)
-        if gather_again:
-            out.append(checkpoint(attend, nodes, keys, values, use_reentrant=False))
+    for bucket, at, q in zip(paths.buckets, paths.keys(key.shape[1]), queries.split(sizes), strict=True):
+        q = q.view(len(bucket.queries), heads, -1, width)
+        mask = bucket.mask(sliding_window)
+        if is_short(q, bucket.keys.shape[1], dropout):
+            attended = ShortAttention.apply(q, *flat, at, mask, scaling)
         else:
-            out.append(attend(nodes, keys, values))
-    return torch.cat(out).index_select(0, paths.place).unsqueeze(0), None
+            attend = partial(_attend, at, mask, scaling, dropout)
+            # The gathered keys and values are kept for the backward; where they are many, they are gathered anew.
+            gather_again = torch.is_grad_enabled() and paths.copies > MOST_COPIES
+            attended = checkpoint(attend, q, *flat, use_reentrant=False) if gather_again else attend(q, *flat)
+        out.append(attended.reshape(-1, attended.shape[-1]))
+    # The layers that follow want the heads of a node side by side.
+    back = order.back.view(heads, nodes).t().flatten()
+    there = order.there % nodes * heads + order.there // nodes
+    attended = _Reorder.apply(torch.cat(out), back, there, order.fillers)
+    return attended.view(1, nodes, heads, -1), None
 
 
 def _attend(
-    bucket: Bucket,
-    mask: Tensor,
-    scaling: float | None,
-    dropout: float,
-    nodes: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    at: Tensor, mask: Tensor, scaling: float, dropout: float, q: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """The outputs of a bucket's queries: (rows * queries, heads, width), from node tensors (nodes, heads, width)."""
-    rows, queries = bucket.queries.shape
-    q = nodes.index_select(0, bucket.queries.flatten()).unflatten(0, (rows, queries)).transpose(1, 2)
-    k, v = (
-        t.index_select(0, bucket.keys.flatten()).unflatten(0, tuple(bucket.keys.shape)).transpose(1, 2)
-        for t in (keys, values)
+    """The outputs of a bucket's queries: (rows, heads, queries, width), by SDPA.
+
+    Args:
+        at: where the keys stand in ``keys`` and ``values``.
+        mask: bool, (rows, 1, queries, keys).
+        scaling: of the scores.
+        dropout: of the probabilities.
+        q: (rows, heads, queries, width).
+        keys, values: (key heads * nodes, width).
+    """
+    rows, _, _, count = mask.shape
+    k, v = (_Gather.apply(t, at).view(rows, -1, count, t.shape[-1]) for t in (keys, values))
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
     )
-    if q.device.type == "cpu" and k.shape[2] <= SHORT_KEYS:
-        attended = _attend_short(q, k, v, mask, scaling, dropout)
-    else:
-        attended = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-        )
-    return attended.transpose(1, 2).flatten(0, 1)
 
 
-def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, dropout: float) -> Tensor:
-    """The same sums as SDPA, written out, softmax in at least fp32; query heads with one key head make one product."""
-    rows, heads, queries, width = q.shape
-    groups = heads // k.shape[1]
-    grouped = q.reshape(rows, k.shape[1], groups * queries, width)
-    scores = (grouped @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    scores = scores.unflatten(2, (groups, queries)).masked_fill(~mask[:, :, None], float("-inf"))
-    shares = nn.functional.dropout(scores.softmax(-1).to(v.dtype), dropout).flatten(2, 3)
-    return (shares @ v).reshape(rows, heads, queries, width)
+class _Reorder(torch.autograd.Function):
+    """Vectors, each at least once, in another order. The gradient of the copies that fill up is zero by construction or
+    not wanted, so the backward is a reordering too, and no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, there: Tensor, back: Tensor, fillers: Tensor | None) -> Tensor:
+        """``vectors[there]``; ``back`` says where each vector's gradient stands, ``fillers`` which are none."""
+        ctx.save_for_backward(back, fillers)
+        return vectors.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        back, fillers = ctx.saved_tensors
+        gradient = outer[0].index_select(0, back)
+        return gradient if fillers is None else gradient.index_fill_(0, fillers, 0), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Vectors, some more than once. Their gradients are summed in fp32: in bf16 the sum of many would lose the last."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.count = len(vectors)
+        return vectors.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (at,) = ctx.saved_tensors
+        return summed_back(outer[0], at, ctx.count), None

@@ -14,6 +14,7 @@ from torch import nn
 from trainer.attention import KERNEL, register
 from trainer.config.schema import MethodConfig, ModelConfig
 from trainer.errors import ConfigError, ModelError
+from trainer.norms import lighten
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -115,6 +116,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
+    lighten(loaded)
     if model.attention in ("auto", "sdpa"):
         use_trie_kernel(loaded)
     if model.gradient_checkpointing:

@@ -21,7 +21,7 @@ from tests.support import ROOT
 ROWS = (
     ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
-    ("attention", "model", "engine", "resources", "state", "checkpoint"),
+    ("short_attention", "norms", "attention", "model", "engine", "resources", "state", "checkpoint"),
     ("loop", "evaluate", "generate", "merge", "runs", "proof", "view"),
     ("train", "inference"),
     ("compare", "report"),
@@ -33,7 +33,8 @@ NEIGHBOURS = {
     "config": {"errors"},
     "distributed": {"errors"},
     "loss": {"data"},
-    "model": {"attention"},
+    "attention": {"short_attention"},
+    "model": {"attention", "norms"},
     "engine": {"attention"},
     "state": {"engine"},
     "checkpoint": {"engine", "state"},

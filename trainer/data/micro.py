@@ -57,27 +57,72 @@ class Bucket:
         return self._masks[window]
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Where the vectors of (heads, nodes) stand among the buckets' (rows, heads, queries), both flattened.
+
+    Attributes:
+        there: which vector stands at each place, int64, shape (places,); a filled-up place holds node 0's.
+        back: the place of each vector, int64, shape (heads * nodes,).
+        fillers: the filled-up places, int64.
+    """
+
+    there: Tensor
+    back: Tensor
+    fillers: Tensor
+
+
 @dataclass(slots=True)
 class Paths:
     """How the nodes of a trie attend.
 
     Attributes:
-        buckets: their outputs, flattened and put together, are one list of query outputs.
-        place: where each node's output stands in that list, int64, shape (nodes,).
+        buckets: their queries, flattened and put together, are one list.
+        place: where each node stands in that list, int64, shape (nodes,).
     """
 
     buckets: list[Bucket]
     place: Tensor
+    _orders: dict[int, Order] = field(default_factory=dict)
+    _keys: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def copies(self) -> float:
         """How often, in the mean, a node's key and value are copied for the rows that attend to it."""
         return sum(b.keys.numel() for b in self.buckets) / len(self.place)
 
+    def order(self, heads: int) -> Order:
+        """Of so many query heads."""
+        if heads not in self._orders:
+            nodes = len(self.place)
+            there = [_of_heads(b.queries, heads, nodes) for b in self.buckets]
+            places = torch.arange(sum(len(t) for t in there), device=self.place.device)
+            grids = [
+                piece.view(len(b.queries), heads, -1).transpose(0, 1).flatten(1)
+                for b, piece in zip(self.buckets, places.split([len(t) for t in there]), strict=True)
+            ]
+            back = torch.cat(grids, dim=1)[:, self.place].flatten()
+            empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, back, False)
+            self._orders[heads] = Order(torch.cat(there), back, empty.nonzero().flatten())
+        return self._orders[heads]
+
+    def keys(self, heads: int) -> list[Tensor]:
+        """Of each bucket, of so many key heads: which vector of (heads, nodes) stands at each place of
+        (rows, heads, keys), both flattened; int64."""
+        if heads not in self._keys:
+            self._keys[heads] = [_of_heads(b.keys, heads, len(self.place)) for b in self.buckets]
+        return self._keys[heads]
+
     def to(self, device: torch.device) -> Paths:
         """The same on ``device``."""
         moved = [Bucket(b.queries.to(device), b.keys.to(device), b.depths.to(device)) for b in self.buckets]
         return Paths(moved, self.place.to(device))
+
+
+def _of_heads(nodes: Tensor, heads: int, count: int) -> Tensor:
+    """(rows, width) of nodes -> positions in (heads, count), laid (rows, heads, width) and flattened."""
+    head = torch.arange(heads, device=nodes.device)[None, :, None]
+    return (nodes[:, None, :] + head * count).flatten()
 
 
 @dataclass(frozen=True, slots=True)
