@@ -1,6 +1,6 @@
 """afina beside TRL's SFTTrainer and beside the plain Trainer that pads every row to one length.
 
-python benchmarks/throughput.py [--rounds 3] [--steps 6] [--only soc_codes]
+python benchmarks/throughput.py [--rounds 3] [--steps 5] [--only soc_codes]
 
 Same machine, minute, model (SmolLM2-135M, bf16), LoRA (r=16 on q, k, v, o), rows in the same order, global batch,
 AdamW and learning rate. Each run is a process of its own; its window opens with the loaded model and closes with the
@@ -31,7 +31,7 @@ from trainer.model import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-GLOBAL_SIZE = 32
+GLOBAL_SIZE = 64
 RATE = 2e-4
 MEDICAL = "Answer the medical question with the letter of the right option."
 SHORT = 400  # characters of a medical question with its options: leaves out the few very long ones
@@ -43,7 +43,7 @@ def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", choices=list(data_sets()), default=None)
     arguments = parser.parse_args()
     model = str(fetch("smollm2_135m"))
@@ -59,15 +59,26 @@ def main() -> None:
 
 
 def data_sets() -> dict[str, tuple[str, list[dict[str, str]], list[str]]]:
-    """Name -> what it is, Alpaca rows, and overrides for how they are rendered."""
+    """Name -> what it is, Alpaca rows, and overrides: how they are rendered, and tokens a forward.
+
+    More tokens a forward would be faster; so many keep afina's memory below TRL's.
+    """
     soc = [json.loads(line) for line in (HERE / "data" / "soc_codes.jsonl").read_text().splitlines()]
     medical = [as_alpaca(json.loads(line)) for line in (HERE / "data" / "medical.jsonl").read_text().splitlines()]
     medical = [row for row in medical if len(row["input"]) <= SHORT]
     bare = [{"instruction": f"{row['input']}\nAnswer: ", "output": row["output"]} for row in medical]
     return {
-        "soc_codes": ("a long instruction, short answers", soc, ["data.alpaca_role=system"]),
-        "medical": ("multiple choice, a short instruction", medical, ["data.alpaca_role=system"]),
-        "medical, bare": ("the same questions, nothing before them", bare, ["data.template=plain"]),
+        "soc_codes": ("a long instruction, short answers", soc, ["data.alpaca_role=system", "batch.micro_tokens=1536"]),
+        "medical": (
+            "multiple choice, a short instruction",
+            medical,
+            ["data.alpaca_role=system", "batch.micro_tokens=1024"],
+        ),
+        "medical, bare": (
+            "the same questions, nothing before them",
+            bare,
+            ["data.template=plain", "batch.micro_tokens=1024"],
+        ),
     }
 
 

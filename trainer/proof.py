@@ -22,7 +22,7 @@ from trainer.data.trie import sort_by_tokens
 from trainer.errors import ConfigError
 from trainer.loss import LabelLoss
 
-KEPT = 24  # tokens before and after the fork of the two rows that are tried
+KEPT = 16  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
 OTHER_TAIL = 16  # of these, how many differ in that row's twin
 MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 import resource
 import time
@@ -49,6 +51,15 @@ class Meter:
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             "model_flops_utilization": self.operations_a_token * useful / seconds / self.peak,
         }
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Give what is free, but still held by the allocators, back to the system: after a phase whose tensors were unlike
+    those to come. On CPU glibc keeps it else, in pieces that no larger tensor fits into."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # another C library, or none that is found so
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

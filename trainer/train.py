@@ -29,7 +29,7 @@ from trainer.methods import attach, count_parameters, has_learnt, save_adapter, 
 from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.proof import choose_packing
 from trainer.quiet import quiet
-from trainer.resources import Meter, device_name
+from trainer.resources import Meter, device_name, give_back_memory
 from trainer.runs import Run, open_run
 from trainer.signals import StopRequest
 from trainer.state import gather_live
@@ -102,6 +102,7 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, pad_id: in
     loss = LabelLoss(model)
     # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
     packing, why = distributed.from_main(choose_packing(model, loss, config, data, pad_id))
+    give_back_memory(world.device)
     trained, total = count_parameters(model)
     facts = {
         "trainable_parameters": trained,
