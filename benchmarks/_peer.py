@@ -22,7 +22,7 @@ import torch
 def main(kind: str, rows_file: Path, settings_file: Path, result_file: Path) -> None:
     """Train once and write seconds, tokens, losses and the peak of the resident memory."""
     settings = json.loads(settings_file.read_text())
-    rows = load_rows(rows_file)
+    rows = load_rows(rows_file)[: settings["steps"] * settings["global_size"]]
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     set_seed(0)
@@ -55,12 +55,15 @@ def load_rows(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(np.split(arrays["ids"], ends), np.split(arrays["labels"], ends), strict=True))
 
 
-def lora(settings: dict[str, Any]) -> Any:
-    """The adapters that all three train."""
-    from peft import LoraConfig
+def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
+    """The adapters that all three train, from the same random start."""
+    from peft import LoraConfig, get_peft_model
 
-    return LoraConfig(
-        r=settings["r"], lora_alpha=settings["alpha"], target_modules=settings["targets"], task_type="CAUSAL_LM"
+    targets = settings["targets"]
+    torch.manual_seed(0)
+    return get_peft_model(
+        model,
+        LoraConfig(r=settings["r"], lora_alpha=settings["alpha"], target_modules=targets, task_type="CAUSAL_LM"),
     )
 
 
@@ -100,15 +103,13 @@ def trl_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[str,
         }
     )
     config = SFTConfig(**arguments(settings), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    return SFTTrainer(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora(settings)
-    )
+    adapted = with_adapters(model, settings)
+    return SFTTrainer(model=adapted, args=config, train_dataset=data, processing_class=tokenizer)
 
 
 def plain_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[str, Any]) -> Any:
     """What tutorials do: every row padded to the longest of the data, the loss by the model."""
     from datasets import Dataset
-    from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
     width = max(len(ids) for ids, _ in rows)
@@ -124,7 +125,7 @@ def plain_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[st
         }
     )
     return Trainer(
-        model=get_peft_model(model, lora(settings)),
+        model=with_adapters(model, settings),
         args=TrainingArguments(**arguments(settings)),
         train_dataset=data,
         processing_class=tokenizer,

@@ -189,7 +189,7 @@ def test_composing_leaves_another_hydra_user_a_clean_state() -> None:
 NAMES = st.text(st.sampled_from("abcXYZ019_-. #:'\"\\{}[],%@!&*|>é "), min_size=1, max_size=20)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     rank=st.one_of(st.none(), st.integers(1, 4096)),
     rate=st.one_of(st.none(), st.floats(1e-9, 10.0)),

@@ -201,6 +201,7 @@ def test_missing_data_names_the_folder_it_was_looked_for_in(tmp_path: Path, monk
         load(["data.path=no_such.jsonl"])
 
 
+@pytest.mark.slow
 def test_wrong_input_is_told_before_torch_is_imported(tmp_path: Path) -> None:
     script = """
 import json, sys

@@ -44,6 +44,7 @@ def remains(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "models").iterdir() if not path.name.endswith(".lock"))
 
 
+@pytest.mark.slow
 def test_two_processes_build_once_and_a_second_build_is_equal(tiny, tmp_path):
     processes = [start_build(tmp_path), start_build(tmp_path)]
     outputs = [process.communicate(timeout=120) for process in processes]

@@ -54,6 +54,7 @@ def test_keys_are_of_the_opening_and_of_the_whole_row(asked: Asked) -> None:
     assert len(set(whole.tolist())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(asked: Asked, workers: int) -> None:
     rows = [

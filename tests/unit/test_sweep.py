@@ -129,6 +129,7 @@ def test_nothing_starts_when_a_config_is_wrong(stand_in: Path, overrides: list[s
     assert trained(stand_in) == []
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_and_the_others_are_ranked(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 1
     assert trained(stand_in) == ["r4", "r16", "r8"]
@@ -155,6 +156,7 @@ def test_a_failure_is_told_and_the_others_are_ranked(stand_in: Path, capsys: pyt
     assert "row 3 | is empty" in markdown[-1]
 
 
+@pytest.mark.slow
 def test_started_again_it_does_what_is_left(stand_in: Path) -> None:
     sweep(["debug=tiny", "method.r=4,16", "run.name=s"])
     (stand_in / "mended").touch()
@@ -165,12 +167,14 @@ def test_started_again_it_does_what_is_left(stand_in: Path) -> None:
     assert trained(stand_in)[4:] == ["r4", "r16"]
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_a_failed_one(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep(["debug=tiny", "method.r=5,4", "run.name=s"]) == 1
     assert trained(stand_in) == ["r5", "r4"]
     assert "SIGKILL" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
     (stand_in / "stop").touch()
     code = "import sys; from launch.sweep import sweep; sys.exit(sweep(['debug=tiny', 'method.r=4,8', 'run.name=s']))"

@@ -120,6 +120,7 @@ def offline_files(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
     record_run(tmp_path / "run", RECORDS)
     (path,) = offline_files(tmp_path / "run")
@@ -160,6 +161,7 @@ def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
     assert "wandb:" not in output.out
 
 
+@pytest.mark.slow
 def test_a_restarted_run_goes_on_under_the_same_id(tmp_path):
     folder = tmp_path / "run"
     record_run(folder, RECORDS[:3])
@@ -306,6 +308,7 @@ print("CLOSE", time.monotonic() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["refused", "black hole"])
 def test_without_a_network_nothing_waits_and_the_run_is_recorded_offline(tmp_path, network):
     with socket.socket() as hole:
@@ -334,6 +337,7 @@ def test_without_a_network_nothing_waits_and_the_run_is_recorded_offline(tmp_pat
     assert list(history_of(read_records(path))) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_network_that_goes_away_later_bounds_the_end(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("trainer.tracking.wandb_run.FINISH_TIMEOUT_SECONDS", 2.0)
     tracker = Tracker.open(wandb_config("auto"), tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})

@@ -19,6 +19,8 @@ from trainer.data.rows import Chunk
 from trainer.data.workers import encoded
 from trainer.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 
 def chunks(number: int, rows: int = 20) -> Iterator[Chunk]:
     for i in range(number):
