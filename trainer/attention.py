@@ -102,9 +102,7 @@ def trie_attention(
             attended = checkpoint(attend, q, *flat, use_reentrant=False) if gather_again else attend(q, *flat)
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
-    back = order.back.view(heads, nodes).t().flatten()
-    there = order.there % nodes * heads + order.there // nodes
-    attended = _Reorder.apply(torch.cat(out), back, there, order.fillers)
+    attended = _Reorder.apply(torch.cat(out), order.node_back, order.node_there, order.fillers)
     return attended.view(1, nodes, heads, -1), None
 
 

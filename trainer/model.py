@@ -128,7 +128,7 @@ def load_model(
 
 def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Generation asks for the logits of the last positions, a slice with gaps. torch would copy the whole vocabulary
-    matrix for each row of it: half the time of a prefill of 32 rows on CPU, and gigabytes."""
+    matrix for each row of it: most of the time of a prefill of 32 rows on CPU, and gigabytes."""
     return (args[0].contiguous(), *args[1:]) if args else args
 
 

@@ -65,11 +65,14 @@ class Order:
         there: which vector stands at each place, int64, shape (places,); a filled-up place holds node 0's.
         back: the place of each vector, int64, shape (heads * nodes,).
         fillers: the filled-up places, int64.
+        node_there, node_back: ``there`` and ``back`` of (nodes, heads), flattened, which the outputs are in.
     """
 
     there: Tensor
     back: Tensor
     fillers: Tensor
+    node_there: Tensor
+    node_back: Tensor
 
 
 @dataclass(slots=True)
@@ -95,15 +98,22 @@ class Paths:
         """Of so many query heads."""
         if heads not in self._orders:
             nodes = len(self.place)
-            there = [_of_heads(b.queries, heads, nodes) for b in self.buckets]
-            places = torch.arange(sum(len(t) for t in there), device=self.place.device)
+            pieces = [_of_heads(b.queries, heads, nodes) for b in self.buckets]
+            there = torch.cat(pieces)
+            places = torch.arange(len(there), device=self.place.device)
             grids = [
                 piece.view(len(b.queries), heads, -1).transpose(0, 1).flatten(1)
-                for b, piece in zip(self.buckets, places.split([len(t) for t in there]), strict=True)
+                for b, piece in zip(self.buckets, places.split([len(p) for p in pieces]), strict=True)
             ]
-            back = torch.cat(grids, dim=1)[:, self.place].flatten()
-            empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, back, False)
-            self._orders[heads] = Order(torch.cat(there), back, empty.nonzero().flatten())
+            back = torch.cat(grids, dim=1)[:, self.place]
+            empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, back.flatten(), False)
+            self._orders[heads] = Order(
+                there,
+                back.flatten(),
+                empty.nonzero().flatten(),
+                node_there=there % nodes * heads + there // nodes,
+                node_back=back.t().flatten(),
+            )
         return self._orders[heads]
 
     def keys(self, heads: int) -> list[Tensor]:
