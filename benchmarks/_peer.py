@@ -56,7 +56,7 @@ def load_rows(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
-    """The adapters that all three train, from the same random start."""
+    """The adapters that all three train; both peers from the seed that afina takes."""
     from peft import LoraConfig, get_peft_model
 
     targets = settings["targets"]

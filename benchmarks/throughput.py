@@ -47,16 +47,15 @@ def main() -> None:
     parser.add_argument("--only", choices=list(data_sets()), default=None)
     arguments = parser.parse_args()
     model = str(fetch("smollm2_135m"))
-    written = HERE / "throughput.json"
-    # one data set alone is measured anew beside what was measured of the others before
-    results = json.loads(written.read_text()) if arguments.only and written.exists() else {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else data_sets():
             results[name] = measure(name, model, Path(folder), arguments.rounds, arguments.steps)
     text = table(results, arguments.rounds, arguments.steps)
     print(text)
-    (HERE / "throughput.md").write_text(text)
-    written.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.only is None:  # the table is of one run
+        (HERE / "throughput.md").write_text(text)
+        (HERE / "throughput.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def data_sets() -> dict[str, tuple[str, list[dict[str, str]], list[str]]]:

@@ -16,7 +16,7 @@ SHORT_KEYS = 256
 
 
 def is_short(query: Tensor, keys: int, dropout: float) -> bool:
-    """Whether :class:`ShortAttention` is for these queries and so many keys. Dropout of probabilities is left to SDPA."""
+    """Whether :class:`ShortAttention` is for these queries and so many keys; dropout is left to SDPA."""
     return query.device.type == "cpu" and keys <= SHORT_KEYS and dropout == 0
 
 
