@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainer.config.schema import GenerateConfig
+from trainer.config.schema import GenerateConfig, MethodConfig, ModelConfig
 from trainer.data.templates import Template
 from trainer.generate import Sampler
+from trainer.model import load_model
 
 CPU = torch.device("cpu")
 PROMPTS = ["Say a.", "What is the capital of France?", "x", "Translate the sentence to Spanish: 中文 😀 " * 3]
@@ -125,3 +127,13 @@ def test_samples_follow_the_distribution(model: Any, tokenizer: Any, temperature
 def test_decode_leaves_control_tokens_out(model: Any, tokenizer: Any) -> None:
     ids = tokenizer("hola", add_special_tokens=False).input_ids
     assert sampler(model, tokenizer).decode([*ids, tokenizer.eos_token_id]) == "hola"
+
+
+def test_the_output_layer_gets_no_slice_with_gaps(tiny_model: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
+    """torch copies the whole vocabulary matrix once a row for such a slice."""
+    model: Any = load_model(str(tiny_model), ModelConfig(), MethodConfig(), torch.float32, CPU, zero_stage=2)
+    seen: list[bool] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    sampler(model.eval(), tokenizer, max_new_tokens=2).answer(prompts)
+    assert len(seen) == 2
+    assert all(seen)
