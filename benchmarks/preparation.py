@@ -64,7 +64,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Tables go to a cache of this benchmark; the model comes from the usual one."""
+    """A cache of this benchmark alone, for tables and model."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "AFINA_CACHE": str(folder / "cache")}
 
 
@@ -101,7 +101,7 @@ def start(folder: Path, overrides: list[str]) -> dict[str, Any]:
     more = ["eval.before=false", "eval.max_rows=8", "batch.max_steps=1", "log=off", "run.name=started"]
     command = [sys.executable, HERE / "_start.py", result, *overrides, *more]
     command += [f"run.dir={folder / 'runs'}", "run.overwrite=true"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=600)
     if not result.exists():
         raise SystemExit((done.stdout + done.stderr)[-3000:])
     return dict(json.loads(result.read_text()))

@@ -121,9 +121,9 @@ def test_demo_is_the_demo() -> None:
     config = load(["experiment=demo"])
     assert config.model.name_or_path == "smollm2_135m"
     assert (config.method.name, config.method.r, config.method.target_modules) == ("lora", 8, "all_linear")
-    assert config.optim.learning_rate == 5e-4
+    assert config.optim.learning_rate == 1e-3
     assert (config.data.alpaca_role, config.data.max_rows, config.data.validation) == ("system", 2400, 400)
-    assert (config.batch.global_size, config.zero.stage, config.generate.max_new_tokens) == (8, 2, 8)
+    assert (config.batch.global_size, config.zero.stage, config.generate.max_new_tokens) == (16, 2, 8)
     assert (config.eval.metrics, config.eval.max_rows) == (["loss", "exact_match"], 256)
     assert run_folder(config) == Path("runs/demo")
 
@@ -217,7 +217,7 @@ def test_overrides_apply_on_top_of_a_config_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(load(["experiment=demo", "run.seed=5"])))
     config = load(["method.r=4", "zero.extra.steps_per_print=5"], config_file=file)
-    assert (config.method.r, config.run.seed, config.batch.global_size) == (4, 5, 8)
+    assert (config.method.r, config.run.seed, config.batch.global_size) == (4, 5, 16)
     assert config.zero.extra == {"steps_per_print": 5}
 
 

@@ -103,7 +103,12 @@ def test_split_lays_every_example_once_within_the_limits(
     assert computed == layout.computed_tokens
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+# `make check` tries a plain model and one with a window.
+QUICK = ("llama", "mistral, window 8")
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[Any, LabelLoss]:
     torch.manual_seed(0)
     # double: what is left of a difference is the fp32 of the loss, not the order of sums in the model
