@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.allocation import Allocation
+from trainer.config.method import METHODS
 from trainer.config.schema import CheckpointConfig, TrainConfig
 from trainer.distributed import barrier, from_main
 from trainer.engine import Engine
@@ -27,12 +29,13 @@ from trainer.methods import save_adapter
 from trainer.state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
 
 MARKER = "COMPLETE"
+RANKS = "ranks/"  # names of what AdaLoRA's allocation keeps
 
 
 def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """What a run must still have in common with its checkpoint; everything else may change."""
-    method = asdict(config.method)
-    method.pop("dropout")
+    means = METHODS[config.method.name].keys | {"name"}
+    method = {name: value for name, value in asdict(config.method).items() if name in means - {"dropout"}}
     return {
         "model.name_or_path": config.model.name_or_path,
         "model.revision": config.model.revision,
@@ -44,7 +47,13 @@ def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
 
 
 def save(
-    engine: Engine, run: Path, step: int, who: dict[str, Any], keys: CheckpointConfig, say: Callable[[str], None]
+    engine: Engine,
+    run: Path,
+    step: int,
+    who: dict[str, Any],
+    keys: CheckpointConfig,
+    say: Callable[[str], None],
+    allocation: Allocation | None = None,
 ) -> bool:
     """Write one checkpoint; a disk that is full costs a warning, not the run. A collective.
 
@@ -56,6 +65,7 @@ def save(
         keys: the ``checkpoint`` group; older complete checkpoints beyond ``keep`` are deleted, after the new one is
             complete.
         say: told about a failure.
+        allocation: AdaLoRA's ranks, which are saved too.
 
     Returns:
         Whether the checkpoint is complete.
@@ -67,6 +77,8 @@ def save(
         failure = _save_deepspeed(engine, partial)
     else:
         state, adapter = gather_state(engine), gather_live(engine, only_trained=True)
+        if allocation is not None:
+            state |= {RANKS + name: tensor for name, tensor in allocation.state().items()}
         failure = None
     if engine.world.is_main and failure is None:
         facts = {
@@ -123,13 +135,14 @@ def verify(folder: Path, run: Path) -> None:
     raise CheckpointError(fault, rule="so the checkpoint cannot be used", cure=cure)
 
 
-def load(engine: Engine, folder: Path | None, who: dict[str, Any]) -> int:
+def load(engine: Engine, folder: Path | None, who: dict[str, Any], allocation: Allocation | None = None) -> int:
     """Restore a run from a checkpoint. A collective; the files are read on rank 0 (full: on each rank).
 
     Args:
         engine: freshly built.
         folder: what rank 0 found; other ranks pass it too.
         who: the run's :func:`identity`.
+        allocation: AdaLoRA's ranks, which are restored too.
 
     Returns:
         Updates taken so far; 0 without a checkpoint.
@@ -156,6 +169,9 @@ def load(engine: Engine, folder: Path | None, who: dict[str, Any]) -> int:
     else:
         tensors = load_file(str(folder / "state.safetensors")) if engine.world.is_main else {}
         restore_state(engine, tensors, step)
+        if allocation is not None:
+            held = {n.removeprefix(RANKS): t for n, t in tensors.items() if n.startswith(RANKS)}
+            allocation.restore(from_main(held))
     restore_loss_scaler(engine, facts["loss_scaler"])
     return step
 
@@ -196,7 +212,7 @@ def _write(
     if state:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_adapter(engine.model, partial / "adapter", adapter)
+        save_adapter(engine.model, partial / "adapter", adapter, engine.start)
         save_file(state, str(partial / "state.safetensors"))
         reread = load_file(str(partial / "state.safetensors"))
         if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):

@@ -106,6 +106,23 @@ def config_command(
 
 
 @app.command()
+def doctor(
+    matrix: Annotated[bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage")] = False,
+) -> None:
+    """What this machine has for training; with --matrix, what goes with what."""
+    from launch import doctor as facts
+    from launch import table
+
+    if not matrix:
+        table.show(["what", "found"], facts.machine())
+        return
+    heads, rows, notes = facts.matrix()
+    table.show(heads, rows)
+    works, refused = facts.count(rows)
+    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+
+
+@app.command()
 def data(
     overrides: Overrides = None,
     config_file: ConfigFile = None,

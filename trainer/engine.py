@@ -26,7 +26,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.micro import MicroBatch
 from trainer.distributed import World
 from trainer.loss import LabelLoss
-from trainer.methods import trainable_parameters
+from trainer.methods import OrthogonalTerm, trainable_parameters
 from trainer.optim import adamw
 
 
@@ -47,10 +47,19 @@ class Engine:
         config: the whole configuration.
         world: this process; the process group must be up.
         dtype: of forward and backward.
+        orthogonal: AdaLoRA's term, whose hooks are on the model already.
+        start: of adapters that start in the base, for saving them.
     """
 
     def __init__(
-        self, model: nn.Module, loss: LabelLoss, config: TrainConfig, world: World, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        loss: LabelLoss,
+        config: TrainConfig,
+        world: World,
+        dtype: torch.dtype,
+        orthogonal: OrthogonalTerm | None = None,
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         import deepspeed
 
@@ -58,7 +67,8 @@ class Engine:
         self.zero_stage = config.zero.stage
         self.max_grad_norm = config.optim.max_grad_norm
         self.trained = trainable_parameters(model)
-        self.loss = loss
+        self.loss, self.start = loss, start
+        self.orthogonal, self.orthogonal_weight = orthogonal, config.method.orth_reg_weight or 0.0
         # Reducing once a step is cheapest, but keeps a whole gradient on every rank: right for adapters, not for all
         # weights, which are reduced (and under stages 2 and 3 partitioned) micro-batch by micro-batch.
         self.reduces_once = config.method.name != "full" and self.zero_stage > 0
@@ -69,6 +79,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, dtype, world.world_size)
         )
+        self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
     def loss_scale(self) -> float:
@@ -101,6 +112,8 @@ class Engine:
                 if not self.reduces_once:
                     last = k == len(batches) - 1 and self.zero_stage > 0
                     self.deepspeed.set_gradient_accumulation_boundary(last)
+                if self.orthogonal is not None:  # once an update: ranks are averaged, micro-batches are summed
+                    self.orthogonal.weight = self.orthogonal_weight * self.loss_scale if k == 0 else 0.0
                 batch = batch.to(self.world.device)
                 with along(batch.paths):  # the backward too: gradient checkpointing attends again in it
                     loss = self.loss_sum(batch)

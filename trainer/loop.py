@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
+from trainer.allocation import Allocation
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import ends_epoch, global_batch, total_steps
 from trainer.data.load import Data
@@ -57,6 +58,7 @@ class Loop:
     stop: StopRequest
     run: Path
     who: dict[str, Any]
+    allocation: Allocation | None = None
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +111,11 @@ class Loop:
         sums, gradients_finite = self.engine.accumulate(batches, self.world.world_size / label_tokens, seeds)
         loss, stopping = self._agree(step, batches, sums, gradients_finite, label_tokens)
         rate = learning_rate(step, self.total_steps, peak_learning_rate(keys), keys.schedule)
+        if self.allocation is not None:
+            self.allocation.before_update(step + 1)
         update = self.engine.update(rate)
+        if self.allocation is not None:
+            self.allocation.after_update(step + 1, update)
         self._check_update(step, update, chosen)
 
         useful = sum(len(e.ids) for e in examples)
@@ -171,7 +177,8 @@ class Loop:
         return scores
 
     def _save(self, done: int) -> bool:
-        return checkpoint.save(self.engine, self.run, done, self.who, self.config.checkpoint, self.tracker.say)
+        keys, say = self.config.checkpoint, self.tracker.say
+        return checkpoint.save(self.engine, self.run, done, self.who, keys, say, self.allocation)
 
 
 def _due(done: int, every_steps: int, at_epoch_end: bool) -> bool:

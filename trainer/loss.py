@@ -39,6 +39,7 @@ class LabelLoss:
         self._labels_a_call = max(1, (chunk_elements or CHUNK_ELEMENTS) // int(text.vocab_size))
         self._is_checked = False
         self._picks: Tensor | None = None
+        self._length = 0
         self._first = 0
         self._picked = torch.empty(0)
         self._head: nn.Module = model.get_output_embeddings()
@@ -47,7 +48,7 @@ class LabelLoss:
     def _pick(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._picks is None:
             return None
-        hidden = args[0]
+        hidden = args[0][:, -self._length :]  # virtual tokens of prompt tuning stand before the rows
         # index_select, because the backward of advanced indexing is not deterministic on CPU
         self._picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._picks)
         return (self._picked[: self._first].unsqueeze(0), *args[1:])
@@ -69,7 +70,7 @@ class LabelLoss:
         missing = (0, max(0, calls - batch.source.numel()))
         source, target, weight = (nn.functional.pad(t, missing) for t in (batch.source, batch.target, batch.weight))
         sizes = [len(piece) for piece in torch.tensor_split(source, calls)]
-        self._picks, self._first = source, sizes[0]
+        self._picks, self._first, self._length = source, sizes[0], batch.input_ids.shape[1]
         try:
             logits = forward(**_inputs(batch), use_cache=False).logits.flatten(0, 1)
         finally:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from trainer.attention import KERNEL, register
-from trainer.config.schema import MethodConfig, ModelConfig
+from trainer.config.method import MethodConfig
+from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.norms import lighten
 
@@ -117,6 +118,7 @@ def load_model(
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
     lighten(loaded)
+    _keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
     if model.attention in ("auto", "sdpa"):
@@ -130,6 +132,17 @@ def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Generation asks for the logits of the last positions, a slice with gaps. torch would copy the whole vocabulary
     matrix for each row of it: most of the time of a prefill of 32 rows on CPU, and gigabytes."""
     return (args[0].contiguous(), *args[1:]) if args else args
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """bitsandbytes repacks 4-bit weights for a fast CPU kernel at the first forward in evaluation mode, and never back.
+
+    That kernel has no backward: after one evaluation, training would go on without the gradient that flows through the
+    base, and would say nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def use_trie_kernel(model: Any) -> None:
@@ -150,9 +163,15 @@ def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> A
         load_in_4bit=True,
         bnb_4bit_quant_type=method.quant_type,
         bnb_4bit_use_double_quant=method.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype if zero_stage == 3 else torch.uint8,
+        bnb_4bit_compute_dtype=DTYPES.get(method.compute_dtype, dtype),
+        bnb_4bit_quant_storage=_storage(method.quant_storage, dtype, zero_stage),
     )
+
+
+def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
+    if wanted == "auto":
+        return dtype if zero_stage == 3 else torch.uint8  # ZeRO-3 splits tensors of the forward's dtype only
+    return torch.uint8 if wanted == "uint8" else DTYPES[wanted]
 
 
 def _not_loadable(folder: str, error: Exception) -> ModelError:

@@ -8,16 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from trainer.config.method import METHODS
 from trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig
-
-# LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al., 2024; Schulman et al., 2025).
-DEFAULT_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
 
 
 def peak_learning_rate(config: TrainConfig) -> float:
     """``optim.learning_rate``, or the method's default when it is null."""
     given = config.optim.learning_rate
-    return DEFAULT_LEARNING_RATE[config.method.name] if given is None else given
+    return METHODS[config.method.name].learning_rate if given is None else given
 
 
 def adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig, on_gpu: bool) -> torch.optim.AdamW:

@@ -21,6 +21,7 @@ from trainer.data.packing import Packing
 from trainer.data.trie import sort_by_tokens
 from trainer.errors import ConfigError
 from trainer.loss import LabelLoss
+from trainer.methods import is_prompt_learning
 
 KEPT = 16  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
@@ -99,6 +100,8 @@ def why_not(model: Any) -> str | None:
     config = model.config
     if config._attn_implementation != KERNEL:
         return f"attention is {config._attn_implementation}, which knows padded rows only"
+    if is_prompt_learning(model):
+        return "virtual tokens stand before every row, and a trie has no place for them"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return f"{type(base).__name__} takes no position ids"

@@ -49,7 +49,7 @@ def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state
 
     if engine.world.is_main:
         _check(engine, tensors)
@@ -57,14 +57,40 @@ def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None
     for name, parameter in engine.trained.items():
         for kind in ("weight", *MOMENTS):
             value = _from_main(engine, tensors.get(f"{kind}/{name}"), _shape(parameter))
-            if engine.zero_stage == 0:
-                held = parameter.data if kind == "weight" else engine.optimizer.state[parameter][kind]
-                held.copy_(value)
-            elif kind == "weight":
-                safe_set_full_fp32_param(parameter, value)
-                _rewrite_live_copy(parameter, value)
+            if kind == "weight":
+                set_weight(engine, parameter, value)
+            elif engine.zero_stage == 0:
+                engine.optimizer.state[parameter][kind].copy_(value)
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def whole_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 master of a trained tensor, whole, on every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return parameter.detach() if engine.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+
+
+def whole_gradient(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The reduced gradient of a trained tensor, fp32 and whole, on every rank; before the update, which clears it. It
+    is neither clipped nor, in fp16, freed of the loss scale."""
+    from deepspeed.utils import safe_get_full_grad
+
+    held = parameter.grad if engine.zero_stage == 0 else safe_get_full_grad(parameter)
+    assert held is not None, "gradients are asked for between the backward and the update"
+    return held.detach().float()
+
+
+def set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a trained tensor another value: its master, and the copy that the forward uses."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if engine.zero_stage == 0:
+        parameter.data.copy_(value.reshape(parameter.shape))
+        return
+    safe_set_full_fp32_param(parameter, value)
+    _rewrite_live_copy(parameter, value)
 
 
 def _make_moments(engine: Engine, step: int) -> None:

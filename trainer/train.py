@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, distributed
+from trainer.allocation import Allocation
+from trainer.allocation import describe as describe_ranks
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.config.parts import is_template_file
+from trainer.data.batches import total_steps
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
@@ -25,7 +28,16 @@ from trainer.fetch import resolve
 from trainer.generate import Sampler
 from trainer.loop import Loop, Outcome
 from trainer.loss import LabelLoss
-from trainer.methods import attach, count_parameters, has_learnt, save_adapter, save_full
+from trainer.methods import (
+    OrthogonalTerm,
+    attach,
+    count_parameters,
+    digests,
+    save_adapter,
+    save_full,
+    start_in_base,
+    trainable_parameters,
+)
 from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.proof import choose_packing
 from trainer.quiet import quiet
@@ -84,24 +96,32 @@ def train(config: TrainConfig, world: World) -> int:
 
 @dataclass(slots=True)
 class Built:
-    """A model under DeepSpeed, what is to be said of it, and the meter of its cost."""
+    """A model under DeepSpeed, what is to be said of it, the meter of its cost, and what adapters started as."""
 
     engine: Engine
+    allocation: Allocation | None
     packing: Packing
     facts: dict[str, Any]
     meter: Meter
+    started: dict[str, str]
 
 
-def build(config: TrainConfig, world: World, folder: str, data: Data, pad_id: int) -> Built:
+def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer: Any) -> Built:
     """Load the base, attach what is trained, choose the packing, hand it to DeepSpeed. The process group must be up."""
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(folder, config.model, config.method, dtype, world.device, config.zero.stage)
-    model = attach(base, config.method, config.run.seed)
+    batch, method = config.batch, config.method
+    steps = total_steps(len(data.train), batch.global_size, batch.epochs, batch.max_steps)
+    text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
+    model = attach(base, method, config.run.seed, steps, text)
+    started = {} if method.name == "full" else digests(trainable_parameters(model))
+    start = start_in_base(model, method)
+    orthogonal = OrthogonalTerm(model) if method.name == "adalora" else None
     if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is tried where it will run
     loss = LabelLoss(model)
     # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
-    packing, why = distributed.from_main(choose_packing(model, loss, config, data, pad_id))
+    packing, why = distributed.from_main(choose_packing(model, loss, config, data, tokenizer.pad_token_id))
     give_back_memory(world.device)
     trained, total = count_parameters(model)
     facts = {
@@ -114,7 +134,9 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, pad_id: in
         "packing": why,
     }
     meter = Meter(world, model, dtype)
-    return Built(Engine(model, loss, config, world, dtype), packing, facts, meter)
+    engine = Engine(model, loss, config, world, dtype, orthogonal, start)
+    allocation = Allocation(engine) if method.name == "adalora" else None
+    return Built(engine, allocation, packing, facts, meter, started)
 
 
 def _run(
@@ -127,15 +149,16 @@ def _run(
     stop: StopRequest,
     begin: float,
 ) -> Outcome:
-    built = build(config, world, folder, data, tokenizer.pad_token_id)
+    built = build(config, world, folder, data, tokenizer)
     who = checkpoint.identity(config, data.fingerprint)
-    first_step = checkpoint.load(built.engine, run.resume_from, who)
+    first_step = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
     loop = Loop(
         config, world, data, built.packing, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who
     )
+    loop.allocation = built.allocation
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
@@ -156,7 +179,9 @@ def _run(
         _introduce(tracker, config, data, built.facts, first_step, run)
         outcome = loop.train(first_step)
         if outcome.status == "finished":
-            _save_final(built.engine, run.folder, _with_template(tokenizer, config), config.method.name == "full")
+            _save_final(built, run.folder, _with_template(tokenizer, config), config.method.name == "full")
+            if built.allocation is not None:
+                tracker.say(describe_ranks(built.allocation.ranks()))
         summary = _summary(outcome, built.facts, run, time.perf_counter() - begin)
         if world.is_main:
             write_summary(run.folder, summary)
@@ -195,8 +220,9 @@ def _conclude(tracker: Tracker, outcome: Outcome, run: Run, summary: dict[str, A
     tracker.say(f"finished {outcome.steps} steps in {summary['wall_seconds']:.0f} s: {run.folder}")
 
 
-def _save_final(engine: Engine, folder: Path, tokenizer: Any, is_full: bool) -> None:
+def _save_final(built: Built, folder: Path, tokenizer: Any, is_full: bool) -> None:
     """The adapter (or the whole model) with its tokenizer, reopened and compared. A collective."""
+    engine = built.engine
     weights = gather_live(engine, only_trained=not is_full)
     if not engine.world.is_main:
         return
@@ -204,11 +230,10 @@ def _save_final(engine: Engine, folder: Path, tokenizer: Any, is_full: bool) -> 
     if is_full:
         save_full(engine.model, target, weights)
     else:
-        save_adapter(engine.model, target, weights)
-        if not has_learnt(target):
-            raise TrainingError(
-                str(target), rule="changes nothing: every LoRA B is still zero", cure="raise optim.learning_rate"
-            )
+        save_adapter(engine.model, target, weights, engine.start)
+        if digests(weights) == built.started:
+            rule = "changes nothing: every trained tensor is what it started as"
+            raise TrainingError(str(target), rule=rule, cure="raise optim.learning_rate")
     tokenizer.save_pretrained(str(target))
 
 

@@ -66,6 +66,7 @@ def main() -> None:
     references = {}
     for case, overrides in cases(bench.world.world_size).items():
         loop = bench.loop(bench.config(*overrides))
+        assert all(module.training for module in loop.engine.model.modules()), "dropout, checkpointing"
         assert loop.packing.shares == ("batch.packing=padded" not in overrides), "the start-up proof has failed"
         for step in range(loop.total_steps):
             loop._step(step)

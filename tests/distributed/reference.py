@@ -7,24 +7,105 @@ adapters (the same seed and the same PEFT call).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trainer.config import TrainConfig
+from trainer.methods import attach, trainable_parameters
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def reference_model(folder: str, config: TrainConfig) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if config.method.name == "full":
+def reference_base(folder: str, config: TrainConfig) -> Any:
+    """Stock transformers; 8 and 4 bits by bitsandbytes."""
+    extra: dict[str, Any] = {}
+    if config.method.bits == 8:
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if config.method.bits == 4:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
+
+
+def reference_model(folder: str, config: TrainConfig, total_steps: int) -> Any:
+    """Stock PEFT on it. Of bottleneck adapters, which PEFT has none of, only the start is afina's."""
+    method = config.method
+    if method.name == "bottleneck":
+        return PlainBottlenecks(folder, config)
+    model = reference_base(folder, config)
+    if method.name == "full":
         return model
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    peft: Any
+    if method.name == "lora":
+        peft = LoraConfig(
+            **common,
+            r=method.r,
+            lora_alpha=method.alpha or 2 * method.r,
+            use_dora=method.dora,
+            use_rslora=method.rslora,
+            target_modules=LINEAR,
+        )
+    elif method.name == "adalora":
+        times = {"tinit": method.tinit, "tfinal": method.tfinal, "deltaT": method.deltaT, "total_step": total_steps}
+        ranks = {"init_r": method.init_r, "target_r": method.target_r, "lora_alpha": 2 * method.init_r}
+        peft = AdaLoraConfig(
+            **common,
+            **times,
+            **ranks,
+            target_modules=LINEAR,
+            beta1=method.beta1,
+            beta2=method.beta2,
+            orth_reg_weight=method.orth_reg_weight,
+        )
+    elif method.name == "ia3":
+        peft = IA3Config(**common, target_modules=LINEAR, feedforward_modules=["down_proj"])
+    elif method.name == "prompt":
+        kind = "SAMPLE_VOCAB" if method.init == "vocab" else "RANDOM"
+        peft = PromptTuningConfig(**common, num_virtual_tokens=method.virtual_tokens, prompt_tuning_init=kind)
+    else:
+        peft = PrefixTuningConfig(
+            **common, num_virtual_tokens=method.virtual_tokens, prefix_projection=method.prefix_projection
+        )
     torch.manual_seed(config.run.seed)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    lora = LoraConfig(task_type="CAUSAL_LM", r=config.method.r, lora_alpha=2 * config.method.r, target_modules=names)
-    return get_peft_model(model, lora)
+    return get_peft_model(model, peft)
+
+
+class PlainBottlenecks(torch.nn.Module):
+    """Two products and a bend behind the output of o_proj and down_proj, written out as hooks."""
+
+    def __init__(self, folder: str, config: TrainConfig) -> None:
+        super().__init__()
+        self.base = reference_base(folder, config).requires_grad_(False)
+        started = trainable_parameters(attach(reference_base(folder, config), config.method, config.run.seed))
+        self.parts = {name: torch.nn.Parameter(p.detach().clone()) for name, p in started.items()}
+        for name in self.parts:
+            if name.endswith(".down.weight"):
+                place = name.removesuffix(".down.weight")
+                self.base.get_submodule(place).register_forward_hook(partial(self.bend, place))
+
+    def bend(self, place: str, _: Any, __: Any, out: Tensor) -> Tensor:
+        down, up = ((self.parts[f"{place}.{k}.weight"], self.parts[f"{place}.{k}.bias"]) for k in ("down", "up"))
+        return out + (torch.relu(out @ down[0].T + down[1]) @ up[0].T + up[1])
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.base(**inputs)
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        return iter(self.parts.items())
 
 
 def mean_loss(model: Any, examples: list[dict[str, Any]]) -> Tensor:
@@ -42,12 +123,20 @@ def mean_loss(model: Any, examples: list[dict[str, Any]]) -> Tensor:
 def train_reference(
     folder: str, config: TrainConfig, batches: list[list[dict[str, Any]]], total_steps: int
 ) -> dict[str, Tensor]:
-    """The trained tensors after ``len(batches)`` AdamW steps, cosine schedule with linear warmup."""
-    model = reference_model(folder, config)
+    """The trained tensors after ``len(batches)`` AdamW steps."""
+    return trained_reference(folder, config, batches, total_steps)[1]
+
+
+def trained_reference(
+    folder: str, config: TrainConfig, batches: list[list[dict[str, Any]]], total_steps: int
+) -> tuple[Any, dict[str, Tensor]]:
+    """The model and its trained tensors after ``len(batches)`` AdamW steps, cosine schedule with linear warmup."""
+    model = reference_model(folder, config, total_steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=1.0, betas=(0.9, 0.999), eps=config.optim.eps, weight_decay=config.optim.weight_decay
     )
+    model.train()  # bitsandbytes computes otherwise in evaluation mode
     warmup = math.ceil(config.schedule.warmup_ratio * total_steps)
     for step, examples in enumerate(batches):
         rate = config.optim.learning_rate
@@ -59,8 +148,10 @@ def train_reference(
         mean_loss(model, examples).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), config.optim.max_grad_norm)
         optimizer.step()
+        if config.method.name == "adalora":
+            model.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
-    return {name: p.detach().clone() for name, p in trained.items()}
+    return model, {name: p.detach().clone() for name, p in trained.items()}
 
 
 def worst_distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -51,7 +51,7 @@ class Bench:
         base = resolve(config.model.name_or_path)
         tokenizer = load_tokenizer(base, config.model)
         data = load_data(config, tokenizer, lambda _: None)
-        built = build(config, self.world, base, data, tokenizer.pad_token_id)
+        built = build(config, self.world, base, data, tokenizer)
         lockstep = config.zero.stage == 3
         sampler = Sampler(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
         who = checkpoint.identity(config, data.fingerprint)
@@ -68,6 +68,7 @@ class Bench:
             StopRequest(),
             run,
             who,
+            built.allocation,
         )
 
     def note(self, case: str, value: Any) -> None:

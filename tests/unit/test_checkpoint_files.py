@@ -34,7 +34,7 @@ class Run:
         final = self.checkpoints / f"step-{step:08d}"
         partial = final.with_name(final.name + ".partial")
         state = {f"weight/{n}": t.clone() for n, t in self.weights.items()}
-        engine: Any = SimpleNamespace(model=self.model)
+        engine: Any = SimpleNamespace(model=self.model, start={})
         checkpoint._write(engine, partial, final, state, self.weights, {"step": step, "resume": self.resume})
         return final
 

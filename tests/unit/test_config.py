@@ -55,7 +55,10 @@ def test_the_groups_are_those_that_docs_and_scripts_rely_on() -> None:
     expected = "data, debug, experiment, launch, log, method, model, optim, rank, schedule, zero"
     assert ", ".join(groups()) == expected
     assert groups()["zero"] == ("stage0", "stage1", "stage2", "stage2_offload", "stage3", "stage3_offload")
-    assert set(groups()["method"]) == {"full", "lora", "qlora", "qlora_8bit"}
+    assert set(groups()["method"]) == {
+        *("full", "lora", "qlora", "qlora_8bit", "dora", "rslora"),
+        *("adalora", "ia3", "prompt", "prefix", "bottleneck"),
+    }
 
 
 @pytest.mark.parametrize("recipe", groups()["experiment"])
@@ -146,6 +149,7 @@ def test_rank_alone_keeps_alpha_following_it() -> None:
 def test_methods_and_their_labels() -> None:
     for label in groups()["method"]:
         assert method_label(load([f"method={label}"])) == label
+    assert method_label(load(["method=ia3", "method.bits=4"])) == "ia3_4bit"
 
 
 def test_raw_deepspeed_keys_need_no_plus() -> None:

@@ -21,7 +21,7 @@ from tests.support import ROOT
 ROWS = (
     ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
-    ("short_attention", "norms", "attention", "model", "engine", "resources", "state", "checkpoint"),
+    ("short_attention", "norms", "attention", "model", "engine", "resources", "state", "allocation", "checkpoint"),
     ("loop", "evaluate", "generate", "merge", "runs", "proof", "view"),
     ("train", "inference"),
     ("compare", "report"),
@@ -37,7 +37,8 @@ NEIGHBOURS = {
     "model": {"attention", "norms"},
     "engine": {"attention"},
     "state": {"engine"},
-    "checkpoint": {"engine", "state"},
+    "allocation": {"engine", "state"},
+    "checkpoint": {"allocation", "engine", "state"},
     "loop": {"evaluate", "generate"},
     "evaluate": {"generate"},
     "merge": {"generate", "evaluate"},

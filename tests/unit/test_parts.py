@@ -129,7 +129,7 @@ def test_hub_ids(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["a", "a/b/c", "./a/b", "../a", "/a/b", "~/b", "a/b.jsonl", "a/B.CSV.GZ", "a/", "a b/c"]
+    "path", ["a", "a/b/c", "./a/b", "../no-such-place", "/a/b", "~/b", "a/b.jsonl", "a/B.CSV.GZ", "a/", "a b/c"]
 )
 def test_no_hub_ids(path: str) -> None:
     assert not is_hub_id(path)

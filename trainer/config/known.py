@@ -120,6 +120,9 @@ def unknown_key(name: str, value: object) -> ConfigError:
         return wrong(
             name, value, "a group is chosen by its name", f"{group}={nearest(option, groups()[group]) or 'OPTION'}"
         )
+    parent, _, entry = name.rpartition(".")
+    if parent in leaves() and typing.get_origin(leaves()[parent].base) is dict:
+        return wrong(name, value, f"{parent} is set as a whole", f"'{parent}={{{entry}: {one_line(value)}}}'")
     guesses = _guesses(name)
     if len(guesses) == 1 and guesses[0] in groups():
         chosen = _nearest_option(one_line(value), groups()[guesses[0]])

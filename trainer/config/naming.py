@@ -30,9 +30,15 @@ def run_name(config: TrainConfig) -> str:
 
 
 def method_label(config: TrainConfig) -> str:
-    """``full``, ``lora``, ``qlora`` (4 bits) or ``qlora_8bit``: the option of ``method`` that gives it."""
-    quantised = {16: "lora", 8: "qlora_8bit", 4: "qlora"}
-    return quantised[config.method.bits] if config.method.name == "lora" else config.method.name
+    """The option of ``method`` that gives it (``full``, ``lora``, ``qlora`` for 4 bits, ``qlora_8bit``, ``dora``, …).
+
+    What has no option of its own for a quantised base says its bits: ``ia3_4bit``.
+    """
+    method = config.method
+    kind = "dora" if method.dora else "rslora" if method.rslora else method.name
+    if kind == "lora":
+        return {16: "lora", 8: "qlora_8bit", 4: "qlora"}[method.bits]
+    return kind if method.bits == 16 else f"{kind}_{method.bits}bit"
 
 
 def run_folder(config: TrainConfig) -> Path:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.known import Leaf, default_of, leaves, slurm_by_hand
+from trainer.config.matrix import Cell, check_cell
+from trainer.config.method_rules import check_method
 from trainer.config.parts import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.text import listing, nearest, one_line, redact, wrong
 from trainer.errors import ConfigError
 
-TARGET_SETS = ("attention_min", "attention", "all_linear")
 LONGEST_NAME = 128
 
 # DeepSpeed keys that afina writes, and the key of ours that decides each.
@@ -108,40 +109,9 @@ def _model(config: TrainConfig) -> None:
 
 
 def _method(config: TrainConfig) -> None:
-    method = config.method
-    if method.name == "lora":
-        if method.r is None:
-            raise wrong("method.r", None, "LoRA needs a rank", "method.r=16")
-        _target_modules(method.target_modules)
-        return
-    rule = "has no meaning when all weights are trained (method.name=full)"
-    for name, value, neutral in (
-        ("r", method.r, None),
-        ("alpha", method.alpha, None),
-        ("dropout", method.dropout, 0.0),
-        ("target_modules", method.target_modules, "all_linear"),
-        ("bits", method.bits, 16),
-    ):
-        if value != neutral:
-            cure = f"method.{name}={one_line(neutral)}, or method=lora"
-            if name == "r":
-                cure = "choose all of it with method=full and rank=null, or method=lora"
-            elif name == "bits":
-                cure = "method.bits=16; method=qlora trains adapters on a quantised base"
-            raise wrong(f"method.{name}", value, rule, cure)
-
-
-def _target_modules(value: Any) -> None:
-    name = "method.target_modules"
-    if isinstance(value, str):
-        if value not in TARGET_SETS:
-            near = nearest(value, TARGET_SETS)
-            cure = f"{name}={near}" if near else f"{name}=[{value}]"
-            raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", cure)
-    elif not isinstance(value, list):
-        raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear")
-    elif not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise wrong(name, value, "must be a list of one or more module names", f"{name}=[q_proj,v_proj]")
+    check_method(config.method)
+    cell = Cell(config.method, config.zero.stage, config.model.gradient_checkpointing, config.batch.packing)
+    check_cell(cell)
 
 
 def _data(config: TrainConfig) -> None:

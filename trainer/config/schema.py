@@ -1,8 +1,8 @@
 """Every key of the configuration, typed and documented. No torch, no Hydra: plain dataclasses.
 
 A field made with :func:`key` carries its own documentation and its own limits, so the sentence a user reads in
-``afina config --keys`` and the check that refuses a wrong value cannot drift apart. Rules that need more than one key
-are in ``rules.py``.
+``afina config --keys`` and the check that refuses a wrong value cannot drift apart. The ``method`` group is in
+``method.py``. Rules that need more than one key are in ``rules.py``.
 """
 
 # ruff: noqa: RUF009 - key() returns a dataclass field, made afresh for each class.
@@ -12,23 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config.documented import key
+from trainer.config.method import MethodConfig
 from trainer.config.parts import FORMATS
-
-
-def key(default: Any, help: str, **limits: Any) -> Any:
-    """A documented config field.
-
-    Args:
-        default: the value when no YAML and no override sets it; a list or dict is copied for each config.
-        help: one sentence: meaning, unit, effect or cost.
-        **limits: any of ``choices`` (tuple of allowed values), ``ge``, ``gt``, ``le``, ``lt`` (numeric bounds).
-    """
-    unknown = set(limits) - {"choices", "ge", "gt", "le", "lt"}
-    assert not unknown, f"unknown limits {unknown}"
-    metadata = {"help": help, **limits}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(slots=True)
@@ -51,23 +37,6 @@ class ModelConfig:
         False, "recompute activations in the backward: about 30 % slower, far less memory (non-reentrant)"
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the model; only for sources you trust")
-
-
-@dataclass(slots=True)
-class MethodConfig:
-    """What is trained."""
-
-    name: str = key("lora", "lora: low-rank adapters on a frozen base; full: all weights", choices=("lora", "full"))
-    r: int | None = key(None, "rank of the adapters; more rank, more trainable parameters", ge=1)
-    alpha: float | None = key(None, "adapter scale is alpha / r; null means 2 * r", gt=0)
-    dropout: float = key(0.0, "share of adapter inputs dropped in training", ge=0, lt=1)
-    target_modules: Any = key(
-        "all_linear",
-        "attention_min (q, v), attention (q, k, v, o), all_linear (all linear layers but the head), or a list of names",
-    )
-    bits: int = key(16, "bits the frozen base is held in: 16, 8 (LLM.int8) or 4 (QLoRA)", choices=(16, 8, 4))
-    quant_type: str = key("nf4", "4-bit data type", choices=("nf4", "fp4"))
-    double_quant: bool = key(True, "quantise the 4-bit scales too: saves about 0.4 bit a weight")
 
 
 @dataclass(slots=True)

@@ -1,16 +1,22 @@
 """What is trained: attach adapters or free all weights, count them, save and load them."""
 
-from trainer.methods.attach import attach, count_parameters, trainable_parameters
-from trainer.methods.save import has_learnt, is_adapter, load_adapter, save_adapter, save_full, verify_adapter
+from trainer.methods.adalora import OrthogonalTerm, RankAllocator
+from trainer.methods.attach import attach, count_parameters, digests, is_prompt_learning, trainable_parameters
+from trainer.methods.save import is_adapter, load_adapter, save_adapter, save_full, verify_adapter
+from trainer.methods.start import start_in_base
 
 __all__ = [
+    "OrthogonalTerm",
+    "RankAllocator",
     "attach",
     "count_parameters",
-    "has_learnt",
+    "digests",
     "is_adapter",
+    "is_prompt_learning",
     "load_adapter",
     "save_adapter",
     "save_full",
+    "start_in_base",
     "trainable_parameters",
     "verify_adapter",
 ]

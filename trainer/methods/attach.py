@@ -2,49 +2,77 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 
-from trainer.config.schema import MethodConfig
-from trainer.methods.targets import target_names
+from trainer.config.method import MethodConfig
+from trainer.methods.bottleneck import attach_bottleneck
+from trainer.methods.kinds import peft_config
 
 
-def attach(model: nn.Module, method: MethodConfig, seed: int) -> nn.Module:
+def attach(
+    model: nn.Module, method: MethodConfig, seed: int, total_steps: int = 1, text_ids: list[int] | None = None
+) -> nn.Module:
     """Freeze what is not trained and add what is.
 
     Args:
         model: the base model.
         method: the ``method`` group, checked.
         seed: the adapters' start is drawn from it, the same on every rank.
+        total_steps: updates of the whole run, which AdaLoRA's times follow from.
+        text_ids: tokens of ``method.init_text``.
 
     Returns:
-        The model itself (full), or stock PEFT's wrapper of it (lora). Adapters have the dtype of the base: their fp32
-        copies are the optimizer's.
+        The model itself (full, bottleneck), or stock PEFT's wrapper of it. What is added has the dtype of the base:
+        its fp32 copies are the optimizer's.
+
+    Raises:
+        ConfigError: a named module, layer or place does not exist in this model.
     """
     if method.name == "full":
         return model.requires_grad_(True)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     torch.manual_seed(seed)
-    return get_peft_model(model, lora_config(model, method), autocast_adapter_dtype=False)
+    if method.name == "bottleneck":
+        return attach_bottleneck(model, method)
+    wrapped = get_peft_model(model, peft_config(model, method, total_steps), autocast_adapter_dtype=False)
+    if method.init == "text":
+        assert text_ids, "the words of method.init_text give tokens"
+        _start_as(wrapped, text_ids)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
 
 
-def lora_config(model: nn.Module, method: MethodConfig) -> LoraConfig:
-    """Stock PEFT's configuration of LoRA (Hu et al., 2021); alpha null means 2·r."""
-    assert method.r is not None, "rules.py lets no lora without a rank through"
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.r,
-        lora_alpha=2 * method.r if method.alpha is None else method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=target_names(model, method.target_modules),
-    )
+def _start_as(model: Any, ids: list[int]) -> None:
+    """Let virtual tokens start as the embeddings of these tokens, repeated or cut."""
+    weight = model.prompt_encoder["default"].embedding.weight
+    repeated = torch.tensor([ids[k % len(ids)] for k in range(len(weight))], device=model.word_embeddings.weight.device)
+    with torch.no_grad():
+        weight.copy_(model.word_embeddings(repeated))
+
+
+def is_prompt_learning(model: Any) -> bool:
+    """Whether virtual tokens stand before every row (prompt and prefix tuning)."""
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A digest of each tensor's values, the same in any float dtype that holds them."""
+    return {
+        name: hashlib.blake2b(t.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+        for name, t in tensors.items()
+    }
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

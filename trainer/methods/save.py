@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.methods.attach import is_prompt_learning
+from trainer.methods.bottleneck import KIND, attach_bottleneck, method_of, save_bottleneck
+from trainer.methods.start import for_untouched_base
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -21,24 +26,54 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
-def save_adapter(model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write a stock PEFT adapter and reopen it.
+def save_adapter(
+    model: nn.Module, folder: Path, weights: dict[str, Tensor], start: dict[str, Tensor] | None = None
+) -> None:
+    """Write an adapter and reopen it: in stock PEFT's form, or in bottleneck's own.
 
     Args:
-        model: the PEFT model; its configuration is written.
+        model: with its adapters attached; under ZeRO-3 its own tensors are empty and are not looked at.
         folder: made if it is not there.
-        weights: whole tensors of every trained parameter by its name in ``model`` (gathered: under ZeRO-3 the model's
-            own tensors are empty).
+        weights: whole tensors of every trained parameter by its name in ``model``.
+        start: what :func:`~trainer.methods.start.start_in_base` gave: the adapter is written for the base as it was.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.
     """
-    assert isinstance(model, PeftModel)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    model.save_pretrained(str(folder), state_dict=contiguous, save_embedding_layers=False)
-    expected = get_peft_model_state_dict(model, state_dict=contiguous, save_embedding_layers=False)
-    verify_adapter(folder, expected)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    if not isinstance(model, PeftModel):
+        save_bottleneck(model, folder, whole)
+        return verify_adapter(folder, whole)
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.base_model_name_or_path = model.get_base_model().config._name_or_path
+    if is_prompt_learning(model):
+        expected = {"prompt_embeddings": prompt_embeddings(whole)}
+    else:
+        if start:
+            whole = for_untouched_base(whole, start, config)
+        expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+        if config.peft_type == "ADALORA":
+            config.rank_pattern = model.peft_config["default"].rank_pattern
+    save_file({n: t.contiguous() for n, t in expected.items()}, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    return verify_adapter(folder, expected)
+
+
+def prompt_embeddings(weights: dict[str, Tensor]) -> Tensor:
+    """What prompt and prefix tuning have learnt, (virtual tokens, width): the MLP of a projected prefix is applied and
+    thrown away.
+
+    PEFT would run its encoder, which under ZeRO-3 is a collective, and only rank 0 saves.
+    """
+    part = {name.partition("prompt_encoder.default.")[2]: tensor for name, tensor in weights.items()}
+    start = part["embedding.weight"]
+    if "transform.0.weight" not in part:
+        return start
+    inner = nn.functional.linear(start, part["transform.0.weight"], part["transform.0.bias"])
+    out = nn.functional.linear(inner.tanh(), part["transform.2.weight"], part["transform.2.bias"])
+    return out.contiguous()
 
 
 def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
@@ -60,11 +95,6 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
             )
 
 
-def has_learnt(folder: Path) -> bool:
-    """Whether any LoRA B of an adapter has left its start at zero."""
-    return any(bool(t.any()) for name, t in _load(folder / ADAPTER_FILE).items() if "lora_B" in name)
-
-
 def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """The base model with a saved adapter on it, for inference; its tensors take the base's dtype.
 
@@ -73,7 +103,10 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     if not is_adapter(folder):
         raise CheckpointError(str(folder), rule="holds no adapter_config.json", cure="name a run's folder")
+    facts = json.loads((folder / "adapter_config.json").read_text())
     saved = _load(folder / ADAPTER_FILE)
+    if facts["peft_type"] == KIND:
+        return _load_bottleneck(base, folder, facts, saved)
     try:
         model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -83,6 +116,20 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     if odd:
         raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
     return model
+
+
+def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
+    try:
+        model = attach_bottleneck(base, method_of(facts))
+        mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if odd := sorted(set(saved) ^ set(mine)):
+            raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(saved[name])
+    except (RuntimeError, KeyError, ConfigError) as error:
+        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
+    return model.requires_grad_(False)
 
 
 def _does_not_fit(folder: Path, reason: str) -> CheckpointError:

@@ -20,6 +20,8 @@ ATTENTION = (
     ("c_attn", "attn.c_proj"),  # mlp.c_proj is there too
     ("Wqkv", "out_proj"),
 )
+# The MLP's last projections, whose input IA3 scales.
+DOWN = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "c_proj", "w2")
 
 
 def target_names(model: nn.Module, wanted: Any) -> list[str]:
@@ -45,6 +47,27 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
         if not found or not all(_is_linear(m) or isinstance(m, nn.Embedding) for m in found):
             raise _no_such_module(model, name, linear)
     return sorted(wanted)
+
+
+def down_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Of some targets, those that are the MLP's last projection."""
+    found = [name for name in names if name in DOWN]
+    if "c_proj" in found:  # in GPT-2 attention has a c_proj too: only the MLP's is meant
+        return [name for name in (*found, "mlp.c_proj") if name != "c_proj"]
+    return found
+
+
+def layers_of(model: nn.Module, layers: list[int] | None) -> list[int] | None:
+    """``method.layers``, checked against the model.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    count = int(model.config.get_text_config().num_hidden_layers)
+    if layers is not None and max(layers) >= count:
+        rule = f"{type(model).__name__} has {count} layers, numbered from 0 to {count - 1}"
+        raise ConfigError("method.layers", value=layers, rule=rule, cure=f"numbers below {count}, or null for all")
+    return layers
 
 
 def _ending_in(model: nn.Module, name: str) -> list[nn.Module]:

@@ -1,0 +1,102 @@
+"""Under torchrun on two ranks: every method on every base precision under every ZeRO stage, against one plain process.
+
+Each cell is trained, its adapter saved, and loaded by stock PEFT (bottleneck: by afina) on a fresh base, whose logits
+are compared with those of the plain process. Gradient checkpointing and packing change from cell to cell, so that each
+method meets both with and without each kind of stage.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from tests.distributed.reference import reference_base, trained_reference, worst_distance
+from tests.distributed.support_cases import Bench, reference_batches
+from trainer.config.matrix import ZERO, cells, refusal
+from trainer.fetch import resolve
+from trainer.methods import load_adapter, save_adapter
+from trainer.state import gather_live, gather_state
+
+METHODS: dict[str, list[str]] = {
+    "full": ["method=full"],
+    "lora": ["method=lora", "method.r=4"],
+    "rslora": ["method=rslora", "method.r=4"],
+    "dora": ["method=dora", "method.r=4"],
+    "adalora": ["method=adalora", "method.init_r=4", "method.target_r=2", "method.tinit=1", "method.tfinal=1",
+                "method.deltaT=1", "batch.max_steps=5"],
+    "ia3": ["method=ia3"],
+    "prompt": ["method=prompt", "method.virtual_tokens=4"],
+    "prefix": ["method=prefix", "method.virtual_tokens=4"],
+    "bottleneck": ["method=bottleneck", "method.reduction_factor=8"],
+}  # fmt: skip
+
+
+def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
+    """Overrides of every cell of these methods that the matrix does not refuse, by the cell's name."""
+    out = {}
+    for (method, bits, zero), cell in cells().items():
+        if method not in methods or refusal(cell) is not None:
+            continue
+        number = list(ZERO).index(zero)
+        saves = (number + bits // 4) % 2 == 0 and method != "prefix"
+        shares = (number // 2 + bits // 4) % 2 == 0 and method not in ("prompt", "prefix")
+        out[f"{method} {bits} {zero}"] = [
+            *(f"zero={zero}", f"method.bits={bits}", "batch.max_steps=3", *METHODS[method]),
+            f"model.gradient_checkpointing={str(saves).lower()}",
+            f"batch.packing={'trie' if shares else 'padded'}",
+            "data.max_length=400",
+            "batch.micro_tokens=400",
+        ]
+    return out
+
+
+IDS = torch.arange(5, 45).view(4, 10)
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.train()  # in evaluation mode bitsandbytes computes otherwise; dropout is 0
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits[:, -10:].float()
+
+
+def main() -> None:
+    bench = Bench()
+    references: dict[Any, Any] = {}
+    for case, overrides in overrides_of_cells(sys.argv[2].split(",")).items():
+        config = bench.config(*overrides)
+        loop = bench.loop(config)
+        for step in range(loop.total_steps):
+            loop._step(step)
+        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trained=True)
+        if bench.world.is_main:
+            key, base = (case.split()[:2], loop.total_steps), resolve(config.model.name_or_path)
+            if str(key) not in references:
+                references[str(key)] = trained_reference(
+                    base, config, reference_batches(loop, loop.total_steps), loop.total_steps
+                )
+            model, expected = references[str(key)]
+            found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
+            bench.note(case, [worst_distance(found, expected), reloaded(loop, live, model, base)])
+    bench.finish()
+
+
+def reloaded(loop: Any, live: Any, model: Any, base: str) -> float:
+    """Relative distance of the logits: the saved adapter on a fresh base, and the plain process."""
+    config, expected = loop.config, logits(model)
+    if config.method.name == "full":
+        return 0.0
+    with tempfile.TemporaryDirectory() as name:
+        save_adapter(loop.engine.model, Path(name), live, loop.engine.start)
+        fresh = reference_base(base, config)
+        stock = config.method.name != "bottleneck"
+        found = logits(PeftModel.from_pretrained(fresh, name) if stock else load_adapter(fresh, Path(name)))
+    return float((found - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Bottleneck adapters (Houlsby et al., 2019; Pfeiffer et al., 2020), which PEFT does not have.
+
+``y -> y + up(activation(down(y)))`` behind the last projection of each attention and MLP (houlsby) or of each MLP
+(pfeiffer). ``up`` starts at zero, so the model starts as it was. Saved as safetensors and JSON under the names that a
+PEFT adapter's files have, with ``peft_type`` BOTTLENECK, so that both are told apart by what they hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer.config.method import MethodConfig, given
+from trainer.errors import ConfigError
+from trainer.methods.targets import layers_of
+
+KIND = "BOTTLENECK"
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+# The last projection of attention and of the MLP, by architecture.
+ATTENTION_ENDS = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
+MLP_ENDS = ("mlp.down_proj", "mlp.fc2", "mlp.dense_4h_to_h", "mlp.c_proj", "fc2")
+
+
+class Bottleneck(nn.Module):
+    """A frozen layer with an adapter behind it.
+
+    Args:
+        base_layer: whose output, (…, width), is adapted.
+        width: of that output.
+        inner: width between the adapter's two layers.
+        activation: a key of ``ACTIVATIONS``.
+        dtype, device: of the adapter.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        width: int,
+        inner: int,
+        activation: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.base_layer, self.width, self.inner = base_layer, width, inner
+        self.down = nn.Linear(width, inner, dtype=dtype, device=device)
+        self.up = nn.Linear(inner, width, dtype=dtype, device=device)
+        self.activation = ACTIVATIONS[activation]()
+        nn.init.normal_(self.down.weight, std=1e-2)  # as in Houlsby et al.: near the identity
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives, adapted."""
+        out = self.base_layer(*args, **kwargs)
+        return out + self.up(self.activation(self.down(out)))
+
+
+def attach_bottleneck(model: nn.Module, method: MethodConfig) -> nn.Module:
+    """Freeze the model and put adapters in; random numbers come from torch's global generator.
+
+    Raises:
+        ConfigError: the model has no place that is known, or not so many layers.
+    """
+    factor, activation = given(method.reduction_factor), given(method.activation)
+    model.requires_grad_(False)
+    layers = layers_of(model, method.layers)
+    for full, base in places(model, given(method.placement), layers):
+        width = base.out_features if hasattr(base, "out_features") else base.nf
+        if width // factor < 1:
+            rule = f"leaves nothing of a width of {width}"
+            raise ConfigError("method.reduction_factor", value=factor, rule=rule, cure="a smaller one")
+        parent, _, name = full.rpartition(".")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        device = next(base.parameters()).device
+        adapter = Bottleneck(base, width, width // factor, activation, dtype, device)
+        setattr(model.get_submodule(parent), name, adapter)
+    return model
+
+
+def places(model: nn.Module, placement: str, layers: list[int] | None) -> list[tuple[str, Any]]:
+    """Full names of the layers that get an adapter behind them, with the layers."""
+    kinds = (MLP_ENDS,) if placement == "pfeiffer" else (ATTENTION_ENDS, MLP_ENDS)
+    found: list[tuple[str, Any]] = []
+    for ends in kinds:
+        here = [(full, m) for full, m in model.named_modules() if any(full.endswith(f".{end}") for end in ends)]
+        if not here:
+            raise ConfigError(
+                "method.placement",
+                value=placement,
+                rule=f"finds none of {', '.join(ends)} in {type(model).__name__}",
+                cure="method=lora works on any linear layer",
+            )
+        found += here
+    if layers is None:
+        return found
+    return [(full, m) for full, m in found if _layer(full) in layers]
+
+
+def _layer(full: str) -> int | None:
+    return next((int(part) for part in full.split(".") if part.isdigit()), None)
+
+
+def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Args:
+        model: with the adapters.
+        folder: there.
+        weights: whole trained tensors by their names in ``model``.
+    """
+    save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    base = getattr(model.config, "_name_or_path", None)
+    facts = {"peft_type": KIND, "base_model_name_or_path": base, **facts_of(model)}
+    (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """The keys that a model's adapters were made with, read off the adapters."""
+    adapters = {full: module for full, module in model.named_modules() if isinstance(module, Bottleneck)}
+    one = next(iter(adapters.values()))
+    layers = sorted({number for full in adapters if (number := _layer(full)) is not None})
+    return {
+        "reduction_factor": one.width // one.inner,
+        "placement": "houlsby" if any(f.endswith(ATTENTION_ENDS) for f in adapters) else "pfeiffer",
+        "activation": next(name for name, kind in ACTIVATIONS.items() if isinstance(one.activation, kind)),
+        "layers": None if len(layers) == model.config.get_text_config().num_hidden_layers else layers,
+    }
+
+
+def method_of(facts: dict[str, Any]) -> MethodConfig:
+    """The ``method`` group that a saved adapter was made with.
+
+    Raises:
+        KeyError: the facts are not an adapter's.
+    """
+    keys = ("reduction_factor", "placement", "activation", "layers")
+    return MethodConfig(name="bottleneck", **{name: facts[name] for name in keys})
