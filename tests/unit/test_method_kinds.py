@@ -221,3 +221,10 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
     for keys in (KINDS["lora"], KINDS["ia3"], KINDS["bottleneck"]):
         with pytest.raises(ConfigError, match="has 2 layers"):
             attach(base(), MethodConfig(**{**keys, "layers": [2]}), seed=0)
+
+
+def test_what_adalora_trains_on_a_16_bit_base() -> None:
+    """There stock PEFT lets the divisor of the scale be trained too, which it never saves."""
+    kind = MethodConfig(**{**KINDS["adalora"], "target_modules": ["q_proj"]})
+    model = attach(base().to(torch.bfloat16), kind, seed=0, total_steps=10)
+    assert {name.split(".")[-2] for name in trainable_parameters(model)} == {"lora_A", "lora_B", "lora_E"}

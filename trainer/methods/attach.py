@@ -43,7 +43,9 @@ def attach(
     if method.init == "text":
         assert text_ids, "the words of method.init_text give tokens"
         _start_as(wrapped, text_ids)
-    for parameter in wrapped.parameters():
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:  # on a 16-bit base PEFT lets AdaLoRA's divisor be trained, and never saves it
+            parameter.requires_grad_(False)
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return wrapped
