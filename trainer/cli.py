@@ -137,6 +137,24 @@ def data(
 
 
 @app.command()
+def merge(
+    run: Run,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="the folder that is made")],
+    overrides: Overrides = None,
+) -> None:
+    """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
+    import trainer.inference
+
+    result = trainer.inference.merge_run(find_run(run), to, overrides or [])
+    allowed = f"{result.bound:g} is allowed"
+    print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
+    print(f"likeliest token: the same at {100 * result.same_choice:.1f} % of the positions")
+    if result.trained_distance is not None:
+        print(f"trained on a quantised base: {result.trained_distance:.1e} from the adapter there")
+    print(f"merged: {to}")
+
+
+@app.command()
 def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:
     """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
     import trainer.fetch

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +14,30 @@ import torch
 from omegaconf import OmegaConf
 
 from trainer import distributed
+from trainer.card import model_card
 from trainer.config import TrainConfig, load
+from trainer.config.method import MethodConfig
 from trainer.config.parts import is_template_file
 from trainer.data.batches import Limits
 from trainer.data.load import load_data
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
-from trainer.errors import CheckpointError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import evaluate
 from trainer.fetch import resolve
 from trainer.generate import Sampler
 from trainer.loss import LabelLoss
+from trainer.merge import Merged, answers, check_mergeable, merge
 from trainer.methods import is_adapter, load_adapter
 from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.quiet import quiet
+
+MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Question: what is the capital of France? Answer:",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+)
 
 
 @dataclass(slots=True)
@@ -107,6 +119,50 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         return evaluate(lambda batch: loss(loaded.model, batch), sampler, packing, data, config, world).metrics
     finally:
         distributed.shutdown()
+
+
+def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
+    """Merge a run's adapter into its base, in 16 bits (or as ``model.dtype`` says), and prove it.
+
+    Args:
+        run: a finished run's folder.
+        to: the plain Hugging Face folder that is made.
+        overrides: laid over the run's own config.yaml.
+
+    Raises:
+        CheckpointError: the method cannot be merged, the run has no adapter, or the merged model answers otherwise.
+    """
+    config = load([*_own_template(run), *overrides], run / "config.yaml")
+    check_mergeable(config)
+    tokenizer = load_tokenizer(str(run / "adapter"), config.model)
+    prompts = _prompts(config, tokenizer)
+    trained = None
+    if config.method.bits < 16:
+        quantised = load_run(run, overrides)
+        trained = answers(quantised.model, prompts)
+        del quantised
+        gc.collect()
+    loaded = load_run(run, overrides, bits=16)
+    summary = json.loads((run / "summary.json").read_text())
+    keys = dataclasses.replace(config.model, revision=None)
+    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
+    live, device = [loaded.model], loaded.world.device
+    del loaded
+
+    def reload(folder: Path) -> Any:
+        return load_model(str(folder), keys, MethodConfig(name="full"), dtype, device, zero_stage=0).eval().to(device)
+
+    return merge(live, tokenizer, prompts, to, reload, lambda result: model_card(config, summary, result), trained)
+
+
+def _prompts(config: TrainConfig, tokenizer: Any) -> list[list[int]]:
+    """Rows of the run's own data, held-out ones first; where the file has gone, a few sentences."""
+    try:
+        data = load_data(config, tokenizer, lambda _: None)
+    except (ConfigError, DataError):
+        return [tokenizer(text)["input_ids"] for text in SENTENCES]
+    rows = data.validation if len(data.validation) else data.train
+    return [tokens.ids[:MERGE_TOKENS].tolist() for tokens in rows.tokens(range(min(MERGE_ROWS, len(rows))))]
 
 
 def generate_run(

@@ -40,7 +40,7 @@ def reference_base(folder: str, config: TrainConfig) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra)
 
 
-def reference_model(folder: str, config: TrainConfig, total_steps: int) -> Any:
+def reference_model(folder: str, config: TrainConfig, total_steps: int = 1) -> Any:
     """Stock PEFT on it. Of bottleneck adapters, which PEFT has none of, only the start is afina's."""
     method = config.method
     if method.name == "bottleneck":

@@ -22,7 +22,7 @@ ROWS = (
     ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
     ("short_attention", "norms", "attention", "model", "engine", "resources", "state", "allocation", "checkpoint"),
-    ("loop", "evaluate", "generate", "merge", "runs", "proof", "view"),
+    ("loop", "evaluate", "generate", "merge", "card", "runs", "proof", "view"),
     ("train", "inference"),
     ("compare", "report"),
     ("cli",),
@@ -42,6 +42,7 @@ NEIGHBOURS = {
     "loop": {"evaluate", "generate"},
     "evaluate": {"generate"},
     "merge": {"generate", "evaluate"},
+    "card": {"merge"},
     "report": {"compare"},
 }
 LAUNCH_MAY_IMPORT = {"config", "errors"}
