@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 GLOBAL_SIZE = 64
 RATE = 2e-4
+MEDICAL_ROWS = ROOT / "examples" / "medical" / "medical.jsonl"
 MEDICAL = "Answer the medical question with the letter of the right option."
 SHORT = 400  # characters of a medical question with its options: leaves out the few very long ones
 SYSTEMS = ("afina", "trl", "trainer")
@@ -64,7 +65,7 @@ def data_sets() -> dict[str, tuple[str, list[dict[str, str]], list[str]]]:
     More tokens a forward would be faster; so many keep afina's memory below TRL's.
     """
     soc = [json.loads(line) for line in (HERE / "data" / "soc_codes.jsonl").read_text().splitlines()]
-    medical = [as_alpaca(json.loads(line)) for line in (HERE / "data" / "medical.jsonl").read_text().splitlines()]
+    medical = [as_alpaca(json.loads(line)) for line in MEDICAL_ROWS.read_text().splitlines()]
     medical = [row for row in medical if len(row["input"]) <= SHORT]
     bare = [{"instruction": f"{row['input']}\nAnswer: ", "output": row["output"]} for row in medical]
     return {

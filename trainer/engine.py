@@ -88,9 +88,17 @@ class Engine:
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed cross-entropy of one micro-batch: float32 scalar."""
-        autocast = self.zero_stage == 0 and self.dtype != torch.float32
-        with along(batch.paths), torch.autocast(self.world.device.type, self.dtype, enabled=autocast):
+        with along(batch.paths), self._autocast():
             return self.loss(self.deepspeed, batch)
+
+    def label_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits at the label positions of one micro-batch, (labels, vocabulary)."""
+        with along(batch.paths), self._autocast():
+            return self.loss.logits(self.deepspeed, batch)
+
+    def _autocast(self) -> torch.autocast:
+        wanted = self.zero_stage == 0 and self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.dtype, enabled=wanted)
 
     def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[list[float], bool]:
         """Forward and backward of this rank's micro-batches, then reduce the gradients over the ranks.

@@ -1,15 +1,17 @@
-"""Scores on held-out rows, on all ranks at once: loss and perplexity, greedy exact match."""
+"""Scores on held-out rows, on all ranks at once: of the loss, of multiple choices, of written answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.choices import choice_accuracy
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import Limits, split
 from trainer.data.load import Data, Rows
@@ -17,6 +19,7 @@ from trainer.data.micro import MicroBatch
 from trainer.data.packing import Packing
 from trainer.distributed import World, gather_objects, sum_over_ranks
 from trainer.generate import Sampler
+from trainer.texts import SCORES
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,18 @@ class Scores:
     samples: list[Sample]
 
 
+class Scorer(Protocol):
+    """A model in evaluation mode: the engine, or a bare model."""
+
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Summed cross-entropy of one micro-batch."""
+
+    def label_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits at its label positions, (labels, vocabulary)."""
+
+
 def evaluate(
-    loss_sum: Callable[[MicroBatch], Tensor],
+    scorer: Scorer,
     sampler: Sampler,
     packing: Packing,
     data: Data,
@@ -47,7 +60,7 @@ def evaluate(
     """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
 
     Args:
-        loss_sum: summed cross-entropy of one micro-batch, in evaluation mode.
+        scorer: the model.
         sampler: answers prompts with the same model.
         packing: how rows share a forward.
         data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
@@ -62,11 +75,16 @@ def evaluate(
     answers: list[tuple[int, str, str]] = []
     with torch.no_grad():
         if "loss" in config.eval.metrics:
-            metrics |= _loss(loss_sum, packing, rows, world)
-        if "exact_match" in config.eval.metrics:
+            metrics |= _loss(scorer.loss_sum, packing, rows, world)
+        if "choice_accuracy" in config.eval.metrics:
+            metrics["choice_accuracy"] = choice_accuracy(
+                scorer.label_logits, rows, packing.limits, packing.pad_id, world
+            )
+        if written := [name for name in config.eval.metrics if name in SCORES]:
             answers = _answers(sampler, rows, config, world)
         if answers:
-            metrics["exact_match"] = sum(answer == reference for _, answer, reference in answers) / len(answers)
+            texts, references = [a for _, a, _ in answers], [r for _, _, r in answers]
+            metrics |= {name: SCORES[name](texts, references) for name in written}
             shown = answers[: config.eval.samples]
             records = rows.examples([row for row, _, _ in shown])
             samples = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from trainer import distributed
 from trainer.card import model_card
@@ -20,6 +21,7 @@ from trainer.config.method import MethodConfig
 from trainer.config.parts import is_template_file
 from trainer.data.batches import Limits
 from trainer.data.load import load_data
+from trainer.data.micro import MicroBatch
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -99,6 +101,21 @@ def _own_template(run: Path) -> list[str]:
     return ["data.template=chat"] if saved and is_template_file(OmegaConf.select(config, "data.template")) else []
 
 
+class Bare:
+    """A model without DeepSpeed, to be scored."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.loss = model, LabelLoss(model)
+
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Summed cross-entropy of one micro-batch."""
+        return self.loss(self.model, batch)
+
+    def label_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits at its label positions, (labels, vocabulary)."""
+        return self.loss.logits(self.model, batch)
+
+
 def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a run's final model on its held-out rows by ``eval.metrics``; the metrics, flat."""
     loaded = load_run(run, overrides)
@@ -112,11 +129,10 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             cure="data.validation=0.1",
         )
     sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, data.end_ids, world.device)
-    loss = LabelLoss(loaded.model)
     packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
     distributed.init(world)
     try:
-        return evaluate(lambda batch: loss(loaded.model, batch), sampler, packing, data, config, world).metrics
+        return evaluate(Bare(loaded.model), sampler, packing, data, config, world).metrics
     finally:
         distributed.shutdown()
 

@@ -168,7 +168,7 @@ class Loop:
 
     def _evaluate(self) -> Scores:
         self.engine.eval()
-        scores = evaluate(self.engine.loss_sum, self.sampler, self.packing, self.data, self.config, self.world)
+        scores = evaluate(self.engine, self.sampler, self.packing, self.data, self.config, self.world)
         self.engine.train()
         if scores.samples:
             self.tracker.samples(

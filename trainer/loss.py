@@ -89,6 +89,19 @@ class LabelLoss:
             rest = [_FrozenHead.apply(self._chunk, *piece) for piece in pieces[1:]]
         return sum(rest, total)
 
+    def logits(self, forward: Any, batch: MicroBatch) -> Tensor:
+        """Logits at the label positions, (labels, vocabulary), all at once: for few labels.
+
+        Without labels one row that means nothing is given: under ZeRO-3 the forward is a collective.
+        """
+        self._picks = batch.source if len(batch.source) else batch.source.new_zeros(1)
+        self._first, self._length = len(self._picks), batch.input_ids.shape[1]
+        try:
+            found: Tensor = forward(**_inputs(batch), use_cache=False).logits
+        finally:
+            self._picks, self._picked = None, torch.empty(0)
+        return found.flatten(0, 1)
+
     def _calls(self, batch: MicroBatch) -> int:
         """How often the output layer is called: as often on every rank."""
         if self._is_trained() and any(hasattr(p, "ds_id") for p in self._head.parameters()):

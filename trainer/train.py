@@ -17,6 +17,7 @@ from trainer.allocation import Allocation
 from trainer.allocation import describe as describe_ranks
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.config.parts import is_template_file
+from trainer.config.schema import METRICS
 from trainer.data.batches import total_steps
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
@@ -213,7 +214,7 @@ def _conclude(tracker: Tracker, outcome: Outcome, run: Run, summary: dict[str, A
         tracker.say(f"stopped on request after step {outcome.steps}; the same command goes on from there")
         return
     metrics = summary["metrics"]
-    for name in ("eval_loss", "exact_match"):
+    for name in ("eval_loss", *METRICS):
         if name in metrics:
             before = f"{metrics[f'{name}_before']:.4f} → " if f"{name}_before" in metrics else ""
             tracker.say(f"{name}: {before}{metrics[name]:.4f}")

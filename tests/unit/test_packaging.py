@@ -59,6 +59,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("conf", "trainer/conf"),
         ("slurm", "trainer/slurm"),
         ("examples/headlines", "trainer/examples/headlines"),
+        ("examples/medical", "trainer/examples/medical"),
     ],
 )
 def test_wheel_carries_all_of(folder: str, inside: str, names: set[str]) -> None:

@@ -152,9 +152,13 @@ class EvalConfig:
     every_epoch: bool = key(False, "evaluate at the end of each pass over the data")
     before: bool = key(True, "evaluate before the first step, so that the gain can be told")
     max_rows: int | None = key(None, "use only the first so many held-out rows; null: all", ge=1)
-    metrics: list[str] = key(["loss"], "any of loss (and perplexity), exact_match (greedy answer equals the reference)")
+    metrics: list[str] = key(
+        ["loss"],
+        "any of loss (and perplexity), choice_accuracy (likeliest letter of a multiple choice), and of written answers "
+        "exact_match, f1 (of words), rouge_l, chrf",
+    )
     batch_size: int = key(32, "rows a device that are generated at once", ge=1)
-    samples: int = key(3, "answers shown after each evaluation by exact_match", ge=0)
+    samples: int = key(3, "answers shown after each evaluation that writes any", ge=0)
 
 
 @dataclass(slots=True)
@@ -225,4 +229,4 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-METRICS = ("loss", "exact_match")
+METRICS = ("loss", "choice_accuracy", "exact_match", "f1", "rouge_l", "chrf")

@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.bool_()),
         "prompt_length": pa.int32(),
         "answer": pa.string(),
+        "choices": pa.string(),
     }
 )
 # What is remembered of each row while a table is built, beside the table itself: 57 bytes.
@@ -88,6 +89,7 @@ class _Record:
     labels: np.ndarray
     prompt_length: int
     answer: str
+    choices: str
 
 
 class Encoder:
@@ -136,7 +138,7 @@ class Encoder:
             *(_key(_first_reply(whole_ids, whole_labels).tobytes()), _key((example.text or example.answer).encode())),
             self._flags(ids, labels, cut is not whole, example),
         )
-        return _Record(fact, ids, labels, cut.prompt_length, example.answer)
+        return _Record(fact, ids, labels, cut.prompt_length, example.answer, example.choices)
 
     def _flags(self, ids: np.ndarray, labels: np.ndarray, truncated: bool, example: Example) -> int:
         flags = TRUNCATED if truncated else 0
@@ -210,7 +212,6 @@ def _raw(chunk: Chunk, row: Row) -> str:
 def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
     if not records:
         return b""
-    answers = [record.answer.encode() for record in records]
     offsets = _column(pa.int32(), _ends(facts["length"]))
     ids, labels = (np.concatenate([getattr(r, name) for r in records]) for name in ("ids", "labels"))
     columns = [
@@ -219,11 +220,17 @@ def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
         pa.ListArray.from_arrays(offsets, _column(pa.int32(), ids)),
         pa.ListArray.from_arrays(offsets, _column(pa.bool_(), np.packbits(labels, bitorder="little"), len(labels))),
         _column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
-        pa.StringArray.from_buffers(
-            len(answers), pa.py_buffer(_ends([len(a) for a in answers])), pa.py_buffer(b"".join(answers))
-        ),
+        _strings([record.answer for record in records]),
+        _strings([record.choices for record in records]),
     ]
     return bytes(pa.RecordBatch.from_arrays(columns, schema=SCHEMA).serialize())
+
+
+def _strings(texts: Sequence[str]) -> pa.Array:
+    data = [text.encode() for text in texts]
+    return pa.StringArray.from_buffers(
+        len(data), pa.py_buffer(_ends([len(d) for d in data])), pa.py_buffer(b"".join(data))
+    )
 
 
 def _column(kind: pa.DataType, values: np.ndarray, length: int | None = None) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainer.config.text import nearest
@@ -148,7 +149,8 @@ def _multiple_choice(fields: Fields) -> Example:
     options = _options(fields)
     letter = _letter(fields, options)
     listed = "\n".join(f"{key}. {option}" for key, option in options.items())
-    return _example(fields, [Turn("user", f"{question}\n\n{listed}"), Turn("assistant", letter, answer=True)])
+    example = _example(fields, [Turn("user", f"{question}\n\n{listed}"), Turn("assistant", letter, answer=True)])
+    return replace(example, choices="".join(options))
 
 
 def _options(fields: Fields) -> dict[str, str]:

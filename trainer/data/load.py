@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from trainer.config.parts import Part, parts_of
 from trainer.config.schema import TrainConfig
@@ -50,6 +51,12 @@ class Rows:
     def prompt_lengths(self) -> np.ndarray:
         """Tokens before the last answer, int32, shape (rows,); 0 for plain text."""
         return self.tables.table.data.column("prompt_length").to_numpy()[self.indices]
+
+    @property
+    def choices(self) -> list[str]:
+        """Letters of each row's options; empty where it is no multiple choice."""
+        column = self.tables.table.data.column("choices")
+        return [str(letters) for letters in column.take(pa.array(self.indices)).to_pylist()]
 
     def label_tokens(self, which: np.ndarray) -> int:
         """Labels of some rows that enter the loss."""

@@ -32,7 +32,7 @@ from trainer.data.sources import Source, open_source
 from trainer.data.templates import Template
 from trainer.errors import DataError
 
-VERSION = 5  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 6  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 MARKER = "COMPLETE"
 
 

@@ -37,6 +37,7 @@ class Example:
         where, line, file: of its row.
         text: plain text, all of it learnt; ``None`` in conversations.
         tools: tool definitions for the chat template, as they came.
+        choices: letters of the options, of which the answer is one; empty where it is no multiple choice.
     """
 
     turns: tuple[Turn, ...]
@@ -45,6 +46,7 @@ class Example:
     file: int = 0
     text: str | None = None
     tools: tuple[Any, ...] | None = None
+    choices: str = ""
 
     @property
     def answer(self) -> str:
