@@ -96,6 +96,15 @@ def fp16_overflow_is_skipped(bench: Bench) -> None:
     bench.note("fp16 losses", [losses[0], losses[-1]])
 
 
+NO_DROPOUT = ("full", "ia3", "prompt", "prefix", "bottleneck")
+# AdaLoRA takes its first ranks before the checkpoint, and more behind it.
+RESUMED = [
+    *([zero, "method=adalora", "method.tinit=1", "method.tfinal=1"] for zero in ("stage0", "stage2", "stage3")),
+    *(["stage2", f"method={method}"] for method in ("dora", "ia3", "prompt", "prefix", "bottleneck")),
+    ["stage2", "method=lora", "method.init=pissa"],
+]
+
+
 def gather_state_of(loop: Loop, part: str) -> list[Tensor]:
     return [p.detach().clone() for n, p in loop.engine.trained.items() if part in n]
 
@@ -104,11 +113,9 @@ def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
     """Six steps at once against three, a checkpoint, and three more in an engine that knows nothing."""
     folder = shared_folder()
     name = " ".join([zero, *overrides])
-    config = (
-        bench.config(f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", "method.dropout=0.1", *overrides)
-        if ("method=full" not in overrides)
-        else bench.config(f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", *overrides)
-    )
+    keys = [f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", *overrides]
+    has_dropout = not any(each.removeprefix("method=") in NO_DROPOUT for each in overrides)
+    config = bench.config(*keys, *(["method.dropout=0.1"] if has_dropout else []))
     straight = bench.loop(config, folder)
     for step in range(3):
         straight._step(step)
@@ -118,7 +125,7 @@ def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
     expected = _everything(straight)
 
     again = bench.loop(config, folder)
-    first = checkpoint.load(again.engine, checkpoint.find(folder, "auto"), again.who)
+    first = checkpoint.load(again.engine, checkpoint.find(folder, "auto"), again.who, again.allocation)
     for step in range(first, 6):
         again._step(step)
     found = _everything(again)
@@ -144,7 +151,8 @@ def chunks_equal_one_call(bench: Bench, zero: str, *overrides: str) -> None:
 
 def _everything(loop: Loop) -> dict[str, Tensor]:
     live = {f"live/{n}": t for n, t in gather_live(loop.engine, only_trained=True).items()}
-    return {**gather_state(loop.engine), **live}
+    ranks = {} if loop.allocation is None else {f"ranks/{n}": t for n, t in loop.allocation.state().items()}
+    return {**gather_state(loop.engine), **live, **ranks}
 
 
 def resume_at_another_stage(bench: Bench) -> None:
@@ -226,6 +234,8 @@ def main() -> None:
     resume_is_bit_identical(bench, "stage2", "model.dtype=bf16")
     resume_is_bit_identical(bench, "stage3", "model.dtype=bf16")
     resume_is_bit_identical(bench, "stage0", "model.dtype=bf16")
+    for overrides in RESUMED:
+        resume_is_bit_identical(bench, *overrides)
     for zero in ZERO:
         chunks_equal_one_call(bench, zero)
     for zero in ("stage2", "stage3"):

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.behaviour_cases import RESUMED
 from tests.support import torchrun
 
 SCRIPT = Path(__file__).with_name("behaviour_cases.py")
 ZERO = ("stage0", "stage1", "stage2", "stage3")
+# Masters, two moments and the live copy of each trained tensor of two layers.
+FEWER_TENSORS = {"prompt": 4, "prefix": 4, "ia3": 4 * 14, "bottleneck": 4 * 16}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +41,13 @@ def test_adapter_loads_in_stock_peft(seen: dict[str, Any], zero: str) -> None:
         *ZERO,
         *(f"{z} method=full" for z in ("stage0", "stage2", "stage3")),
         *(f"{z} model.dtype=bf16" for z in ("stage0", "stage2", "stage3")),
+        *map(" ".join, RESUMED),
     ],
 )
 def test_resume_is_bit_identical(seen: dict[str, Any], name: str) -> None:
     facts = seen[f"resume {name}"]
     assert facts["first step"] == 3
-    assert facts["tensors"] >= 84
+    assert facts["tensors"] >= FEWER_TENSORS.get(name.partition("method=")[2].split(" ")[0], 84)
     assert facts["identical"]
 
 
