@@ -18,7 +18,12 @@ from trainer.merge import Merged, answers, check_mergeable, merge, merge_in_plac
 from trainer.methods import attach, load_adapter, save_adapter, trainable_parameters
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 40))]
-LINEAR = {name: keys for name, keys in KINDS.items() if keys.get("name", "lora") in ("lora", "adalora", "ia3")}
+QUICK = ("lora", "adalora", "ia3")  # what `make check` tries
+LINEAR = [
+    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    for name, keys in KINDS.items()
+    if keys.get("name", "lora") in QUICK
+]
 
 
 class Plain:
