@@ -6,14 +6,13 @@ Every rank gathers the same whole tensors and decides alike, so nothing is sent.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import Tensor
 
 from trainer.engine import Engine, Update
 from trainer.errors import CheckpointError
 from trainer.methods import RankAllocator
-from trainer.state import set_weight, whole_gradient, whole_weight
+from trainer.state import set_weight, whole_gradient, whole_shape, whole_weight
 
 PREFIX = "base_model.model."
 STATE = ("importance", "movement", "kept")
@@ -78,7 +77,7 @@ class Allocation:
         """Ranks that each adapted module has left, by its name in the base model."""
         kept = self.allocator.kept
         return {
-            name.removeprefix(PREFIX).partition(".lora_E.")[0]: int(kept[name].sum()) if kept else len_of(p)
+            name.removeprefix(PREFIX).partition(".lora_E.")[0]: int(kept[name].sum()) if kept else whole_shape(p)[0]
             for name, p in self.parts.items()
             if ".lora_E." in name
         }
@@ -88,11 +87,6 @@ class Allocation:
         if self.allocator.is_final:
             kept = self.allocator.kept.items()
             self.peft.rank_pattern = {name.removeprefix(PREFIX): m.flatten().tolist() for name, m in kept}
-
-
-def len_of(parameter: Any) -> int:
-    """First length of a parameter, whole under ZeRO-3."""
-    return int(getattr(parameter, "ds_shape", parameter.shape)[0])
 
 
 def describe(ranks: dict[str, int]) -> str:

@@ -68,7 +68,7 @@ class Engine:
         self.max_grad_norm = config.optim.max_grad_norm
         self.trained = trainable_parameters(model)
         self.loss, self.start = loss, start
-        self.orthogonal, self.orthogonal_weight = orthogonal, config.method.orth_reg_weight or 0.0
+        self.orthogonal = orthogonal
         # Reducing once a step is cheapest, but keeps a whole gradient on every rank: right for adapters, not for all
         # weights, which are reduced (and under stages 2 and 3 partitioned) micro-batch by micro-batch.
         self.reduces_once = config.method.name != "full" and self.zero_stage > 0
@@ -121,7 +121,7 @@ class Engine:
                     last = k == len(batches) - 1 and self.zero_stage > 0
                     self.deepspeed.set_gradient_accumulation_boundary(last)
                 if self.orthogonal is not None:  # once an update: ranks are averaged, micro-batches are summed
-                    self.orthogonal.weight = self.orthogonal_weight * self.loss_scale if k == 0 else 0.0
+                    self.orthogonal.scale = self.loss_scale if k == 0 else 0.0
                 batch = batch.to(self.world.device)
                 with along(batch.paths):  # the backward too: gradient checkpointing attends again in it
                     loss = self.loss_sum(batch)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.choices import choice_accuracy
+from trainer.choices import choice_accuracy, letter_tokens
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import Limits, split
 from trainer.data.load import Data, Rows
@@ -77,9 +77,9 @@ def evaluate(
         if "loss" in config.eval.metrics:
             metrics |= _loss(scorer.loss_sum, packing, rows, world)
         if "choice_accuracy" in config.eval.metrics:
-            metrics["choice_accuracy"] = choice_accuracy(
-                scorer.label_logits, rows, packing.limits, packing.pad_id, world
-            )
+            letters = letter_tokens(data.validation)  # of all rows: those that are scored may not have every letter
+            limits, pad_id = packing.limits, packing.pad_id
+            metrics["choice_accuracy"] = choice_accuracy(scorer.label_logits, rows, letters, limits, pad_id, world)
         if written := [name for name in config.eval.metrics if name in SCORES]:
             answers = _answers(sampler, rows, config, world)
         if answers:

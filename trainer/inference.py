@@ -24,7 +24,7 @@ from trainer.data.load import load_data
 from trainer.data.micro import MicroBatch
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, DataError
 from trainer.evaluate import evaluate
 from trainer.fetch import resolve
 from trainer.generate import Sampler
@@ -35,11 +35,6 @@ from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.quiet import quiet
 
 MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Question: what is the capital of France? Answer:",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-)
 
 
 @dataclass(slots=True)
@@ -158,25 +153,27 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
         trained = answers(quantised.model, prompts)
         del quantised
         gc.collect()
-    loaded = load_run(run, overrides, bits=16)
     summary = json.loads((run / "summary.json").read_text())
-    keys = dataclasses.replace(config.model, revision=None)
-    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
-    live, device = [loaded.model], loaded.world.device
-    del loaded
+    device = distributed.from_environment().device
 
-    def reload(folder: Path) -> Any:
+    def reload(folder: Path, dtype: torch.dtype) -> Any:
+        keys = dataclasses.replace(config.model, revision=None)
         return load_model(str(folder), keys, MethodConfig(name="full"), dtype, device, zero_stage=0).eval().to(device)
 
-    return merge(live, tokenizer, prompts, to, reload, lambda result: model_card(config, summary, result), trained)
+    return merge(
+        lambda: load_run(run, overrides, bits=16).model,
+        tokenizer,
+        prompts,
+        to,
+        reload,
+        lambda result: model_card(config, summary, result),
+        trained,
+    )
 
 
 def _prompts(config: TrainConfig, tokenizer: Any) -> list[list[int]]:
-    """Rows of the run's own data, held-out ones first; where the file has gone, a few sentences."""
-    try:
-        data = load_data(config, tokenizer, lambda _: None)
-    except (ConfigError, DataError):
-        return [tokenizer(text)["input_ids"] for text in SENTENCES]
+    """Rows of the run's own data, held-out ones first."""
+    data = load_data(config, tokenizer, lambda _: None)
     rows = data.validation if len(data.validation) else data.train
     return [tokens.ids[:MERGE_TOKENS].tolist() for tokens in rows.tokens(range(min(MERGE_ROWS, len(rows))))]
 

@@ -18,7 +18,7 @@ import torch
 from trainer import checkpoint
 from trainer.allocation import Allocation
 from trainer.config.schema import TrainConfig
-from trainer.data.batches import ends_epoch, global_batch, total_steps
+from trainer.data.batches import ends_epoch, global_batch
 from trainer.data.load import Data
 from trainer.data.micro import MicroBatch
 from trainer.data.packing import Packing
@@ -63,8 +63,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         """Updates of the whole run."""
-        batch = self.config.batch
-        return total_steps(len(self.data.train), batch.global_size, batch.epochs, batch.max_steps)
+        return self.data.total_steps(self.config.batch)
 
     def train(self, first_step: int) -> Outcome:
         """Train from ``first_step`` (updates already taken) to the end, or until asked to stop."""

@@ -23,11 +23,11 @@ from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError
 from trainer.resources import give_back_memory
 
-SHARD = "2GB"  # safetensors copies a shard to write it
+SHARD = "2GB"  # of weights a file
 # Relative distance (Frobenius) of all logits. In fp32 what is left is the order of sums; in 16 bits each merged weight
 # is rounded once, where the live adapter adds its own small output to the base's.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-NOT_LINEAR = {
+NOT_MERGEABLE = {
     "bottleneck": "its layers are not linear, and no weight of the base can do what they do",
     "prompt": "its virtual tokens stand before the rows, and no weight of the base can do what they do",
     "prefix": "its keys and values stand before the rows, and no weight of the base can do what they do",
@@ -56,7 +56,7 @@ class Merged:
 
 def check_mergeable(config: TrainConfig) -> None:
     """Raise a :class:`CheckpointError` for a method that cannot be merged, before anything is loaded."""
-    if (why := NOT_LINEAR.get(config.method.name)) is not None:
+    if (why := NOT_MERGEABLE.get(config.method.name)) is not None:
         title = METHODS[config.method.name].title
         cure = "use the folder as it is" if config.method.name == "full" else "serve the adapter beside the base"
         raise CheckpointError("run", value=title, rule=f"cannot be merged: {why}", cure=cure)
@@ -119,11 +119,11 @@ def _untie(model: Any) -> None:
 
 
 def merge(
-    live: Any,
+    load_live: Callable[[], Any],
     tokenizer: Any,
     prompts: Sequence[list[int]],
     to: Path,
-    reload: Callable[[Path], Any],
+    reload: Callable[[Path, torch.dtype], Any],
     card: Callable[[Merged], str],
     trained: Sequence[Tensor] | None = None,
     fold: Callable[[Any], nn.Module] = merge_in_place,
@@ -131,11 +131,11 @@ def merge(
     """Merge, write, read back, compare; what does not compare is deleted.
 
     Args:
-        live: a list of one model, the base with its adapter; it is emptied, so that its memory can go.
+        load_live: loads the base with its adapter; loaded here, so that its memory can go again.
         tokenizer: saved with the model, with its chat template.
         prompts: real ones, as token ids.
         to: the folder that is made; it must not be there.
-        reload: reads the merged model from a folder.
+        reload: reads the merged model from a folder, in a dtype.
         card: the model card, as Markdown.
         trained: logits of the live adapter on the quantised base it was trained on.
         fold: how the adapter is folded in.
@@ -145,7 +145,7 @@ def merge(
     """
     if to.exists():
         raise CheckpointError(str(to), rule="is there already", cure="another folder")
-    model = live.pop()
+    model = load_live()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     expected = answers(model, prompts)
     merged = fold(model)
@@ -158,7 +158,7 @@ def merge(
     del merged
     gc.collect()
     give_back_memory(torch.device("cpu"))
-    again = reload(partial)
+    again = reload(partial, dtype)
     found = answers(again, prompts)
     apart, same = distance(found, expected)
     bound = BOUNDS[dtype]

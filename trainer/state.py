@@ -56,7 +56,7 @@ def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None
     _make_moments(engine, step)
     for name, parameter in engine.trained.items():
         for kind in ("weight", *MOMENTS):
-            value = _from_main(engine, tensors.get(f"{kind}/{name}"), _shape(parameter))
+            value = _from_main(engine, tensors.get(f"{kind}/{name}"), whole_shape(parameter))
             if kind == "weight":
                 set_weight(engine, parameter, value)
             elif engine.zero_stage == 0:
@@ -151,7 +151,8 @@ def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
     )
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has left a part of it."""
     return torch.Size(getattr(parameter, "ds_shape", None) or parameter.shape)
 
 
@@ -170,10 +171,10 @@ def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
     for name, parameter in engine.trained.items():
         for kind in ("weight", *MOMENTS):
             found = tensors.get(f"{kind}/{name}")
-            if found is None or found.shape != _shape(parameter):
+            if found is None or found.shape != whole_shape(parameter):
                 what = "is not in the checkpoint" if found is None else f"has shape {tuple(found.shape)}"
                 raise CheckpointError(
                     f"{kind}/{name}",
-                    rule=f"{what}; this run needs {tuple(_shape(parameter))}",
+                    rule=f"{what}; this run needs {tuple(whole_shape(parameter))}",
                     cure="resume with the method it was saved with, or checkpoint.resume=never",
                 )

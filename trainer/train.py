@@ -15,10 +15,11 @@ from typing import Any
 from trainer import checkpoint, distributed
 from trainer.allocation import Allocation
 from trainer.allocation import describe as describe_ranks
+from trainer.choices import letter_tokens
 from trainer.config import TrainConfig, load, to_yaml
+from trainer.config.method import given
 from trainer.config.parts import is_template_file
 from trainer.config.schema import METRICS
-from trainer.data.batches import total_steps
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
@@ -111,13 +112,14 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer:
     """Load the base, attach what is trained, choose the packing, hand it to DeepSpeed. The process group must be up."""
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(folder, config.model, config.method, dtype, world.device, config.zero.stage)
-    batch, method = config.batch, config.method
-    steps = total_steps(len(data.train), batch.global_size, batch.epochs, batch.max_steps)
+    if "choice_accuracy" in config.eval.metrics:
+        letter_tokens(data.validation)  # said now, not after the first hours
+    method, steps = config.method, data.total_steps(config.batch)
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
     model = attach(base, method, config.run.seed, steps, text)
-    started = {} if method.name == "full" else digests(trainable_parameters(model))
+    started = digests(trainable_parameters(model)) if world.is_main and method.name != "full" else {}
     start = start_in_base(model, method)
-    orthogonal = OrthogonalTerm(model) if method.name == "adalora" else None
+    orthogonal = OrthogonalTerm(model, given(method.orth_reg_weight)) if method.name == "adalora" else None
     if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is tried where it will run
     loss = LabelLoss(model)
@@ -156,10 +158,8 @@ def _run(
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
-    loop = Loop(
-        config, world, data, built.packing, built.engine, sampler, Tracker(), built.meter, stop, run.folder, who
-    )
-    loop.allocation = built.allocation
+    engine, packing, meter, ranks = built.engine, built.packing, built.meter, built.allocation
+    loop = Loop(config, world, data, packing, engine, sampler, Tracker(), meter, stop, run.folder, who, ranks)
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:

@@ -33,8 +33,8 @@ class Plain:
         (Path(folder) / "tokenizer.json").write_text("{}")
 
 
-def reload(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+def reload(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
 
 
 def card(result: Merged) -> str:
@@ -47,7 +47,7 @@ def test_a_merged_model_answers_as_the_live_one(name: str, tmp_path: Path) -> No
     save_adapter(model, tmp_path / "a", {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     live = load_adapter(base(), tmp_path / "a").eval()
     expected = answers(live, PROMPTS)
-    result = merge([live], Plain(), PROMPTS, tmp_path / "merged", reload, card)
+    result = merge(lambda: live, Plain(), PROMPTS, tmp_path / "merged", reload, card)
     assert result.distance < 1e-5
     assert result.same_choice == 1.0
     plain = reload(tmp_path / "merged")
@@ -66,7 +66,7 @@ def test_a_broken_merge_is_caught_and_deleted(tmp_path: Path) -> None:
         return folded
 
     with pytest.raises(CheckpointError, match="from the live adapter's"):
-        merge([model.eval()], Plain(), PROMPTS, tmp_path / "merged", reload, card, fold=broken)
+        merge(model.eval, Plain(), PROMPTS, tmp_path / "merged", reload, card, fold=broken)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -77,12 +77,12 @@ def test_an_adapted_embedding_is_untied_from_the_output_layer(tmp_path: Path) ->
     model = attach(tied, MethodConfig(r=4, target_modules=["wte"]), seed=0)
     for parameter in trainable_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
-    assert merge([model.eval()], Plain(), PROMPTS, tmp_path / "merged", reload, card).distance < 1e-5
+    assert merge(model.eval, Plain(), PROMPTS, tmp_path / "merged", reload, card).distance < 1e-5
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is there already"):
-        merge([None], Plain(), PROMPTS, tmp_path, reload, card)
+        merge(base, Plain(), PROMPTS, tmp_path, reload, card)
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "prompt", "prefix", "full"])

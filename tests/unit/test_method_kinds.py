@@ -160,9 +160,9 @@ def test_the_orthogonal_term_enters_once_and_as_stock_peft_adds_it() -> None:
     mine = adalora_model(orth_reg_weight=0.3)
     mine.load_state_dict(stock.state_dict())
     stock(**labels).loss.backward()
-    term = OrthogonalTerm(mine)
-    for weight in (0.0, 0.3, 0.0):  # as of three micro-batches, of which one carries it
-        term.weight = weight
+    term = OrthogonalTerm(mine, 0.3)
+    for scale in (0.0, 1.0, 0.0):  # as of three micro-batches, of which one carries it
+        term.scale = scale
         out = mine.get_base_model()(**labels).loss  # without stock PEFT's own term
         (out / 3).backward()
     expected = {n: p.grad for n, p in trainable_parameters(stock).items()}

@@ -28,15 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bottleneck": {"name": "bottleneck"},
 }
 BITS = (16, 8, 4)
-# Options of `zero`: the stage, and whether anything waits in host memory.
-ZERO: dict[str, tuple[int, bool]] = {
-    "stage0": (0, False),
-    "stage1": (1, False),
-    "stage2": (2, False),
-    "stage3": (3, False),
-    "stage2_offload": (2, True),
-    "stage3_offload": (3, True),
-}
+ZERO = {"stage0": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage2_offload": 2, "stage3_offload": 3}  # option: stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,5 +125,5 @@ def cells() -> dict[tuple[str, int, str], Cell]:
         (variant, bits, zero): Cell(MethodConfig(bits=bits, **keys), stage)
         for variant, keys in VARIANTS.items()
         for bits in BITS
-        for zero, (stage, _) in ZERO.items()
+        for zero, stage in ZERO.items()
     }

@@ -34,7 +34,9 @@ class MethodConfig:
     rank_pattern: dict[str, int] = key({}, "other ranks for some modules: {q_proj: 32}")
     alpha_pattern: dict[str, float] = key({}, "other alphas for some modules: {q_proj: 64}")
     rslora: bool = key(False, "scale by alpha / sqrt(r), so that large ranks learn as fast as small ones")
-    dora: bool = key(False, "train the size of each output's weights apart from their direction; about half as fast")
+    dora: bool = key(
+        False, "train the size of each output's weights apart from their direction; slower: a norm at every forward"
+    )
     init: str = key("default", "how trained tensors start; which starts there are depends on the method")
     init_r: int | None = key(None, "adalora: rank of every adapter at the start", ge=1)
     target_r: int | None = key(None, "adalora: rank that the adapters have in the mean at the end", ge=1)

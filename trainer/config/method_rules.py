@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from trainer.config.known import default_of
 from trainer.config.method import METHODS, MethodConfig, given
 from trainer.config.text import listing, nearest, one_line, wrong
 from trainer.errors import ConfigError
@@ -29,7 +30,7 @@ def check_method(method: MethodConfig) -> None:
 def _only_its_own(method: MethodConfig) -> None:
     facts = METHODS[method.name]
     for field in dataclasses.fields(MethodConfig):
-        neutral = _neutral(field)
+        neutral = default_of(field)
         value = getattr(method, field.name)
         if field.name == "name" or field.name in facts.keys or value == neutral:
             continue
@@ -41,10 +42,6 @@ def _only_its_own(method: MethodConfig) -> None:
         elif field.name == "r":
             cure = f"choose it with rank=null, or method={listing(owners)}"
         raise wrong(f"method.{field.name}", value, rule, cure)
-
-
-def _neutral(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def _all_it_needs(method: MethodConfig) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.config.parts import Part, parts_of
-from trainer.config.schema import TrainConfig
+from trainer.config.schema import BatchConfig, TrainConfig
 from trainer.data import checks
 from trainer.data.batches import total_steps
 from trainer.data.checks import Finding
@@ -52,11 +52,9 @@ class Rows:
         """Tokens before the last answer, int32, shape (rows,); 0 for plain text."""
         return self.tables.table.data.column("prompt_length").to_numpy()[self.indices]
 
-    @property
-    def choices(self) -> list[str]:
-        """Letters of each row's options; empty where it is no multiple choice."""
-        column = self.tables.table.data.column("choices")
-        return [str(letters) for letters in column.take(pa.array(self.indices)).to_pylist()]
+    def texts(self, column: str) -> list[str]:
+        """Each row's ``answer``, or ``choices`` (letters of its options; empty where it is no multiple choice)."""
+        return [str(text) for text in self.tables.table.data.column(column).take(pa.array(self.indices)).to_pylist()]
 
     def label_tokens(self, which: np.ndarray) -> int:
         """Labels of some rows that enter the loss."""
@@ -106,6 +104,10 @@ class Data:
     parts: tuple[Prepared, ...]
     findings: tuple[Finding, ...]
 
+    def total_steps(self, batch: BatchConfig) -> int:
+        """Updates of the whole run."""
+        return total_steps(len(self.train), batch.global_size, batch.epochs, batch.max_steps)
+
 
 def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
     """Prepare (or find) the tables and split them. Needs no process group; every rank gets the same.
@@ -141,7 +143,7 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
     """A short report for people: rows, lengths, what is learnt, what was left out, steps, warnings."""
     lengths = data.train.lengths
     learnt = data.train.label_tokens(np.arange(len(data.train)))
-    steps = total_steps(len(data.train), config.batch.global_size, config.batch.epochs, config.batch.max_steps)
+    steps = data.total_steps(config.batch)
     quantiles = " ".join(f"{q:.0f}" for q in np.quantile(lengths, (0, 0.5, 0.95, 1)))
     lines = [
         f"data: {len(data.train):,} rows to train on, {len(data.validation):,} held out, from {_files(data)}",

@@ -20,13 +20,17 @@ class OrthogonalTerm:
 
     Registered before DeepSpeed's hooks, so that its backward runs where ZeRO-3 has gathered the layer's tensors.
 
+    Args:
+        model: with its adapters.
+        weight: of the term.
+
     Attributes:
-        weight: of the term in the backward that comes; 0 leaves it out. Once a rank and update it is to be
-            ``orth_reg_weight``, times the loss scale.
+        scale: what the backward that comes is multiplied by; 0 leaves the term out. Once a rank and update it is to be
+            the loss scale.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.weight = 0.0
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        self.weight, self.scale = weight, 0.0
         layers = [m for m in model.modules() if isinstance(m, AdaLoraLayer)]
         self.count = 2 * len(layers)
         for layer in layers:
@@ -50,10 +54,10 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         term = ctx.term
-        if term.weight == 0:
+        if term.scale == 0:
             return outer[0], None, None, None
         a, b = (p.detach() for p in ctx.held)
-        scale = term.weight / term.count
+        scale = term.weight * term.scale / term.count
         return outer[0], scale * orthogonal_gradient(a), scale * orthogonal_gradient(b.T).T, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.errors import ConfigError
-from trainer.methods.targets import layers_of
+from trainer.methods.targets import layer_of, layers_of
 
 KIND = "BOTTLENECK"
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -70,13 +70,13 @@ def attach_bottleneck(model: nn.Module, method: MethodConfig) -> nn.Module:
     factor, activation = given(method.reduction_factor), given(method.activation)
     model.requires_grad_(False)
     layers = layers_of(model, method.layers)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for full, base in places(model, given(method.placement), layers):
         width = base.out_features if hasattr(base, "out_features") else base.nf
         if width // factor < 1:
             rule = f"leaves nothing of a width of {width}"
             raise ConfigError("method.reduction_factor", value=factor, rule=rule, cure="a smaller one")
         parent, _, name = full.rpartition(".")
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         device = next(base.parameters()).device
         adapter = Bottleneck(base, width, width // factor, activation, dtype, device)
         setattr(model.get_submodule(parent), name, adapter)
@@ -99,11 +99,7 @@ def places(model: nn.Module, placement: str, layers: list[int] | None) -> list[t
         found += here
     if layers is None:
         return found
-    return [(full, m) for full, m in found if _layer(full) in layers]
-
-
-def _layer(full: str) -> int | None:
-    return next((int(part) for part in full.split(".") if part.isdigit()), None)
+    return [(full, m) for full, m in found if layer_of(full) in layers]
 
 
 def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -124,7 +120,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     """The keys that a model's adapters were made with, read off the adapters."""
     adapters = {full: module for full, module in model.named_modules() if isinstance(module, Bottleneck)}
     one = next(iter(adapters.values()))
-    layers = sorted({number for full in adapters if (number := _layer(full)) is not None})
+    layers = sorted({number for full in adapters if (number := layer_of(full)) is not None})
     return {
         "reduction_factor": one.width // one.inner,
         "placement": "houlsby" if any(f.endswith(ATTENTION_ENDS) for f in adapters) else "pfeiffer",

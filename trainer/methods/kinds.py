@@ -9,7 +9,7 @@ from torch import nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.config.method_rules import adalora_times
-from trainer.methods.targets import down_names, layers_of, target_names
+from trainer.methods.targets import down_names, layer_of, layers_of, target_names
 
 TASK = "CAUSAL_LM"
 
@@ -84,18 +84,17 @@ def _ia3(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
         target_names(model, inner)  # refuses names that do not exist
         names = sorted({*names, *inner})
     if (layers := layers_of(model, method.layers)) is not None:
-        names, inner = ([*in_layers(model, some, layers)] for some in (names, inner))
+        names, inner = (_in_layers(model, some, layers) for some in (names, inner))
     return IA3Config(task_type=TASK, target_modules=names, feedforward_modules=inner)
 
 
-def in_layers(model: nn.Module, names: list[str], layers: list[int]) -> list[str]:
+def _in_layers(model: nn.Module, names: list[str], layers: list[int]) -> list[str]:
     """Full names of the modules that have one of these endings and stand in one of these layers."""
-    found = []
-    for full, _ in model.named_modules():
-        numbers = [int(part) for part in full.split(".") if part.isdigit()]
-        if numbers and numbers[0] in layers and any(full.endswith(f".{name}") for name in names):
-            found.append(full)
-    return found
+    return [
+        full
+        for full, _ in model.named_modules()
+        if layer_of(full) in layers and any(full.endswith(f".{name}") for name in names)
+    ]
 
 
 def _prompt(_: nn.Module, method: MethodConfig, __: int) -> PeftConfig:

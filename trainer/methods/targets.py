@@ -70,6 +70,11 @@ def layers_of(model: nn.Module, layers: list[int] | None) -> list[int] | None:
     return layers
 
 
+def layer_of(full: str) -> int | None:
+    """The number of the layer that a module of this full name stands in."""
+    return next((int(part) for part in full.split(".") if part.isdigit()), None)
+
+
 def _ending_in(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that PEFT takes a target name for."""
     return [module for full, module in model.named_modules() if full == name or full.endswith(f".{name}")]
