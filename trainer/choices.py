@@ -29,14 +29,20 @@ def choice_accuracy(
 
     Args:
         label_logits: logits at the label positions of a micro-batch, in evaluation mode.
-        rows: one of which at least is multiple choice.
+        rows: those that are multiple choice are asked.
         tokens: of the letters, by :func:`letter_tokens`.
         limits: of a forward.
         pad_id: fills padding.
         world: this process.
+
+    Raises:
+        DataError: none is multiple choice.
     """
     choices, answers = rows.texts("choices"), rows.texts("answer")
     asked = [row for row, letters in enumerate(choices) if letters]
+    if not asked:
+        rule = f"none of the {len(rows)} rows that are scored has options"
+        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="a larger eval.max_rows")
     lengths = rows.prompt_lengths
     prompts = [_prompt(example, lengths[row]) for row, example in zip(asked, rows.tokens(asked), strict=True)]
     packing, right = Packing(False, limits, pad_id), 0

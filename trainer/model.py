@@ -170,7 +170,7 @@ def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> A
 
 def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
     if wanted == "auto":
-        return dtype if zero_stage == 3 else torch.uint8  # ZeRO-3 splits tensors of the forward's dtype only
+        return dtype if zero_stage == 3 else torch.uint8
     return torch.uint8 if wanted == "uint8" else DTYPES[wanted]
 
 

@@ -49,6 +49,7 @@ def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
             *(f"zero={zero}", f"method.bits={bits}", "batch.max_steps=3", *METHODS[method]),
             f"model.gradient_checkpointing={str(saves).lower()}",
             f"batch.packing={'trie' if shares else 'padded'}",
+            *(["method.quant_storage=uint8"] if (method, bits) == ("rslora", 4) else []),  # stage 3 too
             "data.max_length=400",
             "batch.micro_tokens=400",
         ]

@@ -187,3 +187,10 @@ def test_a_wrong_word_is_one_line(work: Path, override: str, told: str) -> None:
     assert out.returncode == 2
     assert len(out.output.strip().splitlines()) == 1
     assert told in out.output
+
+
+def test_a_metric_that_the_data_cannot_have_is_told_before_training(work: Path) -> None:
+    out = afina("train", "debug=tiny", "eval.metrics=[choice_accuracy]", "eval.before=false", cwd=work, check=False)
+    assert out.returncode == 2
+    assert "no held-out row has any" in out.output
+    assert "step 1/" not in out.output

@@ -52,7 +52,6 @@ def test_a_config_is_refused_where_the_table_says_so(variant: str) -> None:
         (["method=prefix", "model.gradient_checkpointing=true"], "model.gradient_checkpointing=true"),
         (["method=prefix", "batch.packing=trie"], "batch.packing=trie"),
         (["method=prompt", "batch.packing=trie"], "batch.packing=trie"),
-        (["method=qlora", "zero=stage3", "method.quant_storage=uint8"], "method.quant_storage=uint8"),
     ],
 )
 def test_what_else_is_refused(overrides: list[str], key: str) -> None:
@@ -66,7 +65,6 @@ def test_every_refusal_is_of_some_cell() -> None:
         Cell(MethodConfig(name="prefix"), 2, True),
         Cell(MethodConfig(name="prefix"), 2, False, "trie"),
     ]
-    tried.append(Cell(MethodConfig(bits=4, quant_storage="uint8"), 3))
     assert {id(refusal(cell)) for cell in tried} >= {id(each) for each in REFUSALS}
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.unit.tiny_models import MODELS
+from trainer.config.known import leaves
 from trainer.config.method import METHODS, MethodConfig
 from trainer.config.method_rules import adalora_times
 from trainer.errors import CheckpointError, ConfigError
@@ -228,3 +229,9 @@ def test_what_adalora_trains_on_a_16_bit_base() -> None:
     kind = MethodConfig(**{**KINDS["adalora"], "target_modules": ["q_proj"]})
     model = attach(base().to(torch.bfloat16), kind, seed=0, total_steps=10)
     assert {name.split(".")[-2] for name in trainable_parameters(model)} == {"lora_A", "lora_B", "lora_E"}
+
+
+def test_every_activation_of_the_schema_is_one() -> None:
+    for name in leaves()["method.activation"].field.metadata["choices"]:
+        model = attach(base(), MethodConfig(**{**KINDS["bottleneck"], "activation": name}), seed=0)
+        assert torch.isfinite(logits(model)).all()

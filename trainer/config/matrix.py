@@ -80,15 +80,9 @@ REFUSALS = (
         "zero=stage2, method.bits=16 or method=qlora",
     ),
     Refusal(
-        lambda c: c.method.bits == 4 and c.zero_stage == 3 and c.method.quant_storage == "uint8",
-        "method.quant_storage",
-        "ZeRO-3 splits and gathers tensors of a float dtype only",
-        "method.quant_storage=auto or zero=stage2",
-    ),
-    Refusal(
         lambda c: c.method.name == "prefix" and c.checkpointing,
         "model.gradient_checkpointing",
-        "prefix tuning hands its keys and values over in the cache, which checkpointing turns off",
+        "prefix tuning hands its keys and values over in the cache, and PEFT refuses checkpointing beside it",
         "model.gradient_checkpointing=false or method=prompt rank=null",
     ),
     Refusal(

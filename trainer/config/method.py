@@ -72,7 +72,7 @@ class MethodConfig:
     )
     quant_storage: str = key(
         "auto",
-        "4-bit: dtype that holds the packed weights; auto: uint8, under ZeRO-3 model.dtype, which it can split",
+        "4-bit: dtype that holds the packed weights; auto: uint8, under ZeRO-3 model.dtype",
         choices=("auto", "uint8", "bf16", "fp16", "fp32"),
     )
 
