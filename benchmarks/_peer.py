@@ -75,7 +75,7 @@ def arguments(settings: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": settings["global_size"] // settings["micro_size"],
         "max_steps": settings["steps"],
         "learning_rate": settings["learning_rate"],
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": settings["schedule"],
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
         "train_sampling_strategy": "sequential",

@@ -134,6 +134,7 @@ def peer_settings(model: str, folder: Path, steps: int, micro_size: int, autocas
         "global_size": GLOBAL_SIZE,
         "steps": steps,
         "learning_rate": RATE,
+        "schedule": "constant",
         "autocast": autocast,
     }
 

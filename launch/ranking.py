@@ -6,41 +6,50 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import table
 from launch.process import read_summary
+from trainer.config.schema import LOWER_IS_BETTER, METRICS
 
 if TYPE_CHECKING:
-    from launch.sweep import Trial
+    from launch.trials import Trial
 
 Record = dict[str, Any]
+OTHER_METRICS = ("eval_perplexity", *(name for name in METRICS if name != "loss"))
 # `rank` is the config group that sets the other two; its name is also that of our first column
 RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
 
 
 def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
-    """One record a trial, best first: lowest `eval_loss`, or `train_loss` where a finished run has no `eval_loss`.
+    """One record a trial, best first: by the trials' own `eval.best_metric`; without one by the lowest `eval_loss`, or
+    `train_loss` where a finished run has no `eval_loss`.
 
     Args:
         trials: all trials of the sweep.
         errors: why a trial failed, by its name.
 
     Returns:
-        Records with the same keys in the same order: rank, the varied keys, trainable_parameters, the losses,
-        exact_match (when any run has it), seconds, status, folder, error. `None` is what a run does not have.
+        Records with the same keys in the same order: rank, the varied keys, trainable_parameters, the losses, the
+        other metrics that any run has, seconds, status, folder, error. `None` is what a run does not have.
     """
     records = [_record(trial, errors.get(trial.name)) for trial in trials]
     finished = [record for record in records if record["status"] == "finished"]
     # runs compare only by the same number
-    by = "eval_loss" if all(record["eval_loss"] is not None for record in finished) else "train_loss"
-    finished.sort(key=lambda record: _sortable(record[by]))
+    wished = {trial.config.eval.best_metric for trial in trials}
+    candidates = [*(wished if len(wished) == 1 else ()), "eval_loss"]
+    shared = [name for name in candidates if name and all(record[name] is not None for record in finished)]
+    by = shared[0] if shared else "train_loss"
+    finished.sort(key=lambda record: _sortable(record[by], by))
     for place, record in enumerate(finished, 1):
         record["rank"] = place
-    if all(record["exact_match"] is None for record in records):
-        for record in records:
-            del record["exact_match"]
+    unused = [name for name in OTHER_METRICS if all(record[name] is None for record in records)]
+    if by != "eval_perplexity":  # orders as eval_loss does
+        unused.append("eval_perplexity")
+    for record, name in product(records, set(unused)):
+        del record[name]
     return finished + [record for record in records if record["status"] != "finished"]
 
 
@@ -51,7 +60,7 @@ def _record(trial: Trial, error: str | None) -> Record:
     record["trainable_parameters"] = summary.get("trainable_parameters")
     record["eval_loss"] = metrics.get("eval_loss")
     record["train_loss"] = summary.get("train_loss")
-    record["exact_match"] = metrics.get("exact_match")
+    record |= {name: metrics.get(name) for name in OTHER_METRICS}
     record["seconds"] = summary.get("wall_seconds")
     # this sweep's word counts before that of a summary left by an earlier one
     record["status"] = "failed" if error else summary.get("status") or "not run"
@@ -71,8 +80,11 @@ def _varied_values(trial: Trial) -> dict[str, Any]:
     return {**pair, **{key: value for key, value in values.items() if key not in RANK_AND_ALPHA}}
 
 
-def _sortable(loss: float | None) -> float:
-    return math.inf if loss is None or math.isnan(loss) else loss
+def _sortable(value: float | None, metric: str) -> float:
+    """Smaller is better, and what is no number comes last."""
+    if value is None or math.isnan(value):
+        return math.inf
+    return value if metric in ("train_loss", *LOWER_IS_BETTER) else -value
 
 
 def short_labels(keys: Sequence[str]) -> dict[str, str]:
@@ -117,6 +129,6 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:,}"
     if key == "seconds":
         return f"{value:.1f}"
-    if key in ("eval_loss", "train_loss", "exact_match"):
+    if key in ("eval_loss", "train_loss", *OTHER_METRICS):
         return f"{value:.4f}"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -5,37 +5,19 @@ A sweep is a folder of run folders: ``<run.dir>/<sweep>/<trial>/``. Started agai
 
 from __future__ import annotations
 
-import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import trainer.config
 from launch import process, ranking, torchrun
-from launch.environment import child_environment, visible_gpus
-from trainer.config import TrainConfig
-from trainer.errors import AfinaError, ConfigError
+from launch.trials import Trial, carry_out, digest, own_name, say
+from trainer.errors import ConfigError
 
 # a folder's name may have 255 bytes; the rest is left to the files' own names and to whoever must read it
 LONGEST_NAME = 80
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One combination: a run that can be started by itself with `afina train` and these overrides."""
-
-    name: str
-    overrides: list[str]
-    values: dict[str, str]
-    config: TrainConfig
-
-    @property
-    def folder(self) -> Path:
-        """The trial's run folder."""
-        return trainer.config.run_folder(self.config)
 
 
 def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, list[Trial]]:
@@ -54,11 +36,11 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
     # only a name given here counts: a config file of an old run holds that run's name
     given = configs[0].run.name if "run.name" in _values(combinations[0]) else None
     # else a digest of what is trained, so that the same sweep finds its folder again
-    sweep_name = given or _digest([_own_name(config) for config in configs], "sweep-")
+    sweep_name = given or digest([own_name(config) for config in configs], "sweep-")
     sweep_folder = Path(configs[0].run.dir) / sweep_name
 
     varied = _varied(combinations)
-    names = _trial_names(varied) if varied[0] else [_own_name(configs[0])]
+    names = _trial_names(varied) if varied[0] else [own_name(configs[0])]
     trials = []
     for name, values, combination, config in zip(names, varied, combinations, configs, strict=True):
         where = {"run.dir": str(sweep_folder), "run.name": name, "log.group": config.log.group or sweep_name}
@@ -85,60 +67,20 @@ def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
         ConfigError: a combination cannot be used; nothing has been started.
     """
     folder, trials = plan(overrides, config_file)
-    _say(f"sweep of {len(trials)} runs in {folder}")
+    say(f"sweep of {len(trials)} runs in {folder}")
     errors: dict[str, str] = {}
     stopped = 0
     for number, trial in enumerate(trials, 1):
-        label = f"[{number}/{len(trials)}] {trial.name}"
-        if _is_done(trial):
-            _say(f"{label}: finished before")
-            continue
-        _say(f"{label}: starting")
-        code, error = _run(trial, config_file)
+        code, error = carry_out(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
         if code in process.STOPPED:
             stopped = code
-            _say(f"{label}: stopped; the same command goes on from here")
             break
         if code:
             errors[trial.name] = error
-            _say(f"{label}: failed: {error}")
     records = ranking.rank(trials, errors)
     ranking.write(folder, records)
     ranking.show(records)
     return stopped or int(bool(errors))
-
-
-def _run(trial: Trial, config_file: Path | None) -> tuple[int, str]:
-    """Run a trial to its end. Returns its exit code and, when it failed, why."""
-    try:
-        if trial.config.launch.kind == "torchrun":
-            code = torchrun.launch(trial.config, trial.overrides, config_file)
-        else:
-            arguments = torchrun.train_arguments(trial.config, trial.overrides, config_file)
-            environment = child_environment(1, visible_gpus())
-            code = process.run([sys.executable, "-m", "trainer.train", *arguments], environment, trial.folder)
-    except AfinaError as error:
-        return error.exit_code, str(error)
-    if code == 0:
-        return 0, ""
-    reason = (process.read_summary(trial.folder).get("error") or {}).get("message")
-    return code, reason or f"exit code {code}, see {trial.folder / 'log.txt'}"
-
-
-def _is_done(trial: Trial) -> bool:
-    """Finished, and with this very config: a sweep of the same name may have been given other values."""
-    if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
-        return False
-    try:
-        there = trainer.config.load([], trial.folder / "config.yaml")
-    except AfinaError:
-        return False  # the training process will say what is the matter
-    return _own_name(there) == _own_name(trial.config)
-
-
-def _own_name(config: TrainConfig) -> str:
-    """The name a config would have if none were given: it holds a digest of all that changes the result."""
-    return trainer.config.run_name(replace(config, run=replace(config.run, name=None)))
 
 
 def _unique(combinations: list[list[str]]) -> list[list[str]]:
@@ -169,20 +111,12 @@ def _trial_names(varied: list[dict[str, str]]) -> list[str]:
     """Folder names that tell the combination: `method.r=4 method.alpha=8` is `r4_alpha8`."""
     labels = ranking.short_labels(list(varied[0]))
     names = ["_".join(_name_part(labels[key], value) for key, value in values.items()) for values in varied]
-    names = [name if len(name) <= LONGEST_NAME else _digest([name], name[:LONGEST_NAME] + "-") for name in names]
+    names = [name if len(name) <= LONGEST_NAME else digest([name], name[:LONGEST_NAME] + "-") for name in names]
     # values that differ only in signs a folder's name cannot hold
     twice = {name for name, count in Counter(names).items() if count > 1}
-    return [_digest([str(values)], f"{n}-") if n in twice else n for n, values in zip(names, varied, strict=True)]
+    return [digest([str(values)], f"{n}-") if n in twice else n for n, values in zip(names, varied, strict=True)]
 
 
 def _name_part(label: str, value: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9.-]+", "-", value.replace("+", "")).strip("-.")
     return f"{label}{plain}" if plain[:1].isdigit() else f"{label}-{plain}"
-
-
-def _digest(parts: Sequence[str], prefix: str) -> str:
-    return prefix + hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:8]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -83,10 +83,10 @@ class Allocation:
         }
 
     def _tell_peft(self) -> None:
-        """A saved adapter has only the ranks that are left, once no more come back."""
-        if self.allocator.is_final:
-            kept = self.allocator.kept.items()
-            self.peft.rank_pattern = {name.removeprefix(PREFIX): m.flatten().tolist() for name, m in kept}
+        """A saved adapter has only the ranks that are left, once no more come back; all of them in a run that went
+        back to before that."""
+        kept = self.allocator.kept.items() if self.allocator.is_final else ()
+        self.peft.rank_pattern = {name.removeprefix(PREFIX): m.flatten().tolist() for name, m in kept} or None
 
 
 def describe(ranks: dict[str, int]) -> str:

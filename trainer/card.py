@@ -12,39 +12,59 @@ from trainer.merge import Merged
 
 
 def model_card(config: TrainConfig, summary: dict[str, Any], result: Merged) -> str:
-    """What the folder holds, where it comes from, and the figures of the run and of the merge."""
+    """What the folder holds, where it comes from, and the figures of the run and of the merge.
+
+    Args:
+        config: the run's.
+        summary: what the run's summary.json holds.
+        result: of the merge.
+    """
     method, title = config.method, METHODS[config.method.name].title
     base = config.model.name_or_path
-    scores = "".join(f"| {name} | {value:.4g} |\n" for name, value in (summary.get("metrics") or {}).items())
+    name = Path(base).name
     lines = [
         "---",
-        f"base_model: {json.dumps(Path(base).name if Path(base).is_dir() else base)}",
+        f"base_model: {json.dumps(name if Path(base).is_dir() else base)}",
         "library_name: transformers",
+        "pipeline_tag: text-generation",
         "tags: [afina, merged]",
         "---",
-        f"# {Path(base).name}, fine-tuned with {title}",
+        f"# {name}, fine-tuned with {title}",
         "",
-        f"An adapter ({title}{'' if method.r is None else f', r = {method.r}'}) merged into its base by afina.",
+        f"An adapter ({title}{'' if method.r is None else f', r = {method.r}'}) merged into its base by afina. It is a "
+        "plain model now: `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read this folder.",
+        "",
+        f"Data: `{_names(config.data.path)}`, {summary.get('steps')} updates of {config.batch.global_size} examples, "
+        f"learnt: {config.data.train_on}, seed {config.run.seed}.",
+        *_scores(summary),
+        "",
+        "## How the merge was proved",
+        "",
+        *_proofs(result),
     ]
-    if method.bits < 16:
-        lines += [
-            "",
-            f"The adapter was trained on the base in {method.bits} bits and merged into the base in 16 bits; the "
-            f"logits of the two are {result.trained_distance:.1e} apart.",
-        ]
-    lines += [
-        "",
-        f"Read back from disk, its logits on {result.prompts} prompts are {result.distance:.1e} (relative, Frobenius) "
-        f"from the live adapter's, where {result.bound:.1e} is allowed; the likeliest token is the same at "
-        f"{100 * result.same_choice:.1f} % of the positions.",
-        "",
-        f"Data: `{_names(config.data.path)}`, {summary.get('steps')} updates of {config.batch.global_size} examples.",
-        "",
-        "| score on held-out rows | |",
-        "|---|---|",
-        scores,
+    if result.trained_distance is not None:
+        lines.append(
+            f"- The adapter was trained on the base in {method.bits} bits and merged into the base in 16 bits: the "
+            f"merged model's logits are {result.trained_distance:.1e} from those in training."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _scores(summary: dict[str, Any]) -> list[str]:
+    metrics = summary.get("metrics") or {}
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    return ["", "| score on held-out rows | |", "|---|---|", *rows] if rows else []
+
+
+def _proofs(result: Merged) -> list[str]:
+    return [
+        f"- Each of {result.layers} folded layers does in fp32, on random inputs, what it did with its adapter.",
+        f"- Read back from disk, all {result.tensors} tensors are to the bit what was folded.",
+        f"- On {result.prompts} prompts its logits are {result.distance:.1e} (relative, Frobenius) from the live "
+        f"adapter's, where {result.bound:.1e} is allowed; those of the base without the adapter are "
+        f"{result.base_distance:.1e} from them. The likeliest token is the same at {100 * result.same_choice:.1f} % of "
+        "the positions.",
     ]
-    return "\n".join(lines)
 
 
 def _names(path: Any) -> str:

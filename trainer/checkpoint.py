@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from trainer.allocation import Allocation
 from trainer.config.method import METHODS
 from trainer.config.schema import CheckpointConfig, TrainConfig
-from trainer.distributed import barrier, from_main
+from trainer.distributed import World, barrier, from_main
 from trainer.engine import Engine
 from trainer.errors import AfinaError, CheckpointError
 from trainer.methods import save_adapter
+from trainer.seal import complete, delete_old, fault_of, folder_of, seal
 from trainer.state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
 
-MARKER = "COMPLETE"
 RANKS = "ranks/"  # names of what AdaLoRA's allocation keeps
 
 
@@ -54,6 +52,8 @@ def save(
     keys: CheckpointConfig,
     say: Callable[[str], None],
     allocation: Allocation | None = None,
+    watch: dict[str, Any] | None = None,
+    best_step: int | None = None,
 ) -> bool:
     """Write one checkpoint; a disk that is full costs a warning, not the run. A collective.
 
@@ -66,11 +66,13 @@ def save(
             complete.
         say: told about a failure.
         allocation: AdaLoRA's ranks, which are saved too.
+        watch: what the run knows of its evaluations, for :func:`watch_state`.
+        best_step: the best of them, whose checkpoint is kept beside ``keep``.
 
     Returns:
         Whether the checkpoint is complete.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = folder_of(run, step)
     partial = folder.with_name(folder.name + ".partial")
     if who["method.name"] == "full":
         state, adapter = {}, {}
@@ -88,12 +90,14 @@ def save(
             "world_size": engine.world.world_size,
             "zero_stage": engine.zero_stage,
             "resume": keys.resume,
+            "watch": watch,
         }
         try:
             _write(engine, partial, folder, state, adapter, facts)
-            _delete_old(run / "checkpoints", keys.keep)
         except (OSError, AfinaError) as error:
             failure = str(error)
+        else:
+            _delete_old(run / "checkpoints", keys.keep, best_step, say)
     failure = from_main(failure)
     if failure is not None:
         if engine.world.is_main:
@@ -110,15 +114,15 @@ def find(run: Path, resume: str) -> Path | None:
     """
     if resume == "never":
         return None
-    complete = _complete(run / "checkpoints")
+    there = complete(run / "checkpoints")
     # A run that went back to a named checkpoint and was then cut short goes on from what it has made since.
-    if resume != "auto" and not (complete and _resumed_by(complete[-1]) == resume):
+    if resume != "auto" and not (there and _resumed_by(there[-1]) == resume):
         verify(Path(resume), run)
         return Path(resume)
-    if not complete:
+    if not there:
         return None
-    verify(complete[-1], run)
-    return complete[-1]
+    verify(there[-1], run)
+    return there[-1]
 
 
 def verify(folder: Path, run: Path) -> None:
@@ -127,10 +131,10 @@ def verify(folder: Path, run: Path) -> None:
     Raises:
         CheckpointError: names the file, and the newest other checkpoint that is good.
     """
-    fault = _fault(folder)
+    fault = fault_of(folder)
     if fault is None:
         return
-    others = [c for c in _complete(run / "checkpoints") if c != folder and _fault(c) is None]
+    others = [c for c in complete(run / "checkpoints") if c != folder and fault_of(c) is None]
     cure = f"checkpoint.resume={others[-1]}" if others else "checkpoint.resume=never run.overwrite=true starts anew"
     raise CheckpointError(fault, rule="so the checkpoint cannot be used", cure=cure)
 
@@ -176,17 +180,23 @@ def load(engine: Engine, folder: Path | None, who: dict[str, Any], allocation: A
     return step
 
 
-def set_aside_later(run: Path, step: int) -> None:
-    """Rename the run's checkpoints after ``step``: the run has gone back, so they are no longer its future.
+def watch_state(folder: Path | None, world: World) -> dict[str, Any] | None:
+    """What was saved as ``watch``; ``None`` where nothing was. A collective."""
+    if folder is None:
+        return None
+    facts: dict[str, Any] = json.loads((folder / "state.json").read_text()) if world.is_main else {}
+    state: dict[str, Any] | None = from_main(facts.get("watch"))
+    return state
 
-    Left in place, they would be the newest, and the next start would go on from them.
-    """
-    for later in _complete(run / "checkpoints"):
-        if int(later.name.removeprefix("step-")) > step:
-            number = 0
-            while (aside := later.with_name(f"superseded-{number}-{later.name}")).exists():
-                number += 1
-            later.rename(aside)
+
+def of_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:
+    """The run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used. A collective."""
+    folder = folder_of(run, step)
+    try:
+        fault = fault_of(folder) if world.is_main else None
+    except OSError as error:
+        fault = str(error)
+    return folder, from_main(fault)
 
 
 def _save_deepspeed(engine: Engine, partial: Path) -> str | None:
@@ -218,18 +228,14 @@ def _write(
         if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
             raise CheckpointError(str(partial / "state.safetensors"), rule="does not read back as it was written")
     (partial / "state.json").write_text(json.dumps(facts, indent=1))
-    marker: dict[str, Any] = {}
-    for file in sorted(f for f in partial.rglob("*") if f.is_file()):
-        _sync(file)
-        marker[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    temporary = folder / (MARKER + ".partial")
-    temporary.write_text(json.dumps(marker, indent=1))
-    _sync(temporary)
-    temporary.rename(folder / MARKER)
-    _sync(folder)
-    _sync(folder.parent)
+    seal(partial, folder)
+
+
+def _delete_old(checkpoints: Path, keep: int, best_step: int | None, say: Callable[[str], None]) -> None:
+    try:
+        delete_old(checkpoints, keep, best_step)
+    except OSError as error:  # the new one is complete all the same
+        say(f"warning: older checkpoints could not be deleted ({error}); the run goes on")
 
 
 def _resumed_by(folder: Path) -> str | None:
@@ -238,41 +244,3 @@ def _resumed_by(folder: Path) -> str | None:
         return str(json.loads((folder / "state.json").read_text())["resume"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _complete(checkpoints: Path) -> list[Path]:
-    return sorted(f.parent for f in checkpoints.glob(f"step-*/{MARKER}") if not f.parent.name.endswith(".partial"))
-
-
-def _delete_old(checkpoints: Path, keep: int) -> None:
-    for old in _complete(checkpoints)[:-keep]:
-        (old / MARKER).unlink()  # first, so that a half-deleted checkpoint is never taken for a complete one
-        shutil.rmtree(old)
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; ``None`` when nothing is."""
-    try:
-        marker = json.loads((folder / MARKER).read_text())
-        expected = [(folder / name, facts["bytes"], facts["sha256"]) for name, facts in marker.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder} has no readable {MARKER} marker"
-    for file, size, digest in expected:
-        if not file.exists():
-            return f"{file} is missing"
-        if file.stat().st_size != size or _sha256(file) != digest:
-            return f"{file} is not what was written (size or SHA-256 differ)"
-    return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

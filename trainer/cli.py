@@ -10,7 +10,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.errors import AfinaError, CheckpointError, ConfigError
+from trainer import verbs
+from trainer.errors import AfinaError
+from trainer.verbs import Adapters, Overrides, Run, find_run
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -32,16 +33,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="OVERRIDES", help="key=value, group=choice, +new.key=value, ~key", show_default=False),
-]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="start from a config.yaml (of a run, say) instead of the groups"),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be run, start nothing")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
 
 
 @app.command()
@@ -84,6 +80,20 @@ def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: 
             print(f"# {trial.name}\n{shlex.join(command_of(trial.config, trial.overrides, config_file))}")
         return 0
     return launch.sweep.sweep(overrides or [], config_file)
+
+
+@app.command()
+def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """Train several methods on the same rows, side by side: memory, speed, quality; a table and a picture."""
+    import launch.compare
+
+    if not dry_run:
+        return launch.compare.compare(overrides or [])
+    folder, entrants = launch.compare.plan(overrides or [])
+    print(f"# comparison of {len(entrants)} methods in {folder}")
+    for entrant in entrants:
+        print(f"# {entrant.name}: {entrant.refused or f'learning rate {entrant.rate:g}'}")
+    return 0
 
 
 @app.command(name="config")
@@ -137,24 +147,6 @@ def data(
 
 
 @app.command()
-def merge(
-    run: Run,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="the folder that is made")],
-    overrides: Overrides = None,
-) -> None:
-    """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
-    import trainer.inference
-
-    result = trainer.inference.merge_run(find_run(run), to, overrides or [])
-    allowed = f"{result.bound:g} is allowed"
-    print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
-    print(f"likeliest token: the same at {100 * result.same_choice:.1f} % of the positions")
-    if result.trained_distance is not None:
-        print(f"trained on a quantised base: {result.trained_distance:.1e} from the adapter there")
-    print(f"merged: {to}")
-
-
-@app.command()
 def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:
     """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
     import trainer.fetch
@@ -167,38 +159,20 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
 
 
 @app.command(name="eval")
-def evaluate(run: Run, overrides: Overrides = None) -> None:
+def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
     """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
     folder = find_run(run)
     import trainer.inference
     from launch import table
 
-    metrics = trainer.inference.evaluate_run(folder, overrides or [])
-    rows = [[name, f"{value:.4f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()]
-    table.show(["metric", "value"], rows)
+    scores = trainer.inference.evaluate_run(folder, overrides or [], adapters or [])
+    metrics = next(iter(scores.values()))
+    rows = [[metric, *(f"{of[metric]:.4f}" for of in scores.values())] for metric in metrics]
+    table.show(["metric", *(scores if adapters else ["value"])], rows)
 
 
-@app.command()
-def generate(
-    run: Run,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what the user says", show_default=False)],
-    overrides: Overrides = None,
-    input: Annotated[str, typer.Option(metavar="TEXT", help="what the prompt is about, as in an Alpaca row")] = "",
-    adapter: Annotated[bool, typer.Option("--adapter/--no-adapter", help="with or without what was trained")] = True,
-    bits: Annotated[int | None, typer.Option(metavar="16|8|4", help="hold the base in so many bits")] = None,
-    device_map: Annotated[str | None, typer.Option(metavar="MAP", help="auto spreads a big base over devices")] = None,
-) -> None:
-    """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
-    if bits not in (None, 16, 8, 4):
-        raise ConfigError("--bits", value=bits, rule="must be 16, 8 or 4", cure="leave it out for the run's own")
-    folder = find_run(run)
-    import trainer.inference
-
-    print(
-        trainer.inference.generate_run(
-            folder, prompt, input=input, adapter=adapter, bits=bits, device_map=device_map, overrides=overrides or []
-        )
-    )
+for verb in (verbs.generate, verbs.chat, verbs.merge):
+    app.command()(verb)
 
 
 @app.command()
@@ -235,20 +209,6 @@ def print_config(config: TrainConfig, overrides: list[str], config_file: Path | 
 def as_yaml(value: object) -> str:
     """A default as it is typed: null and true, not None and True."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def find_run(run: str) -> Path:
-    """The folder of a run named by its path or by its name in runs/.
-
-    Raises:
-        CheckpointError: there is no such run; the nearest name in runs/ is suggested.
-    """
-    for folder in (Path(run), Path("runs") / run):
-        if (folder / "config.yaml").is_file():
-            return folder
-    near = get_close_matches(Path(run).name, [path.parent.name for path in Path("runs").glob("*/config.yaml")], n=1)
-    cure = f"did you mean runs/{near[0]}?" if near else "give the folder that `afina train` wrote"
-    raise CheckpointError("run", value=run, rule="is not a run folder (no config.yaml there)", cure=cure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from trainer.config.schema import GenerateConfig
 
@@ -46,12 +48,13 @@ class Sampler:
         }
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+    def answer(self, prompts: Sequence[list[int]], streamer: Stream | None = None) -> list[list[int]]:
         """The answers to some prompts, as token ids without the end token and without padding.
 
         Args:
             prompts: token ids, at least one each; they are padded on the left, so that every answer begins right after
                 its prompt.
+            streamer: told each token as it comes; with one prompt only.
         """
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.int64)
@@ -66,9 +69,29 @@ class Sampler:
             pad_token_id=self.pad_id,
             use_cache=True,
             synced_gpus=self.lockstep,
+            streamer=streamer,
             **self.options,
         )
         return [self._until_end(row[width:].tolist()) for row in out]
+
+    def stream(self, prompt: list[int], write: Callable[[str], None]) -> tuple[str, str]:
+        """Answer one prompt, its text handed on as it comes.
+
+        Args:
+            prompt: token ids.
+            write: told each new piece of the text; together they are the answer.
+
+        Returns:
+            The answer, and how it came to its end: ``end`` (by an end token), ``length`` (it was cut at
+            ``generate.max_new_tokens``) or ``interrupted`` (Ctrl-C).
+        """
+        streamer = Stream(self, write)
+        try:
+            self.answer([prompt], streamer)
+        except KeyboardInterrupt:
+            streamer.end()
+            return streamer.shown, "interrupted"
+        return streamer.shown, "end" if streamer.has_ended else "length"
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens left out."""
@@ -78,3 +101,44 @@ class Sampler:
         """Cut at the first end token; what stands behind it is padding."""
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         return ids[: ends[0]] if ends else ids
+
+
+class Stream(BaseStreamer):
+    """The text of one answer while its tokens come.
+
+    Args:
+        sampler: whose end tokens close the answer.
+        write: told each new piece of the text.
+
+    Attributes:
+        shown: the text so far.
+        has_ended: whether an end token has come.
+    """
+
+    def __init__(self, sampler: Sampler, write: Callable[[str], None]) -> None:
+        self.sampler, self.write = sampler, write
+        self.shown, self.has_ended = "", False
+        self._ids: list[int] | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (at first), then one token at a time."""
+        if self._ids is None:
+            self._ids = []
+            return
+        for token in value.flatten().tolist():
+            self.has_ended = self.has_ended or token in self.sampler.end_ids
+            if not self.has_ended:
+                self._ids.append(token)
+        text = self.sampler.decode(self._ids)
+        if not text.endswith("\ufffd"):  # the first bytes of a letter
+            self._show(text)
+
+    def end(self) -> None:
+        """Hand on what was held back."""
+        self._show(self.sampler.decode(self._ids or []))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            new = text[len(self.shown) :]
+            self.shown = text
+            self.write(new)

@@ -1,99 +1,35 @@
-"""A finished run put to use: score it again, answer a prompt. One process, no DeepSpeed."""
+"""A finished run put to use: score it again, answer a prompt, merge it. One process, no DeepSpeed."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from trainer import distributed
 from trainer.card import model_card
-from trainer.config import TrainConfig, load
+from trainer.config import TrainConfig
 from trainer.config.method import MethodConfig
-from trainer.config.parts import is_template_file
 from trainer.data.batches import Limits
-from trainer.data.load import load_data
+from trainer.data.load import Data, load_data
 from trainer.data.micro import MicroBatch
 from trainer.data.packing import Packing
 from trainer.data.templates import Template
-from trainer.errors import CheckpointError, DataError
+from trainer.errors import DataError
 from trainer.evaluate import evaluate
-from trainer.fetch import resolve
 from trainer.generate import Sampler
+from trainer.loaded import Loaded, load_run, run_config
 from trainer.loss import LabelLoss
 from trainer.merge import Merged, answers, check_mergeable, merge
-from trainer.methods import is_adapter, load_adapter
-from trainer.model import compute_dtype, load_model, load_tokenizer
-from trainer.quiet import quiet
+from trainer.model import load_model, load_tokenizer
 
 MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A run's model, ready for inference, and what it was trained with."""
-
-    config: TrainConfig
-    model: Any
-    tokenizer: Any
-    world: distributed.World
-
-
-def load_run(
-    run: Path,
-    overrides: Sequence[str] = (),
-    *,
-    adapter: bool = True,
-    bits: int | None = None,
-    device_map: str | None = None,
-) -> Loaded:
-    """The base model of a run with its final adapter, or its fully trained model.
-
-    Args:
-        run: a run folder.
-        overrides: laid over the run's own config.yaml.
-        adapter: without it the base model answers as it was before training.
-        bits: hold the base in so many bits; ``None``: as in training.
-        device_map: handed to transformers (``auto`` spreads the base over the devices); ``None``: one device.
-
-    Raises:
-        CheckpointError: the run has no final adapter or model.
-    """
-    quiet()
-    own_template = _own_template(run)
-    config = load([*own_template, *overrides], run / "config.yaml")
-    world = distributed.from_environment()
-    method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
-    dtype = compute_dtype(config.model.dtype, world.device, zero_stage=2)
-    is_full = config.method.name == "full"
-    folder = str(run / "model") if is_full and adapter else resolve(config.model.name_or_path, config.model.revision)
-    trained = run / ("model" if is_full else "adapter")
-    if adapter and not (trained / "config.json").exists() and not is_adapter(trained):
-        raise CheckpointError(str(trained), rule="is not there: the run has not finished", cure="train it to its end")
-    keys = dataclasses.replace(config.model, revision=None) if is_full else config.model
-    model: Any = load_model(folder, keys, method, dtype, world.device, zero_stage=0, device_map=device_map)
-    if adapter and not is_full:
-        model = load_adapter(model, trained)
-    if device_map is None and method.bits == 16:
-        model = model.to(world.device)
-    tokenizer = load_tokenizer(str(trained) if adapter or own_template else folder, keys)
-    return Loaded(config, model.eval(), tokenizer, world)
-
-
-def _own_template(run: Path) -> list[str]:
-    """What to override when a finished run was trained with a chat template from a file: the tokenizer that it saved
-    carries that template, so the file may be gone by now."""
-    config = OmegaConf.load(run / "config.yaml")
-    saved = any((run / name / "tokenizer_config.json").exists() for name in ("adapter", "model"))
-    return ["data.template=chat"] if saved and is_template_file(OmegaConf.select(config, "data.template")) else []
 
 
 class Bare:
@@ -111,11 +47,25 @@ class Bare:
         return self.loss.logits(self.model, batch)
 
 
-def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Score a run's final model on its held-out rows by ``eval.metrics``; the metrics, flat."""
-    loaded = load_run(run, overrides)
+def evaluate_run(
+    run: Path, overrides: Sequence[str] = (), adapters: Sequence[str] = (), say: Callable[[str], None] = print
+) -> dict[str, dict[str, float]]:
+    """Score a run's final model, and other adapters on its base, on the run's held-out rows by ``eval.metrics``.
+
+    Args:
+        run: a run folder.
+        overrides: laid over the run's own config.yaml.
+        adapters: as in :func:`~trainer.loaded.load_run`.
+        say: told how the data are prepared, and what an adapter was trained with that is different here.
+
+    Returns:
+        The metrics by the adapter's name, the run's own first.
+    """
+    loaded = load_run(run, overrides, adapters=adapters)
+    for note in loaded.notes:
+        say(f"note: {note}")
     config, world = loaded.config, loaded.world
-    data = load_data(config, loaded.tokenizer, print)
+    data = load_data(config, loaded.tokenizer, say)
     if not len(data.validation):
         raise DataError(
             "data.validation",
@@ -123,13 +73,20 @@ def evaluate_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             rule="holds out no row to score",
             cure="data.validation=0.1",
         )
-    sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, data.end_ids, world.device)
-    packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
     distributed.init(world)
     try:
-        return evaluate(Bare(loaded.model), sampler, packing, data, config, world).metrics
+        return {name: _score(loaded, name, data) for name in loaded.asked}
     finally:
         distributed.shutdown()
+
+
+def _score(loaded: Loaded, name: str, data: Data) -> dict[str, float]:
+    """The metrics of one adapter; sampled answers do not depend on what was scored before."""
+    config, model = loaded.config, loaded.switch.use(name)
+    torch.manual_seed(config.run.seed)
+    sampler = Sampler(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
+    packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
+    return evaluate(Bare(model), sampler, packing, data, config, loaded.world).metrics
 
 
 def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
@@ -143,7 +100,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
     Raises:
         CheckpointError: the method cannot be merged, the run has no adapter, or the merged model answers otherwise.
     """
-    config = load([*_own_template(run), *overrides], run / "config.yaml")
+    config = run_config(run, overrides)
     check_mergeable(config)
     tokenizer = load_tokenizer(str(run / "adapter"), config.model)
     prompts = _prompts(config, tokenizer)
@@ -184,22 +141,34 @@ def generate_run(
     *,
     input: str = "",
     adapter: bool = True,
+    adapters: Sequence[str] = (),
     bits: int | None = None,
     device_map: str | None = None,
     overrides: Sequence[str] = (),
-) -> str:
-    """Answer one prompt, laid out as in training.
+    say: Callable[[str], None] = print,
+) -> Iterator[tuple[str, str]]:
+    """Answer one prompt, laid out as in training, by each adapter asked for; the run's data may be gone.
 
     Args:
         run: a run folder.
         prompt: the instruction.
         input: what the instruction is about, as in an Alpaca row.
-        adapter, bits, device_map, overrides: as in :func:`load_run`.
+        adapter, adapters, bits, device_map, overrides: as in :func:`~trainer.loaded.load_run`.
+        say: told what an adapter was trained with that is different here.
+
+    Yields:
+        Names and answers, the run's own (or the base's in its place) first.
     """
-    loaded = load_run(run, overrides, adapter=adapter, bits=bits, device_map=device_map)
+    loaded = load_run(
+        run, overrides, adapter=adapter, adapters=adapters, bits=bits, device_map=device_map, with_data=False
+    )
+    for note in loaded.notes:
+        say(f"note: {note}")
     config = loaded.config
     template = Template(loaded.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
-    device = loaded.model.device
-    torch.manual_seed(config.run.seed)
-    sampler = Sampler(loaded.model, loaded.tokenizer, config.generate, template.end_ids(), device)
-    return sampler.decode(sampler.answer([template.encode_prompt(prompt, input)])[0]).strip()
+    ids, end_ids = template.encode_prompt(prompt, input), template.end_ids()
+    for name in loaded.asked:
+        model = loaded.switch.use(name)
+        torch.manual_seed(config.run.seed)
+        sampler = Sampler(model, loaded.tokenizer, config.generate, end_ids, model.device)
+        yield name, sampler.decode(sampler.answer([ids])[0]).strip()

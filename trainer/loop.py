@@ -31,16 +31,28 @@ from trainer.optim import learning_rate, peak_learning_rate
 from trainer.resources import Meter
 from trainer.signals import StopRequest
 from trainer.tracking import Tracker
+from trainer.watch import Verdict, Watch
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How a run ended: ``status`` (``finished`` or ``preempted``), updates taken, the last loss, the last scores."""
+    """How a run ended.
+
+    Attributes:
+        status: ``finished`` or ``preempted``.
+        steps: updates taken.
+        train_loss: of the last one.
+        scores: of the weights that the run ends with.
+        best_step: whose weights these are, where ``eval.best_metric`` chooses.
+        stopped_early: why there were fewer updates than planned.
+    """
 
     status: str
     steps: int
     train_loss: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    stopped_early: str | None = None
 
 
 @dataclass(slots=True)
@@ -59,18 +71,28 @@ class Loop:
     run: Path
     who: dict[str, Any]
     allocation: Allocation | None = None
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.config.eval)
 
     @property
     def total_steps(self) -> int:
         """Updates of the whole run."""
         return self.data.total_steps(self.config.batch)
 
-    def train(self, first_step: int) -> Outcome:
-        """Train from ``first_step`` (updates already taken) to the end, or until asked to stop."""
+    def train(self, first_step: int, watched: dict[str, Any] | None = None) -> Outcome:
+        """Train from ``first_step`` (updates already taken) to the end, or until asked to stop.
+
+        ``watched`` is what the checkpoint of ``first_step`` knows of the evaluations.
+        """
         keys, outcome = self.config, Outcome("finished", first_step)
         rows, saved = len(self.data.train), first_step
+        self._take_up_watch(watched)
         if first_step == 0 and keys.eval.before and len(self.data.validation):
-            self.tracker.log({"step": 0, "epoch": 0.0, **self._evaluate().metrics})
+            scores = self._evaluate().metrics
+            self.watch.evaluated(0, scores)
+            self.tracker.log({"step": 0, "epoch": 0.0, **scores})
         for step in range(first_step, self.total_steps):
             try:
                 record, stopping = self._step(step)
@@ -78,8 +100,9 @@ class Loop:
                 if step > saved:
                     self._save(step)
                 raise
-            done = step + 1
+            done, verdict = step + 1, Verdict()
             outcome.steps, outcome.train_loss = done, record["loss"]
+            self.watch.trained(record["loss"])
             ends_pass = ends_epoch(step, rows, keys.batch.global_size)
             is_last = done == self.total_steps
             if len(self.data.validation) and (
@@ -87,13 +110,22 @@ class Loop:
             ):
                 outcome.scores = self._evaluate().metrics
                 record |= outcome.scores
+                verdict = self.watch.evaluated(done, outcome.scores)
             self.tracker.log(record)
-            if is_last:
+            if verdict.warning:
+                self.tracker.alert("overfitting", verdict.warning)
+            if is_last or verdict.stop:
+                outcome.stopped_early = None if is_last else verdict.stop
                 break
-            if stopping or _due(done, keys.checkpoint.every_steps, keys.checkpoint.every_epoch and ends_pass):
-                saved = done if self._save(done) else saved
+            due = _due(done, keys.checkpoint.every_steps, keys.checkpoint.every_epoch and ends_pass)
+            if stopping or due or verdict.is_best:
+                if self._save(done):
+                    saved = done
+                elif verdict.is_best:
+                    self.watch.not_saved()
             if stopping:
                 return Outcome("preempted", saved, outcome.train_loss)
+        self._end_with_best(outcome)
         return outcome
 
     def _step(self, step: int) -> tuple[dict[str, Any], bool]:
@@ -176,8 +208,34 @@ class Loop:
         return scores
 
     def _save(self, done: int) -> bool:
-        keys, say = self.config.checkpoint, self.tracker.say
-        return checkpoint.save(self.engine, self.run, done, self.who, keys, say, self.allocation)
+        keys, say, watch = self.config.checkpoint, self.tracker.say, self.watch
+        return checkpoint.save(
+            self.engine, self.run, done, self.who, keys, say, self.allocation, watch.state(), watch.best_step
+        )
+
+    def _take_up_watch(self, watched: dict[str, Any] | None) -> None:
+        """Go on watching. A run that goes back to an older checkpoint may have lost what was the best then."""
+        self.watch = Watch(self.config.eval, watched)
+        best_step = self.watch.best_step
+        if best_step is not None:
+            _, fault = checkpoint.of_step(self.run, best_step, self.world)
+            if fault is not None:
+                self.tracker.say(f"warning: the best evaluation so far, of step {best_step}, is given up: {fault}")
+                self.watch.lose_best()
+
+    def _end_with_best(self, outcome: Outcome) -> None:
+        """Put the weights of the best evaluation back, where ``eval.best_metric`` asks for them. A collective."""
+        if self.config.eval.best_metric is None:
+            return
+        best, outcome.best_step = self.watch.best, outcome.steps
+        if best is None or best["step"] == outcome.steps:
+            return
+        folder, fault = checkpoint.of_step(self.run, best["step"], self.world)
+        if fault is not None:
+            self.tracker.say(f"warning: the best weights cannot be put back, the last ones are kept: {fault}")
+            return
+        checkpoint.load(self.engine, folder, self.who, self.allocation)
+        outcome.best_step, outcome.scores = best["step"], best["scores"]
 
 
 def _due(done: int, every_steps: int, at_epoch_end: bool) -> bool:

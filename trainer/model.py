@@ -100,6 +100,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     extra: dict[str, Any] = {}
+    if model.attention != "auto":
+        extra["attn_implementation"] = model.attention
     if method.bits < 16:
         extra["quantization_config"] = quantization(method, dtype, zero_stage)
         extra["device_map"] = {"": str(device)}
@@ -111,7 +113,6 @@ def load_model(
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
-            attn_implementation="sdpa" if model.attention == "auto" else model.attention,
             **extra,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -146,8 +147,13 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 
 def use_trie_kernel(model: Any) -> None:
-    """Let the model attend by the kernel that knows tries and is SDPA elsewhere, where its architecture can."""
+    """Let the model attend by the kernel that knows tries and is SDPA elsewhere, where its architecture can.
+
+    A model whose authors want no SDPA (soft-capped scores, attention sinks) keeps the kernel that they chose.
+    """
     register()
+    if model.config._attn_implementation != "sdpa":
+        return
     with contextlib.suppress(ValueError, NotImplementedError):
         model.set_attn_implementation(KERNEL)
 
@@ -177,4 +183,6 @@ def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
 def _not_loadable(folder: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     cure = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
+    if "attention implementation" in reason:
+        cure = "model.attention=auto takes what this model has"
     return ModelError("model.name_or_path", value=folder, rule=f"cannot be loaded ({reason})", cure=cure)

@@ -20,6 +20,7 @@ from trainer.data.micro import MicroBatch, Tokens
 from trainer.data.packing import Packing
 from trainer.data.trie import sort_by_tokens
 from trainer.errors import ConfigError
+from trainer.layers import first_layers
 from trainer.loss import LabelLoss
 from trainer.methods import is_prompt_learning
 
@@ -84,8 +85,9 @@ def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data,
     reason = why_not(model)
     if reason is None:
         groups = proof_rows(config, data, smallest_window(model))
-        proofs = [proof for rows in groups for proof in prove_in_each_dtype(model, loss, rows, pad_id)]
-        tried = f"{sum(map(len, groups))} rows"
+        with first_layers(model) as layers:
+            proofs = [proof for rows in groups for proof in prove_in_each_dtype(model, loss, rows, pad_id)]
+        tried = f"{sum(map(len, groups))} rows{layers}"
         worst = max(proofs, key=lambda p: max(p.loss_distance, p.gradient_distance) / p.bound)
         if worst.holds:
             return trie, f"packing: trie, proved on {tried} against padded ({worst})"

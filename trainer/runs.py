@@ -19,7 +19,8 @@ from trainer.tracking import read_metrics, read_summary
 from trainer.tracking.files import METRICS_FILE
 
 # Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
-_NOT_THE_RESULT = ("run.name", "run.dir", "run.overwrite", "log.", "launch.", "checkpoint.", "data.cache_dir")
+_WHERE_AND_HOW = ("log.", "launch.", "checkpoint.", "compare.")
+_NOT_THE_RESULT = ("run.name", "run.dir", "run.overwrite", "data.cache_dir", *_WHERE_AND_HOW)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import socket
 import sys
 import time
@@ -18,15 +17,13 @@ from trainer.allocation import describe as describe_ranks
 from trainer.choices import letter_tokens
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.config.method import given
-from trainer.config.parts import is_template_file
-from trainer.config.schema import METRICS
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
-from trainer.data.templates import Template
 from trainer.distributed import World
 from trainer.engine import Engine
-from trainer.errors import AfinaError, TrainingError
+from trainer.errors import AfinaError
 from trainer.fetch import resolve
+from trainer.final import conclude, copy_refused, save_final, summarise
 from trainer.generate import Sampler
 from trainer.loop import Loop, Outcome
 from trainer.loss import LabelLoss
@@ -35,18 +32,17 @@ from trainer.methods import (
     attach,
     count_parameters,
     digests,
-    save_adapter,
-    save_full,
     start_in_base,
     trainable_parameters,
 )
+from trainer.methods.targets import unreached
 from trainer.model import compute_dtype, load_model, load_tokenizer
 from trainer.proof import choose_packing
 from trainer.quiet import quiet
 from trainer.resources import Meter, device_name, give_back_memory
 from trainer.runs import Run, open_run
+from trainer.seal import set_aside_later
 from trainer.signals import StopRequest
-from trainer.state import gather_live
 from trainer.tracking import Tracker, write_environment, write_summary
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again goes on where this one was stopped
@@ -135,6 +131,7 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer:
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
         "packing": why,
+        "experts": unreached(base, method.bits) if method.name != "full" else None,
     }
     meter = Meter(world, model, dtype)
     engine = Engine(model, loss, config, world, dtype, orthogonal, start)
@@ -155,6 +152,7 @@ def _run(
     built = build(config, world, folder, data, tokenizer)
     who = checkpoint.identity(config, data.fingerprint)
     first_step = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
+    watched = checkpoint.watch_state(run.resume_from, world)
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
@@ -163,9 +161,9 @@ def _run(
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
-        checkpoint.set_aside_later(run.folder, first_step)
+        set_aside_later(run.folder, first_step)
         (run.folder / "config.yaml").write_text(to_yaml(config))
-        _copy_refused(data, run.folder)
+        copy_refused(data, run.folder)
         write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
     loop.tracker = tracker = Tracker.open(
         config,
@@ -178,15 +176,15 @@ def _run(
     summary: dict[str, Any] = {"status": "failed"}
     try:
         _introduce(tracker, config, data, built.facts, first_step, run)
-        outcome = loop.train(first_step)
+        outcome = loop.train(first_step, watched)
         if outcome.status == "finished":
-            _save_final(built, run.folder, _with_template(tokenizer, config), config.method.name == "full")
+            save_final(built.engine, run.folder, tokenizer, config, built.started)
             if built.allocation is not None:
                 tracker.say(describe_ranks(built.allocation.ranks()))
-        summary = _summary(outcome, built.facts, run, time.perf_counter() - begin)
+        summary = summarise(outcome, built.facts, run, time.perf_counter() - begin)
         if world.is_main:
             write_summary(run.folder, summary)
-        _conclude(tracker, outcome, run, summary)
+        conclude(tracker, config, outcome, run, summary, loop.total_steps)
         return outcome
     except Exception as error:
         summary |= {"error": _error_facts(error, world)}
@@ -205,69 +203,10 @@ def _introduce(
         f"ZeRO stage {config.zero.stage}; trained {facts['trainable_parameters']:,} of {facts['total_parameters']:,} "
         f"parameters ({facts['trainable_percent']:.2f} %)"
     )
+    if facts["experts"] is not None:
+        tracker.say(str(facts["experts"]))
     tracker.say(str(facts["packing"]))
     tracker.say(f"run: {run.folder}" + (f", going on after step {first_step}" if first_step else ""))
-
-
-def _conclude(tracker: Tracker, outcome: Outcome, run: Run, summary: dict[str, Any]) -> None:
-    if outcome.status == "preempted":
-        tracker.say(f"stopped on request after step {outcome.steps}; the same command goes on from there")
-        return
-    metrics = summary["metrics"]
-    for name in ("eval_loss", *METRICS):
-        if name in metrics:
-            before = f"{metrics[f'{name}_before']:.4f} → " if f"{name}_before" in metrics else ""
-            tracker.say(f"{name}: {before}{metrics[name]:.4f}")
-    tracker.say(f"finished {outcome.steps} steps in {summary['wall_seconds']:.0f} s: {run.folder}")
-
-
-def _save_final(built: Built, folder: Path, tokenizer: Any, is_full: bool) -> None:
-    """The adapter (or the whole model) with its tokenizer, reopened and compared. A collective."""
-    engine = built.engine
-    weights = gather_live(engine, only_trained=not is_full)
-    if not engine.world.is_main:
-        return
-    target = folder / ("model" if is_full else "adapter")
-    if is_full:
-        save_full(engine.model, target, weights)
-    else:
-        save_adapter(engine.model, target, weights, engine.start)
-        if digests(weights) == built.started:
-            rule = "changes nothing: every trained tensor is what it started as"
-            raise TrainingError(str(target), rule=rule, cure="raise optim.learning_rate")
-    tokenizer.save_pretrained(str(target))
-
-
-def _with_template(tokenizer: Any, config: TrainConfig) -> Any:
-    """The tokenizer as it is saved: a chat template from a file goes with it, for whoever serves the model."""
-    keys = config.data
-    if is_template_file(keys.template):
-        tokenizer.chat_template = Template(tokenizer, keys.template, keys.alpaca_role, keys.train_on).chat_template
-    return tokenizer
-
-
-def _copy_refused(data: Data, folder: Path) -> None:
-    """Keep the rows that were left out with the run: the cache may be emptied."""
-    parts = [part for part in data.parts if part.refused or part.dropped]
-    if parts:
-        with (folder / "refused.jsonl").open("wb") as out:
-            for part in parts:
-                with part.refused_file.open("rb") as rows:
-                    shutil.copyfileobj(rows, out)
-
-
-def _summary(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
-    before = run.scores_before()
-    return {
-        "status": outcome.status,
-        "steps": outcome.steps,
-        "wall_seconds": seconds,
-        "trainable_parameters": facts["trainable_parameters"],
-        "total_parameters": facts["total_parameters"],
-        "train_loss": outcome.train_loss,
-        "metrics": {**outcome.scores, **{f"{k}_before": v for k, v in before.items()}},
-        "error": None,
-    }
 
 
 def _error_facts(error: BaseException, world: World) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import trainer.loss
 from tests.distributed.reference import mean_loss, reference_model
 from tests.distributed.support_cases import Bench, reference_batches
+from tests.distributed.watch_cases import watch_whole_runs
 from trainer import checkpoint
 from trainer.distributed import from_main
 from trainer.errors import CheckpointError, TrainingError
@@ -247,6 +248,7 @@ def main() -> None:
     qlora_learns(bench, "stage2", "qlora_8bit")
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         fp16_overflow_is_skipped(bench)
+    watch_whole_runs(bench)
     bench.finish()
 
 

@@ -7,6 +7,7 @@ adapters (the same seed and the same PEFT call).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -128,10 +129,14 @@ def train_reference(
 
 
 def trained_reference(
-    folder: str, config: TrainConfig, batches: list[list[dict[str, Any]]], total_steps: int
+    folder: str,
+    config: TrainConfig,
+    batches: list[list[dict[str, Any]]],
+    total_steps: int,
+    make: Callable[[str, TrainConfig, int], Any] = reference_model,
 ) -> tuple[Any, dict[str, Tensor]]:
     """The model and its trained tensors after ``len(batches)`` AdamW steps, cosine schedule with linear warmup."""
-    model = reference_model(folder, config, total_steps)
+    model = make(folder, config, total_steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=1.0, betas=(0.9, 0.999), eps=config.optim.eps, weight_decay=config.optim.weight_decay

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.behaviour_cases import RESUMED
+from tests.distributed.watch_cases import CASES
 from tests.support import torchrun
 
 SCRIPT = Path(__file__).with_name("behaviour_cases.py")
@@ -21,7 +22,7 @@ FEWER_TENSORS = {"prompt": 4, "prefix": 4, "ia3": 4 * 14, "bottleneck": 4 * 16}
 @pytest.fixture(scope="module")
 def seen(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     results = tmp_path_factory.mktemp("behaviour") / "results.json"
-    torchrun(SCRIPT, results, nproc=2, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=600)
+    torchrun(SCRIPT, results, nproc=2, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=900)
     return json.loads(results.read_text())
 
 
@@ -93,3 +94,53 @@ def test_fp16_overflow_is_skipped(seen: dict[str, Any]) -> None:
     assert seen["fp16 overflow changed nothing"]
     first, last = seen["fp16 losses"]
     assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_best_weights_are_kept(seen: dict[str, Any], case: str) -> None:
+    """Those of another engine after exactly so many steps, to the bit; with their own scores in the summary."""
+    facts = seen[f"best {case}"]
+    losses = {int(step): loss for step, loss in facts["losses"].items() if step != "0"}
+    best = facts["best"]
+    assert facts["stopped"] == "2 evaluations in a row without a new best eval_loss"
+    assert list(losses) == list(range(2, best + 5, 2))
+    assert facts["steps"] == best + 4 < 40
+    assert losses[best] == min(losses.values()) == facts["metrics"]["eval_loss"]
+    assert facts["metrics"] == facts["expected"]
+    assert facts["equals the reference"]
+    assert facts["tensors"] >= 21
+    assert best in facts["kept"]
+    assert len(facts["kept"]) <= 2, "checkpoint.keep=1 and the best"
+    if case.startswith("adalora"):
+        assert best < 29 <= facts["steps"], "its last ranks were taken after the best evaluation"
+        assert facts["ranks"] is None
+
+
+@pytest.mark.parametrize("case", [case for case, (_, killed_after) in CASES.items() if killed_after])
+def test_a_killed_run_ends_with_the_same_best_weights(seen: dict[str, Any], case: str) -> None:
+    facts = seen[f"best {case}"]
+    assert facts["killed"]
+    assert facts["same summary"]
+    assert facts["same weights"]
+
+
+def test_a_best_that_cannot_be_saved_leaves_the_best_of_the_others(seen: dict[str, Any]) -> None:
+    facts = seen["best on a full disk"]
+    assert facts["best"] == facts["best of the others"] != facts["lost"]
+    assert facts["metric"]
+    (said,) = facts["said"]
+    assert f"the checkpoint of step {facts['lost']} could not be written" in said
+
+
+def test_overfitting_is_told_once_a_crossing_and_ends_the_run_where_asked(seen: dict[str, Any]) -> None:
+    facts = seen["overfitting"]
+    above = {int(step): gap > 0.3 for step, gap in facts["gaps"].items()}
+    crossings = [step for step in above if above[step] and not above.get(step - 2, False)]
+    assert sum(above.values()) > len(crossings) >= 1
+    assert [int(line.partition("step ")[2].partition(":")[0]) for line in facts["warnings"]] == crossings
+    for line, step in zip(facts["warnings"], crossings, strict=True):
+        assert f"is {facts['gaps'][str(step)]:.4f} above the mean training loss" in line
+    stopped = facts["stopped"]
+    assert (stopped["status"], stopped["best_step"]) == ("finished", None)
+    assert stopped["steps"] < 24
+    assert stopped["stopped_early"].startswith("overfitting: eval_loss")

@@ -118,7 +118,10 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], second
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_cut_short_and_started_again_ends_the_same(work: Path, number: signal.Signals) -> None:
     """Long enough that the signal lands in the middle; a line a step, and the adapter of an undisturbed run."""
-    longer = ("batch.epochs=20", "batch.max_steps=150", "eval.metrics=[loss]", "generate.max_new_tokens=64")
+    longer = (
+        *("batch.epochs=20", "batch.max_steps=150", "eval.metrics=[loss]", "generate.max_new_tokens=64"),
+        *("optim.learning_rate=0.02", "eval.every_steps=10", "eval.best_metric=eval_loss", "checkpoint.keep=1"),
+    )
     straight = work / "runs" / "undisturbed"
     if not straight.exists():
         afina("train", "debug=tiny", "run.name=undisturbed", "checkpoint.every_steps=2", *longer, cwd=work)
@@ -143,6 +146,10 @@ def test_cut_short_and_started_again_ends_the_same(work: Path, number: signal.Si
     assert same_adapter(run, straight)
     losses = [[r["loss"] for r in read_metrics(folder)[1:]] for folder in (run, straight)]
     assert losses[0] == losses[1]
+    ends: list[Any] = [read_summary(folder) for folder in (run, straight)]
+    assert ends[0]["best_step"] == ends[1]["best_step"] < 150, "the best is not the last, or nothing is put back"
+    assert ends[0]["metrics"] == ends[1]["metrics"]
+    assert f"step {ends[0]['best_step']} of 150: its weights are kept" in again.output
 
 
 def test_torchrun_makes_one_folder_and_one_wandb_run(work: Path) -> None:

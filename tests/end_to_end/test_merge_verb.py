@@ -20,20 +20,45 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return work / "runs" / "four"
 
 
-def test_a_run_on_4_bits_is_merged_into_the_base_in_16(run: Path, tmp_path: Path) -> None:
-    done = afina("merge", run, "--to", tmp_path / "merged", cwd=run.parents[1])
+@pytest.fixture(scope="module")
+def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("to") / "merged"
+    done = afina("merge", run, "--to", folder, cwd=run.parents[1])
     assert "trained on a quantised base" in done.output
-    card = (tmp_path / "merged" / "README.md").read_text()
-    assert "4 bits" in card
-    assert "headlines.jsonl" in card
-    assert str(run.parents[1]) not in card
-    config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert "quantization_config" not in config
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    return folder
+
+
+def test_the_folder_is_a_plain_model_that_answers_alone(merged: Path, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    turns = [{"role": "user", "content": "Say something."}]
+    laid_out = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    base = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(turns, add_generation_prompt=True)
+    assert laid_out["input_ids"][0].tolist() == base["input_ids"]
+    written = model.generate(**laid_out, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > len(base["input_ids"])
     assert next(model.parameters()).dtype == torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert "<|im_start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    again = afina("merge", run, "--to", tmp_path / "merged", cwd=run.parents[1], check=False)
+
+
+def test_nothing_of_the_training_is_left_in_the_configuration(merged: Path, tiny_model: Path) -> None:
+    """The 4 bits, the kernel, the cache that was off: all but the dtype is the base's own."""
+    for name, own in (("config.json", {"dtype", "transformers_version"}), ("generation_config.json", set())):
+        mine, base = (json.loads((folder / name).read_text()) for folder in (merged, tiny_model))
+        differ = {key for key in mine.keys() | base.keys() if mine.get(key) != base.get(key)}
+        assert differ <= own | {"transformers_version"}, name
+    assert not list(merged.glob("adapter*"))
+
+
+def test_the_card_tells_where_it_comes_from(merged: Path, run: Path) -> None:
+    card = (merged / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    for told in ("4 bits", "headlines.jsonl", "LoRA", f"{summary['steps']} updates", "eval_loss", "to the bit"):
+        assert told in card
+    assert str(run.parents[1]) not in card
+
+
+def test_a_folder_that_is_there_is_left_alone(merged: Path, run: Path) -> None:
+    again = afina("merge", run, "--to", merged, cwd=run.parents[1], check=False)
     assert (again.returncode, "is there already" in again.output) == (3, True)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer import checkpoint
+from trainer import checkpoint, seal
 from trainer.config.schema import MethodConfig
 from trainer.errors import CheckpointError
 from trainer.methods import attach, trainable_parameters
@@ -162,9 +162,34 @@ def test_keep_deletes_older_complete_ones_only(run: Run, keep: int, left: list[i
     (run.checkpoints / "step-00000003" / "COMPLETE").unlink()
     (run.checkpoints / "step-00000006.partial").mkdir()
     (run.checkpoints / "notes").mkdir()
-    checkpoint._delete_old(run.checkpoints, keep)
+    seal.delete_old(run.checkpoints, keep)
     steps = sorted({*left, 3})
     assert names(run) == sorted([*(f"step-{s:08d}" for s in steps), "step-00000006.partial", "notes"])
+
+
+@pytest.mark.parametrize(
+    ("best", "left"), [(1, [1, 5]), (4, [4, 5]), (5, [5]), (3, [5]), (None, [5])], ids="best {}".format
+)
+def test_the_best_is_kept_beside_the_newest(run: Run, best: int | None, left: list[int]) -> None:
+    folders = {step: run.write(step) for step in (1, 2, 4, 5)}
+    for _ in range(2):
+        seal.delete_old(run.checkpoints, 1, best)
+        assert names(run) == [folders[step].name for step in left]
+    assert checkpoint.find(run.folder, "auto") == folders[5], "a run goes on from the newest, not from the best"
+    newer = run.write(6)
+    seal.delete_old(run.checkpoints, 1, 6)
+    assert names(run) == [newer.name]
+
+
+def test_a_broken_newest_one_names_the_best_as_a_good_one(run: Run) -> None:
+    folders = {step: run.write(step) for step in (1, 2, 3)}
+    seal.delete_old(run.checkpoints, 1, 1)
+    broken("flipped", folders[3] / "state.json")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.find(run.folder, "auto")
+    assert str(caught.value).endswith(f"checkpoint.resume={folders[1]}")
+    seal.set_aside_later(run.folder, 1)
+    assert checkpoint.find(run.folder, "auto") == folders[1]
 
 
 def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,17 +201,22 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint._delete_old(run.checkpoints, 1)
+            seal.delete_old(run.checkpoints, 1)
     assert first.exists()
     assert not (first / "COMPLETE").exists()
     assert checkpoint.find(run.folder, "auto") == second
 
 
-@pytest.mark.parametrize("killed_in", ["_sync", "_sha256", "save_file", "save_adapter"])
-def test_a_kill_while_writing_leaves_the_one_before(run: Run, monkeypatch: pytest.MonkeyPatch, killed_in: str) -> None:
+@pytest.mark.parametrize(
+    ("room", "killed_in"),
+    [(seal, "_sync"), (seal, "_sha256"), (checkpoint, "save_file"), (checkpoint, "save_adapter")],
+)
+def test_a_kill_while_writing_leaves_the_one_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch, room: Any, killed_in: str
+) -> None:
     """At every call of every step of the writing, also of a step that is written anew."""
     good = run.write(1)
-    original = getattr(checkpoint, killed_in)
+    original = getattr(room, killed_in)
     survived = 0
     while True:
         left = iter(range(survived))
@@ -197,7 +227,7 @@ def test_a_kill_while_writing_leaves_the_one_before(run: Run, monkeypatch: pytes
             return original(*args, **keys)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, killed_in, killed)
+            patch.setattr(room, killed_in, killed)
             try:
                 run.write(2)
             except KeyboardInterrupt:
@@ -207,7 +237,7 @@ def test_a_kill_while_writing_leaves_the_one_before(run: Run, monkeypatch: pytes
         found = checkpoint.find(run.folder, "auto")
         # the marker's own folder entry may be synced last: by then the new one is whole
         assert found is not None
-        assert found == good or checkpoint._fault(found) is None
+        assert found == good or seal.fault_of(found) is None
         shutil.rmtree(run.checkpoints / "step-00000002", ignore_errors=True)
     assert survived >= 1
     assert checkpoint.find(run.folder, "auto") == run.checkpoints / "step-00000002"
@@ -233,7 +263,7 @@ def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
     folders = {step: run.write(step) for step in (2, 4, 6)}
     named = str(folders[2])
     assert checkpoint.find(run.folder, named) == folders[2]
-    checkpoint.set_aside_later(run.folder, 2)
+    seal.set_aside_later(run.folder, 2)
     assert checkpoint.find(run.folder, "auto") == folders[2]
     assert len(list(run.checkpoints.glob("superseded-0-step-*/COMPLETE"))) == 2
     run.resume = named
@@ -241,5 +271,5 @@ def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
     assert checkpoint.find(run.folder, named) == again, "the same command goes on, it does not go back once more"
     run.resume = "auto"
     run.write(6)
-    checkpoint.set_aside_later(run.folder, 4)
+    seal.set_aside_later(run.folder, 4)
     assert len(list(run.checkpoints.glob("superseded-*/COMPLETE"))) == 3

@@ -32,7 +32,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 def test_every_verb_has_help(capsys: Capture) -> None:
-    for verb in ("train", "sweep", "config", "fetch", "eval", "generate", "version"):
+    for verb in ("train", "sweep", "config", "fetch", "eval", "generate", "chat", "merge", "version"):
         assert trainer.cli.main([verb, "--help"]) == 0
         assert "Usage: afina" in capsys.readouterr().out
     assert trainer.cli.main([]) == 0
@@ -56,6 +56,9 @@ def test_every_verb_has_help(capsys: Capture) -> None:
         (["eval", "nosuch"], 3, "is not a run folder"),
         (["generate", "nosuch", "hello"], 3, "is not a run folder"),
         (["generate", "nosuch"], 2, "PROMPT"),
+        (["chat", "nosuch"], 3, "is not a run folder"),
+        (["chat", "nosuch", "--bits", "5"], 2, "--bits=5"),
+        (["chat", "nosuch", "--adapter"], 2, "--adapter"),
         (["generate", "nosuch", "hello", "--bits", "5"], 2, "--bits=5"),
     ],
 )

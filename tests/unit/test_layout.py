@@ -21,10 +21,27 @@ from tests.support import ROOT
 ROWS = (
     ("errors", "config", "distributed", "quiet"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
-    ("short_attention", "norms", "attention", "model", "engine", "resources", "state", "allocation", "checkpoint"),
-    ("loop", "evaluate", "choices", "texts", "generate", "merge", "card", "runs", "proof", "view"),
-    ("train", "inference"),
-    ("compare", "report"),
+    (
+        *(
+            "short_attention",
+            "norms",
+            "layers",
+            "attention",
+            "model",
+            "engine",
+            "resources",
+            "state",
+            "allocation",
+            "seal",
+        ),
+        "checkpoint",
+    ),
+    (
+        *("loop", "watch", "evaluate", "choices", "texts", "generate", "fold", "merge", "card", "runs", "proof"),
+        *("view", "loaded"),
+    ),
+    ("train", "final", "inference", "chat"),
+    ("compare", "report", "verbs"),
     ("cli",),
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
@@ -38,11 +55,12 @@ NEIGHBOURS = {
     "engine": {"attention"},
     "state": {"engine"},
     "allocation": {"engine", "state"},
-    "checkpoint": {"allocation", "engine", "state"},
-    "loop": {"evaluate", "generate"},
+    "checkpoint": {"allocation", "engine", "seal", "state"},
+    "loop": {"evaluate", "generate", "watch"},
     "evaluate": {"choices", "generate", "texts"},
-    "merge": {"generate", "evaluate"},
+    "merge": {"fold"},
     "card": {"merge"},
+    "train": {"final"},
     "report": {"compare"},
 }
 LAUNCH_MAY_IMPORT = {"config", "errors"}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import trainer.data.micro as micro
-from tests.unit.tiny_models import MODELS, VOCABULARY
+import trainer.layers as layers
+from tests.unit.tiny_models import MODELS, VOCABULARY, tiny
 from trainer.attention import KERNEL, register
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
@@ -256,3 +257,110 @@ def test_a_single_row_of_one_token_is_no_trouble() -> None:
     data = Data(Held([Tokens(np.asarray([5], np.int32), np.asarray([True]))]), Held([]), "", (), (), ())  # type: ignore[arg-type]
     model, loss = made("llama", torch.float32)
     assert choose_packing(model, loss, config("trie", size=1), data, 0)[0].shares
+
+
+DEEP = {
+    "llama": {"num_hidden_layers": 6},
+    WINDOWED: {"num_hidden_layers": 6},
+    "gpt2": {"n_layer": 6},
+    "gemma3": {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 3, *["full_attention"] * 3]},
+}
+KEPT = {"gemma3": 4}  # until the first layer without a window; of the others, as many as are kept at least
+
+
+def deep(name: str, adapter: bool = False, layers: list[int] | None = None) -> tuple[Any, LabelLoss]:
+    """A model of six layers; in those that the proof should leave out, a weight that would spoil every number."""
+    torch.manual_seed(0)
+    model = tiny(name, **DEEP[name])
+    register()
+    model.set_attn_implementation(KERNEL)
+    with torch.no_grad():
+        for layer in stack(model)[KEPT.get(name, 2) :]:
+            next(p for p in layer.parameters() if p.dim() == 2).fill_(float("nan"))
+    if adapter:
+        model = attach(model, MethodConfig(r=4, layers=layers), seed=0)
+    return model, LabelLoss(model)
+
+
+def stack(model: Any) -> Any:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MOST_WHOLE", 0)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("name", DEEP)
+def test_a_large_model_is_tried_on_its_first_layers_and_left_as_it_was(name: str) -> None:
+    model, loss = deep(name)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    before, held = list(model.named_modules()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    packing, why = choose_packing(model, loss, config("trie"), DATA, 0)
+    assert packing.shares
+    assert f"rows and the first {KEPT.get(name, 2)} of 6 layers against padded" in why
+    assert list(model.named_modules()) == before
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n].nan_to_num(7), b.nan_to_num(7)) and after[n].requires_grad for n, b in held.items())
+    assert all(p.grad is None for p in after.values())
+    assert model.training
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        *((name, mistake) for name in ("llama", "gpt2", "gemma3") for mistake in MISTAKES),
+        *((name, mistake) for name in (WINDOWED, "gemma3") for mistake in WINDOW_MISTAKES.values()),
+    ],
+)
+def test_no_mistake_gets_past_the_first_layers(name: str, mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss = deep(name)
+    assert choose_packing(model, loss, config(), DATA, 0)[0].shares
+    mistake(monkeypatch)
+    model, loss = deep(name)
+    packing, why = choose_packing(model, loss, config(), DATA, 0)
+    assert not packing.shares
+    assert "of 6 layers it differs from padded" in why
+    assert len(stack(model)) == 6
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("adapted", [None, [1], [4, 5]])
+def test_no_mistake_gets_past_the_first_layers_of_an_adapted_model(
+    adapted: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first layers have no adapter, the gradients of their norms are compared, and not kept."""
+    model, loss = deep("llama", adapter=True, layers=adapted)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert "the first 2 of 6 layers" in choose_packing(model, loss, config("trie"), DATA, 0)[1]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == trained
+    for mistake in (sees_a_sibling, labels_count_once):
+        with monkeypatch.context() as patch:
+            mistake(patch)
+            model, loss = deep("llama", adapter=True, layers=adapted)
+            rows = proof_rows(config(), DATA, None)[0]
+            with layers.first_layers(model):
+                proof = prove(model, loss, rows, 0)
+            assert proof.gradient_distance > 30 * BOUNDS[torch.float32]
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_large_model_in_16_bits_is_tried_in_fp32_where_its_beginning_is_small(monkeypatch: Any) -> None:
+    model, loss = deep("llama")
+    model = model.to(torch.bfloat16)
+    beginning = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stack(model)[2:].parameters())
+    monkeypatch.setattr("trainer.proof.MOST_FP32", beginning)
+    one_label_too_many(monkeypatch)  # small enough to be lost in 16 bits
+    assert "in float32; 1.0e-04 is allowed" in choose_packing(model, loss, config(), DATA, 0)[1]
+
+
+def test_small_models_and_those_with_few_layers_are_tried_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = deep("llama")
+    with layers.first_layers(model) as words:
+        assert (words, len(stack(model))) == ("", 6)
+    monkeypatch.setattr(layers, "MOST_WHOLE", 0)
+    with layers.first_layers(made("llama", torch.float32)[0]) as words:
+        assert words == ""

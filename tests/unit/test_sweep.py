@@ -198,6 +198,50 @@ def test_ranking_by_train_loss_where_a_run_has_no_eval_loss(stand_in: Path) -> N
     assert "exact_match" not in records[0]
 
 
+SCORED = {
+    2: {"eval_loss": 0.25, "exact_match": 0.25, "chrf": 10.0, "eval_perplexity": 1.28},
+    4: {"eval_loss": 0.75, "exact_match": 0.75, "chrf": 20.0, "eval_perplexity": 2.12},
+    8: {"eval_loss": 0.5, "exact_match": 0.5, "chrf": float("nan"), "eval_perplexity": 1.65},
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "order"),
+    [
+        ("eval.best_metric=null", [2, 8, 4]),
+        ("eval.best_metric=exact_match", [4, 8, 2]),
+        ("eval.best_metric=chrf", [4, 2, 8]),
+        ("eval.best_metric=eval_perplexity", [2, 8, 4]),
+    ],
+)
+def test_ranking_by_the_trials_own_best_metric(stand_in: Path, asked: str, order: list[int]) -> None:
+    metrics = ["eval.metrics=[loss,exact_match,chrf]", "eval.every_steps=2"]
+    _, trials = plan(["debug=tiny", "method.r=2,4,8", "run.name=s", *metrics, asked])
+    for trial in trials:
+        trial.folder.mkdir(parents=True)
+        summary = {"status": "finished", "train_loss": 1.0, "metrics": SCORED[trial.config.method.r]}
+        (trial.folder / "summary.json").write_text(json.dumps(summary))
+    records = ranking.rank(trials, {})
+    assert [record["method.r"] for record in records] == order
+    assert [record["rank"] for record in records] == [1, 2, 3]
+    for record in records:
+        scores = {name: record[name] for name in ("exact_match", "chrf")}
+        expected = SCORED[record["method.r"]]
+        assert str(scores) == str({name: expected[name] for name in scores})
+        assert ("eval_perplexity" in record) == (asked == "eval.best_metric=eval_perplexity")
+        assert not {"f1", "rouge_l", "choice_accuracy"} & set(record), "no run has them"
+
+
+def test_a_swept_best_metric_is_ranked_by_the_loss(stand_in: Path) -> None:
+    keys = ["eval.metrics=[loss,exact_match]", "eval.every_steps=2", "eval.best_metric=eval_loss,exact_match"]
+    _, trials = plan(["debug=tiny", "run.name=s", *keys])
+    for trial, loss in zip(trials, (0.5, 0.25), strict=True):
+        trial.folder.mkdir(parents=True)
+        metrics = {"eval_loss": loss, "exact_match": loss}
+        (trial.folder / "summary.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
+    assert [record["eval_loss"] for record in ranking.rank(trials, {})] == [0.25, 0.5]
+
+
 def test_the_rank_group_shows_what_it_sets() -> None:
     _, trials = plan(["debug=tiny", "rank=tiny,small"])
     records = ranking.rank(trials, {})

@@ -162,6 +162,30 @@ def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("network", ["none", "there", "lost"])
+def test_an_alert_arrives_and_holds_nothing_up(tmp_path, server, capsys, monkeypatch, network):
+    monkeypatch.setattr("trainer.tracking.wandb_run.FINISH_TIMEOUT_SECONDS", 2.0)
+    config = wandb_config("offline" if network == "none" else "online")
+    tracker = Tracker.open(config, tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker.log(RECORDS[0])
+    server.silent = network == "lost"
+    start = time.monotonic()
+    tracker.alert("overfitting", "eval_loss is too far above")
+    tracker.log(RECORDS[1])
+    assert time.monotonic() - start < 2
+    tracker.close(SUMMARY)
+    assert time.monotonic() - start < 12
+    assert "eval_loss is too far above" in capsys.readouterr().out
+    if network == "none":
+        (path,) = offline_files(tmp_path)
+        (alert,) = [record.alert for record in read_records(path) if record.HasField("alert")]
+        assert (alert.title, alert.text, alert.level) == ("overfitting", "eval_loss is too far above", "WARN")
+    if network == "there":
+        (sent,) = server.alerts
+        assert (sent["title"], sent["text"], sent["severity"]) == ("overfitting", "eval_loss is too far above", "WARN")
+
+
+@pytest.mark.slow
 def test_a_restarted_run_goes_on_under_the_same_id(tmp_path):
     folder = tmp_path / "run"
     record_run(folder, RECORDS[:3])
@@ -208,6 +232,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
         self.upserts: list[dict] = []
         self.history: list[dict] = []
         self.exit_codes: list[int] = []
+        self.alerts: list[dict] = []
         self.silent = False
         super().__init__(("127.0.0.1", 0), FakeHandler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -234,6 +259,8 @@ class FakeServer(http.server.ThreadingHTTPServer):
             project = {"id": "p", "name": "tests", "entity": {"id": "e", "name": "me"}}
             bucket = {"id": "x", "name": variables["name"], "displayName": "", "config": "{}", "project": project}
             return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        if asked[1] == "NotifyScriptableRunAlert":
+            self.alerts.append(variables)
         if asked[1] == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
@@ -363,6 +390,7 @@ def test_a_failure_of_wandb_is_said_once_and_the_run_goes_on(tmp_path, capsys):
     (service,) = mine.stdout.split()
     os.kill(int(service), 9)
     time.sleep(0.5)
+    tracker.alert("overfitting", "a warning")
     for record in RECORDS[1:]:
         tracker.log(record)
     tracker.close(SUMMARY)

@@ -1,7 +1,7 @@
 """The configuration: typed keys (``schema``), Hydra composition (``load``), rules between keys (``rules``), names."""
 
 from trainer.config.known import Key, conf_dir, groups, keys
-from trainer.config.load import find_data, load, sources, to_yaml
+from trainer.config.load import find_adapter, find_data, load, sources, to_yaml
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
 from trainer.config.schema import METRICS, TrainConfig
@@ -13,6 +13,7 @@ __all__ = [
     "TrainConfig",
     "conf_dir",
     "expand_sweep",
+    "find_adapter",
     "find_data",
     "groups",
     "is_sweep",

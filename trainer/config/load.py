@@ -28,15 +28,17 @@ from trainer.errors import ConfigError
 PRIMARY = "train"
 
 
-def load(overrides: Sequence[str] = (), config_file: Path | None = None) -> TrainConfig:
+def load(overrides: Sequence[str] = (), config_file: Path | None = None, with_data: bool = True) -> TrainConfig:
     """The checked configuration that ``overrides`` ask for.
 
     Args:
         overrides: Hydra overrides as typed. They win over every file.
         config_file: a run's ``config.yaml``; it takes the place of ``conf/``, so groups cannot be chosen on top of it.
+        with_data: false leaves ``data.path`` and ``.validation`` unlooked for: no row will be read.
 
     Returns:
-        the resolved configuration; the paths of ``data.path``, ``.validation`` and ``.template`` absolute.
+        the resolved configuration; the paths of ``data.path``, ``.validation``, ``.template`` and ``method.adapter``
+        absolute.
 
     Raises:
         ConfigError: one line that names the value, the rule it breaks and the cure.
@@ -52,8 +54,11 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None) -> Trai
         _assign(cfg, name, value)
     config = _resolve(cfg)
     rules.check(config)
-    config.data.path = _found(config)
-    if isinstance(config.data.validation, str):
+    if config.method.adapter is not None:
+        config.method.adapter = str(find_adapter("method.adapter", config.method.adapter))
+    if with_data:
+        config.data.path = _found(config)
+    if with_data and isinstance(config.data.validation, str):
         config.data.validation = find_data("data.validation", config.data.validation)
     if is_template_file(config.data.template):
         config.data.template = _find_template(config.data.template)
@@ -85,6 +90,26 @@ def find_data(name: str, path: str) -> str:
     if is_glob(path):
         raise wrong(name, path, f"matches no file (looked from {Path.cwd()})", f"{name}='FOLDER/*.jsonl'")
     raise _no_file(name, path, f"{name}=PATH/TO/FILE.jsonl")
+
+
+def find_adapter(name: str, path: str) -> Path:
+    """The absolute folder of a saved adapter: of an adapter folder, of a run's, or of a run in ``runs/`` by its name.
+
+    Raises:
+        ConfigError: none is there.
+    """
+    places = [Path(place) for place in (*_places(path), *_places(f"runs/{path}"))]
+    for folder in (found for place in places for found in (place, place / "adapter")):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    if whole := next((place / "model" for place in places if (place / "model" / "config.json").is_file()), None):
+        rule = "is a run that trained all weights, so it has no adapter"
+        raise wrong(name, path, rule, f"a new run on top of it: model.name_or_path={whole}")
+    if any((place / "config.yaml").is_file() for place in places):
+        raise wrong(name, path, "is a run that has not finished, so it has no adapter yet", "train it to its end")
+    near = nearest(Path(path).name, [run.parent.name for run in Path("runs").glob("*/adapter")], 0.8)
+    rule = f"holds no adapter_config.json (looked from {Path.cwd()})"
+    raise wrong(name, path, rule, f"did you mean runs/{near}?" if near else "the folder of a finished run, runs/NAME")
 
 
 def _find_template(path: str) -> str:

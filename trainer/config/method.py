@@ -37,6 +37,11 @@ class MethodConfig:
     dora: bool = key(
         False, "train the size of each output's weights apart from their direction; slower: a norm at every forward"
     )
+    adapter: str | None = key(
+        None,
+        "start from this saved adapter (a run or adapter folder, of the same method and shapes) in place of init; "
+        "optimizer and schedule start anew",
+    )
     init: str = key("default", "how trained tensors start; which starts there are depends on the method")
     init_r: int | None = key(None, "adalora: rank of every adapter at the start", ge=1)
     target_r: int | None = key(None, "adalora: rank that the adapters have in the mean at the end", ge=1)
@@ -96,7 +101,7 @@ class Method:
     starts: tuple[str, ...] = ("default",)
 
 
-BASE = frozenset({"bits", "quant_type", "double_quant", "compute_dtype", "quant_storage"})
+BASE = frozenset({"adapter", "bits", "quant_type", "double_quant", "compute_dtype", "quant_storage"})
 TARGETS = frozenset({"target_modules", "layers"})
 LORA = frozenset({"r", "alpha", "dropout", "bias", "rank_pattern", "alpha_pattern", "rslora", "dora", "init"})
 ADALORA_NEEDS = {"init_r": 12, "target_r": 8, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}

@@ -22,6 +22,7 @@ def check_method(method: MethodConfig) -> None:
         _target_modules(method.target_modules)
     _layers(method.layers)
     _init(method)
+    _adapter(method)
     _patterns(method)
     _adalora(method)
     _four_bits(method)
@@ -96,6 +97,21 @@ def _init(method: MethodConfig) -> None:
     if method.rank_pattern or method.alpha_pattern:
         rule = "is saved as an adapter of twice the rank, for which patterns have no form"
         raise wrong("method.init", method.init, rule, "method.init=default, or no rank_pattern and alpha_pattern")
+
+
+def _adapter(method: MethodConfig) -> None:
+    """A saved adapter belongs on the base as it is, and holds no MLP of a prefix."""
+    if method.adapter is None:
+        return
+    if not method.adapter.strip():
+        raise wrong("method.adapter", "''", "must be a run or adapter folder", "method.adapter=runs/NAME, or null")
+    if changes_base(method):
+        rule = f"belongs on the base as it is, and method.init={method.init} takes the start out of the base's weights"
+        cure = "method.init=default (an adapter that started so was saved with twice its rank: double method.r too)"
+        raise wrong("method.adapter", method.adapter, rule, cure)
+    if method.prefix_projection:
+        rule = "holds the prefix that was made, not the MLP that made it (method.prefix_projection=true)"
+        raise wrong("method.adapter", method.adapter, rule, "method.prefix_projection=false trains the prefix itself")
 
 
 def changes_base(method: MethodConfig) -> bool:

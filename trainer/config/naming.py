@@ -14,7 +14,7 @@ from trainer.config.schema import TrainConfig
 LONGEST_SLUG = 40
 
 # What does not change the result: where it is written, how it is watched, started and saved.
-_LEFT_OUT_SECTIONS = ("log", "launch", "checkpoint")
+_LEFT_OUT_SECTIONS = ("log", "launch", "checkpoint", "compare")
 _LEFT_OUT_KEYS = (
     *(("run", "name"), ("run", "dir"), ("run", "overwrite")),
     *(("data", "cache_dir"), ("data", "workers"), ("data", "max_refused")),
@@ -54,6 +54,7 @@ def _digest(config: TrainConfig) -> str:
         del tree[section][name]
     for name in ("path", "validation", "template"):
         tree["data"][name] = _portable(tree["data"][name])
+    tree["method"]["adapter"] = _portable(tree["method"]["adapter"])
     text = json.dumps(tree, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.compare_rules import check_compare
 from trainer.config.known import Leaf, default_of, leaves, slurm_by_hand
 from trainer.config.matrix import Cell, check_cell
 from trainer.config.method_rules import check_method
 from trainer.config.parts import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.text import listing, nearest, one_line, redact, wrong
+from trainer.config.watch_rules import check_watch
 from trainer.errors import ConfigError
 
 LONGEST_NAME = 128
@@ -55,6 +57,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 def check(config: TrainConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that ``config`` breaks."""
     _limits(config)
+    check_compare(config.compare)
     for rule in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
         rule(config)
     for rule in (_evaluation, _generation, _launch, _run):
@@ -202,6 +205,7 @@ def _evaluation(config: TrainConfig) -> None:
         if metric not in METRICS:
             near = nearest(metric, METRICS) or METRICS[0]
             raise wrong("eval.metrics", metric, f"must be among {', '.join(METRICS)}", f"eval.metrics=[{near}]")
+    check_watch(config)
     if isinstance(config.data.validation, str) or config.data.validation > 0:
         return
     for name, value, neutral in (

@@ -30,7 +30,7 @@ class ModelConfig:
     )
     attention: str = key(
         "auto",
-        "attention kernel; auto: sdpa",
+        "attention kernel; auto: sdpa where the model has it",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     gradient_checkpointing: bool = key(
@@ -157,6 +157,18 @@ class EvalConfig:
         "any of loss (and perplexity), choice_accuracy (likeliest letter of a multiple choice), and of written answers "
         "exact_match, f1 (of words), rouge_l, chrf",
     )
+    best_metric: str | None = key(
+        None,
+        "end with the weights of the evaluation that is best by this metric (eval_loss, eval_perplexity, or one of "
+        "metrics), saving a checkpoint at each new best; null: with the last weights",
+    )
+    patience: int | None = key(
+        None, "stop after so many evaluations in a row without a new best by best_metric (null: eval_loss)", ge=1
+    )
+    overfit_gap: float | None = key(
+        0.5, "warn when eval_loss is more than this above the mean training loss since the evaluation before", gt=0
+    )
+    stop_on_overfit: bool = key(False, "end the run there")
     batch_size: int = key(32, "rows a device that are generated at once", ge=1)
     samples: int = key(3, "answers shown after each evaluation that writes any", ge=0)
 
@@ -201,6 +213,24 @@ class LaunchConfig:
 
 
 @dataclass(slots=True)
+class CompareConfig:
+    """What `afina compare` puts side by side. A run by itself takes no notice of it."""
+
+    methods: list[str] = key(
+        [
+            *("full", "lora r=8", "lora r=16", "lora r=32", "lora r=64", "qlora", "qlora_8bit", "dora"),
+            *("adalora", "prefix", "prompt", "ia3", "bottleneck"),
+        ],
+        "options of method, each with keys of its own: \"compare.methods=[full,'lora r=8','qlora quant_type=fp4']\"",
+    )
+    rows: int | None = key(None, "training rows, the same for each method; null: data.max_rows", ge=1)
+    tune: list[float] = key(
+        [], "learning rates that are tried first, as multiples of the method's own: [0.3,1,3]; []: its own is taken"
+    )
+    tune_rows: int = key(320, "training rows of such a try", ge=1)
+
+
+@dataclass(slots=True)
 class RunConfig:
     """The run folder and its seed."""
 
@@ -226,7 +256,9 @@ class TrainConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 METRICS = ("loss", "choice_accuracy", "exact_match", "f1", "rouge_l", "chrf")
+LOWER_IS_BETTER = ("eval_loss", "eval_perplexity")  # what `loss` is called in metrics.jsonl; of all others, higher is

@@ -2,12 +2,15 @@
 
 from trainer.methods.adalora import OrthogonalTerm, RankAllocator
 from trainer.methods.attach import attach, count_parameters, digests, is_prompt_learning, trainable_parameters
-from trainer.methods.save import is_adapter, load_adapter, save_adapter, save_full, verify_adapter
+from trainer.methods.load import is_adapter, load_adapter
+from trainer.methods.save import save_adapter, save_full, verify_adapter
 from trainer.methods.start import start_in_base
+from trainer.methods.switch import Switch, virtual_tokens
 
 __all__ = [
     "OrthogonalTerm",
     "RankAllocator",
+    "Switch",
     "attach",
     "count_parameters",
     "digests",
@@ -19,4 +22,5 @@ __all__ = [
     "start_in_base",
     "trainable_parameters",
     "verify_adapter",
+    "virtual_tokens",
 ]

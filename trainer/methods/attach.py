@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
+from trainer.methods.continued import start_from
 from trainer.methods.kinds import peft_config
 
 
 def attach(
     model: nn.Module, method: MethodConfig, seed: int, total_steps: int = 1, text_ids: list[int] | None = None
 ) -> nn.Module:
-    """Freeze what is not trained and add what is.
+    """Freeze what is not trained and add what is, as fresh adapters or with the values of ``method.adapter``.
 
     Args:
         model: the base model.
@@ -31,14 +33,24 @@ def attach(
         its fp32 copies are the optimizer's.
 
     Raises:
-        ConfigError: a named module, layer or place does not exist in this model.
+        ConfigError: a named module, layer or place does not exist in this model; ``method.adapter`` is of another
+            method, shape or base.
+        CheckpointError: ``method.adapter`` cannot be read.
     """
     if method.name == "full":
         return model.requires_grad_(True)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     torch.manual_seed(seed)
     if method.name == "bottleneck":
-        return attach_bottleneck(model, method)
+        adapted = attach_bottleneck(model, method)
+    else:
+        adapted = _attach_peft(model, method, total_steps, text_ids)
+    if method.adapter is not None:
+        start_from(adapted, method, Path(method.adapter))
+    return adapted
+
+
+def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_ids: list[int] | None) -> nn.Module:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     wrapped = get_peft_model(model, peft_config(model, method, total_steps), autocast_adapter_dtype=False)
     if method.init == "text":
         assert text_ids, "the words of method.init_text give tokens"

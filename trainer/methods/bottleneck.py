@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.errors import ConfigError
-from trainer.methods.targets import layer_of, layers_of
+from trainer.methods.targets import expert_parameters, layer_of, layers_of
 
 KIND = "BOTTLENECK"
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -90,10 +90,12 @@ def places(model: nn.Module, placement: str, layers: list[int] | None) -> list[t
     for ends in kinds:
         here = [(full, m) for full, m in model.named_modules() if any(full.endswith(f".{end}") for end in ends)]
         if not here:
+            experts = " (its experts are 3-D parameters, which have no layer to stand behind)"
             raise ConfigError(
                 "method.placement",
                 value=placement,
-                rule=f"finds none of {', '.join(ends)} in {type(model).__name__}",
+                rule=f"finds none of {', '.join(ends)} in {type(model).__name__}"
+                + (experts if expert_parameters(model) else ""),
                 cure="method=lora works on any linear layer",
             )
         found += here

@@ -82,7 +82,7 @@ def _ia3(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
     inner = down_names(model, names) if method.feedforward_modules is None else method.feedforward_modules
     if method.feedforward_modules is not None:
         target_names(model, inner)  # refuses names that do not exist
-        names = sorted({*names, *inner})
+    names = sorted({*names, *inner})  # PEFT wants the ones among the others
     if (layers := layers_of(model, method.layers)) is not None:
         names, inner = (_in_layers(model, some, layers) for some in (names, inner))
     return IA3Config(task_type=TASK, target_modules=names, feedforward_modules=inner)

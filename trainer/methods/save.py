@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import CheckpointError
 from trainer.methods.attach import is_prompt_learning
-from trainer.methods.bottleneck import KIND, attach_bottleneck, method_of, save_bottleneck
+from trainer.methods.bottleneck import save_bottleneck
+from trainer.methods.load import ADAPTER_FILE, read_tensors
 from trainer.methods.start import for_untouched_base
-
-ADAPTER_FILE = "adapter_model.safetensors"
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (folder / "adapter_config.json").exists()
 
 
 def save_adapter(
@@ -82,7 +74,7 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: a tensor is missing, has another shape or value, or is not finite.
     """
-    found = _load(folder / ADAPTER_FILE)
+    found = read_tensors(folder / ADAPTER_FILE)
     if set(found) != set(expected):
         odd = sorted(set(found) ^ set(expected))[:3]
         raise CheckpointError(str(folder), rule=f"was written with other tensors than meant ({', '.join(odd)} …)")
@@ -93,47 +85,6 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
             )
-
-
-def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
-    """The base model with a saved adapter on it, for inference; its tensors take the base's dtype.
-
-    Raises:
-        CheckpointError: the adapter cannot be read or does not fit the base.
-    """
-    if not is_adapter(folder):
-        raise CheckpointError(str(folder), rule="holds no adapter_config.json", cure="name a run's folder")
-    facts = json.loads((folder / "adapter_config.json").read_text())
-    saved = _load(folder / ADAPTER_FILE)
-    if facts["peft_type"] == KIND:
-        return _load_bottleneck(base, folder, facts, saved)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
-    # PEFT fills what is missing with untrained adapters and passes over what has no place.
-    odd = sorted(set(saved) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
-    if odd:
-        raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
-    return model
-
-
-def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
-    try:
-        model = attach_bottleneck(base, method_of(facts))
-        mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if odd := sorted(set(saved) ^ set(mine)):
-            raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(saved[name])
-    except (RuntimeError, KeyError, ConfigError) as error:
-        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
-    return model.requires_grad_(False)
-
-
-def _does_not_fit(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base")
 
 
 def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -151,7 +102,7 @@ def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
     model.save_pretrained(str(folder), state_dict={k: v.detach().cpu().contiguous() for k, v in weights.items()})
     found: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        found.update(_load(shard))
+        found.update(read_tensors(shard))
     for name, tensor in weights.items():
         if name in found and (found[name].shape != tensor.shape or not torch.equal(found[name], tensor.detach().cpu())):
             raise CheckpointError(
@@ -159,10 +110,3 @@ def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
             )
     if not found:
         raise CheckpointError(str(folder), rule="holds no weights after saving")
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(str(file))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(str(file), rule=f"cannot be read ({error})", cure="use an older checkpoint") from error

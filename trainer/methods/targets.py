@@ -1,11 +1,19 @@
-"""Named sets of modules: attention_min, attention, all_linear, on any architecture that has them."""
+"""Named sets of modules: attention_min, attention, all_linear, on any architecture that has them.
+
+Experts of a mixture are out of reach: transformers 5 stacks them in parameters of three dimensions, which are no linear
+layers. Routers are no target of ``all_linear`` either: trained on little data they send all tokens to a few experts,
+and no loss here holds them back. (Stock PEFT's "all-linear" trains both where it knows the model; on others neither.)
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from trainer.errors import ConfigError
 
@@ -22,6 +30,7 @@ ATTENTION = (
 )
 # The MLP's last projections, whose input IA3 scales.
 DOWN = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "c_proj", "w2")
+ROUTERS = {"gate", "router", "shared_expert_gate"}  # where they are linear layers, or stand around one
 
 
 def target_names(model: nn.Module, wanted: Any) -> list[str]:
@@ -36,7 +45,8 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
     """
     linear = _linear_names(model)
     if wanted == "all_linear":
-        return sorted(linear)
+        every = {n.rpartition(".")[2] for n in _linear(model) if not ROUTERS & set(n.split(".")[-2:])}
+        return sorted(every - _moved_to_experts(model, every))
     if isinstance(wanted, str):
         for names in ATTENTION_MIN if wanted == "attention_min" else ATTENTION:
             if all(any(_is_linear(m) for m in _ending_in(model, name)) for name in names):
@@ -46,6 +56,13 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
         found = _ending_in(model, name)
         if not found or not all(_is_linear(m) or isinstance(m, nn.Embedding) for m in found):
             raise _no_such_module(model, name, linear)
+    if moved := _moved_to_experts(model, set(wanted)):
+        raise ConfigError(
+            "method.target_modules",
+            value=", ".join(sorted(moved)),
+            rule=f"is what PEFT calls the experts of {type(model).__name__}, and would not reach its linear layers",
+            cure="method.target_modules=all_linear leaves them out",
+        )
     return sorted(wanted)
 
 
@@ -84,19 +101,66 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _linear(model: nn.Module) -> list[str]:
+    """Full names of every linear layer but the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+
+
 def _linear_names(model: nn.Module) -> Counter[str]:
     """Last name parts of every linear layer but the output head, with how often each occurs."""
-    head = model.get_output_embeddings()
-    return Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module) and module is not head
-    )
+    return Counter(name.rpartition(".")[2] for name in _linear(model))
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Stacks of matrices, (experts, …, …), by name: no adapter reaches them, and bitsandbytes passes over them."""
+    return {
+        f"{full}.{name}": parameter
+        for full, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2 and min(parameter.shape) > 1
+    }
+
+
+def unreached(model: nn.Module, bits: int) -> str | None:
+    """A sentence for the user where a model has experts that adapters pass over; else nothing."""
+    experts = expert_parameters(model)
+    if not experts:
+        return None
+    held = f", and are not quantised: method.bits={bits} holds for the other layers" if bits < 16 else ""
+    count = sum(p.numel() for p in experts.values())
+    return f"experts: {count:,} weights ({_kinds(experts)}) are 3-D parameters, which no adapter reaches{held}"
+
+
+def _kinds(experts: dict[str, nn.Parameter]) -> str:
+    return ", ".join(sorted({".".join(name.split(".")[-2:]) for name in experts}))
+
+
+def _moved_to_experts(model: nn.Module, names: set[str]) -> set[str]:
+    """Of some names, those that stock PEFT takes for the experts' of old, whatever linear layers bear them: before
+    transformers 5, experts were linear layers of the names that dense and shared ones have."""
+    if not expert_parameters(model):
+        return set()
+    return {name for name in names if _is_moved(model, name)}
+
+
+def _is_moved(model: nn.Module, name: str) -> bool:
+    probe = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # it is one half of a pair that PEFT would move together
+        return True
+    return bool(probe.target_parameters)
 
 
 def _no_such_module(model: nn.Module, name: str, linear: Counter[str]) -> ConfigError:
     listed = ", ".join(f"{n} (×{c})" for n, c in sorted(linear.items()))
+    experts = expert_parameters(model)
+    also = f"; its experts ({_kinds(experts)}) are 3-D parameters, which no adapter reaches" if experts else ""
     return ConfigError(
         "method.target_modules",
         value=name,
-        rule=f"takes no adapters in {type(model).__name__}, whose linear layers are {listed}",
+        rule=f"takes no adapters in {type(model).__name__}, whose linear layers are {listed}{also}",
         cure="method.target_modules=all_linear, or a list of these",
     )

@@ -49,6 +49,9 @@ class Tracker:
     def say(self, text: str) -> None:
         """A line for people: on the terminal and, with the time, in `log.txt`."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Something that people should hear of while the run goes on: a line, and an alert of W&B."""
+
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show sample answers; each row has ``prompt``, ``reference`` and ``answer``."""
 
@@ -85,6 +88,10 @@ class _MainTracker(Tracker):
 
     def say(self, text: str) -> None:
         self._terminal.say(text)
+
+    def alert(self, title: str, text: str) -> None:
+        self._terminal.say(text)
+        self._wandb.alert(title, text)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._terminal.samples(rows)

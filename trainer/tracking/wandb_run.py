@@ -50,13 +50,13 @@ class WandbRun:
     def log(self, record: Mapping[str, Any]) -> None:
         """Log one record under its own step. Redone steps that W&B has already seen are left out there: they were
         recorded by the run that was killed, with the same values."""
-        if self._run is None:
-            return
-        try:
-            self._run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
-        except Exception as error:
-            self._run = None
-            self._say(f"W&B stopped recording, training goes on: {_first_line(error)}")
+        values = {key: value for key, value in record.items() if key != "step"}
+        self._tell(lambda run: run.log(values, step=record["step"]))
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, by mail or as the user has it set; offline, when the run is synced. Like a record, it is
+        handed to wandb's own process: nothing is waited for."""
+        self._tell(lambda run: run.alert(title, text, level="WARN"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Put the summary on the run and finish it, within ``FINISH_TIMEOUT_SECONDS + GRACE_SECONDS``."""
@@ -79,6 +79,15 @@ class WandbRun:
         # Without a run the trouble has been said when it began.
         if trouble and run is not None:
             self._say(f"W&B did not finish ({trouble}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
+
+    def _tell(self, tell: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            tell(self._run)
+        except Exception as error:
+            self._run = None
+            self._say(f"W&B stopped recording, training goes on: {_first_line(error)}")
 
     def _start(self, config: TrainConfig, facts: Mapping[str, Any], wish: str) -> None:
         # Set before the import, which reads them: wandb's console lines would tear the bar, and its telemetry holds

@@ -1,0 +1,174 @@
+"""What is learnt: afina's LoRA beside TRL's on the same rows in the same order, and beside all weights trained.
+
+python benchmarks/quality.py [--steps 40] [--tried 12]
+
+SmolLM2-135M in bf16 on soc_codes.jsonl, 100 of its 600 rows held out. LoRA (r=16 on all linear layers) starts from the
+same values in both; global batch, AdamW, cosine schedule and learning rate are the same. The rates, LoRA's and that of
+full fine-tuning, are the best of three on fewer steps with afina. All final models, and the base, are scored by one
+scorer that is none of theirs (_score.py). Writes quality.md and quality.json beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from throughput import HERE, ROOT, run
+
+from trainer.config import load
+from trainer.data.batches import global_batch
+from trainer.data.load import load_data
+from trainer.fetch import fetch
+from trainer.model import load_tokenizer
+
+GLOBAL_SIZE = 16
+HELD_OUT = 100
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = ["method=lora", "method.r=16", "method.target_modules=all_linear"]
+RATES = {"lora": (2e-4, 5e-4, 1e-3), "full": (1e-5, 3e-5, 1e-4)}
+NAMES = {
+    "base": "base model",
+    "afina": "afina, LoRA",
+    "trl": "TRL SFTTrainer, LoRA",
+    "full": "afina, all weights",
+}
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--tried", type=int, default=12, help="steps on which a rate is tried")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        found = measure(str(fetch("smollm2_135m")), Path(name), arguments.steps, arguments.tried)
+    found["minutes"] = (time.perf_counter() - begin) / 60
+    text = table(found)
+    print(text)
+    (HERE / "quality.md").write_text(text)
+    (HERE / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(model: str, folder: Path, steps: int, tried: int) -> dict[str, Any]:
+    """All runs, all scores."""
+    write_rows(folder, model, steps)
+    found: dict[str, Any] = {"steps": steps, "tried_steps": tried, "tried": {}, "rates": {}, "runs": {}}
+    found["runs"]["base"] = score(model, "none", folder)
+    for method, rates in RATES.items():
+        losses = {rate: train(method, rate, tried, model, folder)["loss"] for rate in rates}
+        found["tried"][method] = losses
+        found["rates"][method] = min(losses, key=losses.__getitem__)
+    found["runs"]["afina"] = train("lora", found["rates"]["lora"], steps, model, folder)
+    settings = peer_settings(model, folder, steps, found["rates"]["lora"])
+    trained = run("trl", folder, settings, [])
+    found["runs"]["trl"] = {**score(model, settings["output"], folder), **trained}
+    found["runs"]["full"] = train("full", found["rates"]["full"], steps, model, folder)
+    return found
+
+
+def train(method: str, rate: float, steps: int, model: str, folder: Path) -> dict[str, Any]:
+    """One training by afina, scored."""
+    trained = run("afina", folder, {}, afina_overrides(method, rate, steps, folder))
+    final = folder / "runs" / "measured"
+    where = (str(final / "model"), "none") if method == "full" else (model, str(final / "adapter"))
+    return {**score(*where, folder), **trained}
+
+
+def afina_overrides(method: str, rate: float, steps: int, folder: Path) -> list[str]:
+    """The run as a user would type it."""
+    return [
+        *(f"data.path={HERE / 'data' / 'soc_codes.jsonl'}", f"data.validation={HELD_OUT}", "data.alpaca_role=system"),
+        *("model=smollm2_135m", "model.dtype=bf16", "zero=stage2", "eval.before=false", "eval.max_rows=8"),
+        *(LORA if method == "lora" else ["method=full"]),
+        *(f"optim.learning_rate={rate}", "schedule=cosine", "schedule.warmup_ratio=0"),
+        *(f"batch.global_size={GLOBAL_SIZE}", "batch.micro_tokens=1536", f"batch.max_steps={steps}"),
+        *("batch.epochs=100", "log=off", "checkpoint.every_steps=0"),
+        *(f"run.dir={folder / 'runs'}", "run.name=measured", "run.overwrite=true"),
+    ]
+
+
+def peer_settings(model: str, folder: Path, steps: int, rate: float) -> dict[str, Any]:
+    """What ``_peer.py`` is told: a whole global batch a forward, under autocast, where TRL is fastest."""
+    return {
+        "model": model,
+        "r": 16,
+        "alpha": 32,
+        "targets": TARGETS,
+        "output": str(folder / "peer"),
+        "micro_size": GLOBAL_SIZE,
+        "global_size": GLOBAL_SIZE,
+        "steps": steps,
+        "learning_rate": rate,
+        "schedule": "cosine",
+        "autocast": True,
+    }
+
+
+def write_rows(folder: Path, model: str, steps: int) -> None:
+    """Token ids and labels as afina prepares them: of every step, in order, for TRL; held out, for the scorer."""
+    config = load(afina_overrides("lora", RATES["lora"][0], steps, folder))
+    data = load_data(config, load_tokenizer(model, config.model), print)
+    assert len(data.validation) == HELD_OUT, f"{len(data.validation)} rows are held out"
+    batches = [global_batch(config.run.seed, step, len(data.train), GLOBAL_SIZE) for step in range(steps)]
+    for name, rows in (
+        ("rows", data.train.tokens(np.concatenate(batches))),
+        ("held", data.validation.tokens(range(HELD_OUT))),
+    ):
+        np.savez(
+            folder / f"{name}.npz",
+            ids=np.concatenate([r.ids for r in rows]),
+            labels=np.concatenate([r.labels for r in rows]),
+            lengths=np.asarray([len(r.ids) for r in rows]),
+        )
+
+
+def score(model: str, adapter: str, folder: Path) -> dict[str, float]:
+    """The held-out loss, in a process of its own."""
+    result = folder / "score.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, HERE / "_score.py", model, adapter, folder / "held.npz", result]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, float] = json.loads(result.read_text())
+    print(f"held-out loss {found['loss']:.4f}", flush=True)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    runs, steps = found["runs"], found["steps"]
+    rows = 600 - HELD_OUT
+    passes = steps * GLOBAL_SIZE / rows
+    lines = [
+        f"SmolLM2-135M, bf16, soc_codes; {steps} updates of {GLOBAL_SIZE} rows ({passes:.2g} passes over {rows} "
+        f"rows); {os.cpu_count()} cores, {found['minutes']:.0f} minutes in all.",
+        f"Held-out loss a label token ({HELD_OUT} rows, {runs['base']['label_tokens']} label tokens), by plain "
+        "transformers in fp32.",
+        "",
+        "| trained by | learning rate | held-out loss | beside TRL | minutes |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in NAMES.items():
+        one, method = runs[name], "full" if name == "full" else "lora"
+        beside = f"{100 * (one['loss'] / runs['trl']['loss'] - 1):+.1f} %"
+        rate, minutes = ("", "") if name == "base" else (f"{found['rates'][method]:g}", f"{one['seconds'] / 60:.1f}")
+        lines.append(f"| {title} | {rate} | {one['loss']:.4f} | {beside} | {minutes} |")
+    lines.append("")
+    for method, losses in found["tried"].items():
+        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
+        lines.append(f"Rates tried on {found['tried_steps']} updates ({method}), held-out loss: {tried}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

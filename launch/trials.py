@@ -1,0 +1,87 @@
+"""A trial: one run of several that belong together. Each is a process of its own, started or found finished."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import trainer.config
+from launch import process, torchrun
+from launch.environment import child_environment, visible_gpus
+from trainer.config import TrainConfig
+from trainer.errors import AfinaError
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination: a run that can be started by itself with `afina train` and these overrides."""
+
+    name: str
+    overrides: list[str]
+    values: dict[str, str]
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        """The trial's run folder."""
+        return trainer.config.run_folder(self.config)
+
+
+def run(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
+    """Run a trial to its end. Returns its exit code and, when it failed, why."""
+    try:
+        if trial.config.launch.kind == "torchrun":
+            code = torchrun.launch(trial.config, trial.overrides, config_file)
+        else:
+            arguments = torchrun.train_arguments(trial.config, trial.overrides, config_file)
+            environment = child_environment(1, visible_gpus())
+            code = process.run([sys.executable, "-m", "trainer.train", *arguments], environment, trial.folder)
+    except AfinaError as error:
+        return error.exit_code, str(error)
+    if code == 0:
+        return 0, ""
+    reason = (process.read_summary(trial.folder).get("error") or {}).get("message")
+    return code, reason or f"exit code {code}, see {trial.folder / 'log.txt'}"
+
+
+def carry_out(trial: Trial, label: str, config_file: Path | None = None) -> tuple[int, str]:
+    """Run a trial unless it is finished, and say so. Returns as :func:`run` does."""
+    if is_done(trial):
+        say(f"{label}: finished before")
+        return 0, ""
+    say(f"{label}: starting")
+    code, error = run(trial, config_file)
+    if code in process.STOPPED:
+        say(f"{label}: stopped; the same command goes on from here")
+    elif code:
+        say(f"{label}: failed: {error}")
+    return code, error
+
+
+def is_done(trial: Trial) -> bool:
+    """Finished, and with this very config: several trials of the same name may have been given other values."""
+    if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
+        return False
+    try:
+        there = trainer.config.load([], trial.folder / "config.yaml")
+    except AfinaError:
+        return False  # the training process will say what is the matter
+    return own_name(there) == own_name(trial.config)
+
+
+def own_name(config: TrainConfig) -> str:
+    """The name a config would have if none were given: it holds a digest of all that changes the result."""
+    return trainer.config.run_name(replace(config, run=replace(config.run, name=None)))
+
+
+def digest(parts: Sequence[str], prefix: str) -> str:
+    """``prefix`` and eight hex digits that stand for ``parts``, in whatever order."""
+    return prefix + hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:8]
+
+
+def say(line: str) -> None:
+    """A line for people; stdout is for tables."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,78 @@
+"""The layers of a decoder: a large model as if it had its first layers alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from trainer.methods import count_parameters
+
+# Beyond so many weights the first layers are tried alone: every layer of a kind runs the same code. Under ZeRO-3 the
+# whole model still lies in its files then, and all of a 70B would run on the CPU. What is cut so far is often small
+# enough to be tried in fp32 (``proof.MOST_FP32``), which says more than all layers in 16 bits.
+MOST_WHOLE = 1_000_000_000
+KEPT_LAYERS = 2  # at least, so that the gradient of one flows through another
+
+
+@contextlib.contextmanager
+def first_layers(model: Any) -> Iterator[str]:
+    """A large model as if it had its first layers alone, as many as hold one of each kind; all are put back.
+
+    The layers that are left out are not looked at, so their weights may stay in their files. Where none of those that
+    are left is trained, their norms and biases are, for as long.
+
+    Yields:
+        words for the user that say what is tried; none when it is the whole model.
+    """
+    stack = _stack(model) if count_parameters(model)[1] > MOST_WHOLE else None
+    layers = stack[2] if stack else nn.ModuleList()
+    count = _layers_of_each_kind(layers)
+    if stack is None or count >= len(layers):
+        yield ""
+        return
+    parent, name, _ = stack
+    setattr(parent, name, nn.ModuleList(list(layers)[:count]))
+    lent = []
+    if not any(p.requires_grad for p in model.parameters()):
+        kept = (p for layer in layers[:count] for p in layer.parameters())
+        lent = [p.requires_grad_() for p in kept if p.dim() == 1 and p.is_floating_point()]
+    try:
+        yield f" and the first {count} of {len(layers)} layers"
+    finally:
+        setattr(parent, name, layers)
+        for parameter in lent:
+            parameter.requires_grad_(False)
+
+
+def _stack(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The list of the decoder's layers, with the module and the name that it stands under."""
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    return max(found, key=lambda f: sum(p.numel() for p in f[2].parameters()), default=None)
+
+
+def _layers_of_each_kind(layers: nn.ModuleList) -> int:
+    """How many of the first layers hold one of each kind. They are a beginning, because models look up by a layer's
+    number what it is."""
+    kinds = [_kind(layer) for layer in layers]
+    return max([KEPT_LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))])
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells layers of one model apart: the model's own modules in it, with their switches and sizes (a window, no
+    rotary embedding, experts). Linear layers, adapted or not, are none of its own."""
+    own = ((name, m) for name, m in layer.named_modules() if type(m).__module__ == type(layer).__module__)
+    return tuple(
+        (name, type(m).__name__, k, v)
+        for name, m in own
+        for k, v in sorted(vars(m).items())
+        if v is None or (isinstance(v, int | str) and "idx" not in k)
+    )

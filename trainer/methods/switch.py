@@ -1,0 +1,111 @@
+"""Several adapters, of whatever kinds, one at a time on one base that is loaded once.
+
+Stock PEFT keeps several adapters on a base side by side, but of one kind only, and each keeps the biases that the first
+one has overwritten. Here an adapter is taken off before the next is put on: the base is then what it was, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError, ConfigError
+from trainer.methods.bottleneck import Bottleneck
+from trainer.methods.load import load_adapter, read_facts, start_in_base_of
+
+
+class Switch:
+    """A base model and the adapters that may be put on it.
+
+    Args:
+        base: nothing is on it.
+        adapters: folders by name; ``None`` is the base alone.
+        place: called with each adapted model, to move what was added to its device.
+
+    Attributes:
+        model: what answers now.
+        name: of what is on the base; ``None`` before the first :meth:`use`.
+    """
+
+    def __init__(
+        self, base: nn.Module, adapters: Mapping[str, Path | None], place: Callable[[Any], Any] = lambda model: model
+    ) -> None:
+        self._base, self._place = base, place
+        self._biases: dict[str, Tensor] = {}
+        self.adapters = dict(adapters)
+        self.model: Any = base
+        self.name: str | None = None
+
+    def use(self, name: str) -> Any:
+        """The model with this adapter in place of any other, in evaluation mode.
+
+        Raises:
+            ConfigError: there is no adapter of this name.
+            CheckpointError: it cannot be read, does not fit the base, or would change it; the base alone is left.
+        """
+        if name not in self.adapters:
+            known = ", ".join(self.adapters)
+            raise ConfigError("adapter", value=name, rule="there is none of this name", cure=f"one of {known}")
+        if name == self.name:
+            return self.model
+        self._clear()
+        folder = self.adapters[name]
+        if folder is not None:
+            self._keep(folder)
+            try:
+                self.model = self._place(load_adapter(self._base, folder))
+            except BaseException:
+                self._clear()
+                raise
+        self.name = name
+        return self.model.eval()
+
+    def _keep(self, folder: Path) -> None:
+        """Copies of what this adapter will overwrite in the base."""
+        facts = read_facts(folder)
+        if start := start_in_base_of(facts):
+            rule = f"starts in the base's own weights ({start}), so it would change the base for the others"
+            raise CheckpointError(str(folder), rule=rule, cure="save it converted, for the base as it was")
+        if facts.get("use_dora") and getattr(self._base, "is_loaded_in_8bit", False):
+            rule = "is DoRA, whose first forward loses the scales of a base in 8 bits (peft 0.21)"
+            raise CheckpointError(str(folder), rule=rule, cure="--bits 4 or --bits 16")
+        if facts.get("bias", "none") != "none":
+            biases = {n: p for n, p in self._base.named_parameters() if n.endswith("bias")}
+            self._biases = {n: p.detach().clone() for n, p in biases.items()}
+
+    def _clear(self) -> None:
+        take_off(self._base)
+        with torch.no_grad():
+            for name, value in self._biases.items():
+                self._base.get_parameter(name).copy_(value)
+        self._biases, self.model, self.name = {}, self._base, None
+
+
+def take_off(base: nn.Module) -> None:
+    """Remove every adapter from a base model, also one that was put on in part only."""
+    for full, module in list(base.named_modules()):
+        under: Any = None
+        if isinstance(module, BaseTunerLayer):
+            under = module.get_base_layer()
+        elif isinstance(module, Bottleneck):
+            under = module.base_layer
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            under = module.original_module
+        if under is not None:
+            parent, _, name = full.rpartition(".")
+            setattr(base.get_submodule(parent), name, under)
+    for left in ("peft_config", "prepare_inputs_for_generation"):  # what PEFT's wrapper writes on the base itself
+        base.__dict__.pop(left, None)
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens stand before every row."""
+    peft = model.active_peft_config if isinstance(model, PeftModel) else None
+    return int(peft.num_virtual_tokens) if peft is not None and peft.is_prompt_learning else 0
