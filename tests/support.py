@@ -106,21 +106,24 @@ def torchrun(
 ) -> Finished:
     """``torchrun --standalone`` with ``nproc`` CPU workers of one thread each: a ``.py`` file, or a module's name.
 
-    ``--standalone`` picks a free port itself, so tests can run side by side.
+    ``--standalone`` picks a free port itself, so tests can run side by side. What the workers put into the temporary
+    folder goes with them.
     """
     target = os.fspath(script_or_module)
-    return run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-            *("--nproc-per-node", str(nproc)),
-            *((target,) if target.endswith(".py") else ("-m", target)),
-            *args,
-        ],
-        env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline", **(env or {})},
-        cwd=cwd,
-        timeout_seconds=timeout_seconds,
-        check=check,
-    )
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
+    with tempfile.TemporaryDirectory(prefix="afina-", ignore_cleanup_errors=True) as scratch:
+        return run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+                *("--nproc-per-node", str(nproc)),
+                *((target,) if target.endswith(".py") else ("-m", target)),
+                *args,
+            ],
+            env={**own, "TMPDIR": scratch, **(env or {})},
+            cwd=cwd,
+            timeout_seconds=timeout_seconds,
+            check=check,
+        )
 
 
 def afina(
