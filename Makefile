@@ -52,7 +52,7 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 
 check: lint
-	$(TEST_ENV) $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
 
 # One pytest run, and nothing after it: its summary line is the last thing said.
 test: lint packages
