@@ -36,9 +36,14 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+IN_BF16 = "bf16 stage2"
+
+
 def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
-    """Overrides of every cell of these methods that the matrix does not refuse, by the cell's name."""
-    out = {}
+    """Overrides of every cell of these methods that the matrix does not refuse, by the cell's name; and of each method
+    one that computes in bf16."""
+    base = ["batch.max_steps=3", "data.max_length=400", "batch.micro_tokens=400"]
+    out = {f"{name} {IN_BF16}": [*base, "zero=stage2", "model.dtype=bf16", *METHODS[name]] for name in methods}
     for (method, bits, zero), cell in cells().items():
         if method not in methods or refusal(cell) is not None:
             continue
@@ -46,12 +51,10 @@ def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
         saves = (number + bits // 4) % 2 == 0 and method != "prefix"
         shares = (number // 2 + bits // 4) % 2 == 0 and method not in ("prompt", "prefix")
         out[f"{method} {bits} {zero}"] = [
-            *(f"zero={zero}", f"method.bits={bits}", "batch.max_steps=3", *METHODS[method]),
+            *(*base, f"zero={zero}", f"method.bits={bits}", *METHODS[method]),
             f"model.gradient_checkpointing={str(saves).lower()}",
             f"batch.packing={'trie' if shares else 'padded'}",
             *(["method.quant_storage=uint8"] if (method, bits) == ("rslora", 4) else []),  # stage 3 too
-            "data.max_length=400",
-            "batch.micro_tokens=400",
         ]
     return out
 

@@ -42,8 +42,8 @@ def test_a_run_outlives_its_template_file_and_its_cache(tmp_path: Path, tiny_mod
         ("rows.jsonl:22", "broken_json"),
     ]
     template.unlink()
-    for adapter in ("--adapter", "--no-adapter"):
-        afina("generate", run, "Say 3.", adapter, "generate.max_new_tokens=3")
+    for adapter in ([], ["--no-adapter"]):
+        afina("generate", run, "Say 3.", *adapter, "generate.max_new_tokens=3")
     scores = afina("eval", run, "eval.metrics=[loss]").output
     summary = json.loads((run / "summary.json").read_text())
     assert f"{summary['metrics']['eval_loss']:.4f}" in scores
