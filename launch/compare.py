@@ -101,6 +101,9 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
             cure = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
             raise ConfigError(text, rule="the methods that are compared are compare.methods", cure=cure)
     base = trainer.config.load([text for text in typed if not text.startswith("method.")])
+    if base.compare.tune and base.data.validation in (0, 0.0):
+        rule = "judges the tries by held-out rows, and there are none (data.validation=0)"
+        raise ConfigError("compare.tune", value=base.compare.tune, rule=rule, cure="data.validation=0.1")
     entrants = [_entrant(name, typed) for name in base.compare.methods]
     able = [entrant for entrant in entrants if entrant.config is not None]
     if not able:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -41,28 +40,21 @@ def collect(entrants: Sequence[Entrant]) -> list[Record]:
         rate), folder, error. ``None`` is what a method does not have. ``peak_memory_bytes`` is that of rank 0's process
         (on a GPU: of its device), ``seconds`` the whole run's, ``useful_tokens_per_second`` that of its steps.
     """
-    records = [_record(entrant) for entrant in entrants]
-    before: Record = next((r["before"] for r in records if r["before"]), {})
-    names = [m for m in METRICS if m != "loss" and any(m in (r["scores"] | r["before"]) for r in records)]
-    if before:
-        base = dict.fromkeys(records[0]) | {"method": BASE, "status": "base", "scores": before, "before": {}}
-        records.insert(0, base)
-    for record in records:
-        scores = record.pop("scores")
-        del record["before"]
-        record["eval_loss"] = scores.get("eval_loss")
-        record |= {name: scores.get(name) for name in names}
-        for last in ("status", "tried", "folder", "error"):
-            record[last] = record.pop(last)
+    summaries = [read_summary(entrant.trial.folder) if entrant.trial else {} for entrant in entrants]
+    scores: list[Record] = [summary.get("metrics") or {} for summary in summaries]
+    seen = {name.removesuffix("_before") for metrics in scores for name in metrics}
+    names = ["eval_loss", *(name for name in METRICS if name in seen)]
+    records = [_record(entrant, summary, names) for entrant, summary in zip(entrants, summaries, strict=True)]
+    before = [{name: metrics.get(f"{name}_before") for name in names} for metrics in scores]
+    if base := next((found for found in before if any(value is not None for value in found.values())), None):
+        records.insert(0, dict.fromkeys(records[0]) | {"method": BASE, **base, "status": "base"})
     return records
 
 
-def _record(entrant: Entrant) -> Record:
+def _record(entrant: Entrant, summary: Record, names: Sequence[str]) -> Record:
     folder = entrant.trial.folder if entrant.trial else None
-    summary = read_summary(folder) if folder else {}
-    metrics = summary.get("metrics") or {}
-    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     done = summary.get("status") == "finished" and not entrant.error
+    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     return {
         "method": entrant.name,
         "learning_rate": entrant.rate if entrant.trial else None,
@@ -71,9 +63,7 @@ def _record(entrant: Entrant) -> Record:
         "adapter_bytes": _saved_bytes(folder) if folder and done else None,
         **(_cost(folder) if folder and done else dict.fromkeys(("peak_memory_bytes", "useful_tokens_per_second"))),
         "seconds": summary.get("wall_seconds"),
-        "eval_loss": None,
-        "scores": metrics if done else {},
-        "before": {name.removesuffix("_before"): v for name, v in metrics.items() if name.endswith("_before")},
+        **{name: summary["metrics"].get(name) if done else None for name in names},
         "status": "refused" if entrant.refused else "failed" if entrant.error else summary.get("status") or "not run",
         "tried": {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(entrant.tried.items())},
         "folder": str(folder) if folder else None,
@@ -103,13 +93,8 @@ def _cost(folder: Path) -> dict[str, float | None]:
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `compare.csv` (raw numbers), `compare.md` (the table as people read it), `compare.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "compare.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows({**r, "tried": json.dumps(r["tried"]) if r["tried"] else ""} for r in records)
-    header, rows = _cells(records)
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    table.write_csv(folder / "compare.csv", [{**r, "tried": json.dumps(r["tried"] or {})} for r in records])
+    text = table.markdown(*_cells(records))
     notes = [f"- {record['method']}: {record['error']}" for record in records if record["error"]]
     notes += [f"- {r['method']}, eval loss of tries: {_tries(r['tried'])}" for r in records if r["tried"]]
     (folder / "compare.md").write_text("\n".join([text, *([""] + notes if notes else [])]) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -96,13 +95,8 @@ def short_labels(keys: Sequence[str]) -> dict[str, str]:
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `sweep.csv` (raw numbers, whole keys) and `sweep.md` (the table as people read it)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    header, rows = _cells(records)
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    table.write_csv(folder / "sweep.csv", records)
+    text = table.markdown(*_cells(records))
     failures = [f"- `{record['folder']}`: {record['error']}" for record in records if record["error"]]
     (folder / "sweep.md").write_text("\n".join([text, *([""] + failures if failures else [])]) + "\n")
 

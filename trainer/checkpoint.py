@@ -66,7 +66,7 @@ def save(
             complete.
         say: told about a failure.
         allocation: AdaLoRA's ranks, which are saved too.
-        watch: what the run knows of its evaluations, for :func:`watch_state`.
+        watch: what the run knows of its evaluations, for :func:`load`.
         best_step: the best of them, whose checkpoint is kept beside ``keep``.
 
     Returns:
@@ -139,7 +139,9 @@ def verify(folder: Path, run: Path) -> None:
     raise CheckpointError(fault, rule="so the checkpoint cannot be used", cure=cure)
 
 
-def load(engine: Engine, folder: Path | None, who: dict[str, Any], allocation: Allocation | None = None) -> int:
+def load(
+    engine: Engine, folder: Path | None, who: dict[str, Any], allocation: Allocation | None = None
+) -> tuple[int, dict[str, Any] | None]:
     """Restore a run from a checkpoint. A collective; the files are read on rank 0 (full: on each rank).
 
     Args:
@@ -149,13 +151,13 @@ def load(engine: Engine, folder: Path | None, who: dict[str, Any], allocation: A
         allocation: AdaLoRA's ranks, which are restored too.
 
     Returns:
-        Updates taken so far; 0 without a checkpoint.
+        Updates taken so far, 0 without a checkpoint; and what was saved as ``watch``.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model, method, data, batch size or seed.
     """
     if folder is None:
-        return 0
+        return 0, None
     facts = json.loads((folder / "state.json").read_text()) if engine.world.is_main else {}
     facts = from_main(facts)
     for key, value in who.items():
@@ -177,16 +179,7 @@ def load(engine: Engine, folder: Path | None, who: dict[str, Any], allocation: A
             held = {n.removeprefix(RANKS): t for n, t in tensors.items() if n.startswith(RANKS)}
             allocation.restore(from_main(held))
     restore_loss_scaler(engine, facts["loss_scaler"])
-    return step
-
-
-def watch_state(folder: Path | None, world: World) -> dict[str, Any] | None:
-    """What was saved as ``watch``; ``None`` where nothing was. A collective."""
-    if folder is None:
-        return None
-    facts: dict[str, Any] = json.loads((folder / "state.json").read_text()) if world.is_main else {}
-    state: dict[str, Any] | None = from_main(facts.get("watch"))
-    return state
+    return step, facts.get("watch")
 
 
 def of_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:

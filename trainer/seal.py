@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from trainer.disk import sha256, sync
 
 MARKER = "COMPLETE"
 
@@ -21,16 +21,16 @@ def seal(partial: Path, folder: Path) -> None:
     """Sync all of ``partial``, rename it to ``folder``, and last of all write the marker."""
     marker: dict[str, Any] = {}
     for file in sorted(f for f in partial.rglob("*") if f.is_file()):
-        _sync(file)
-        marker[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        sync(file)
+        marker[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     temporary = folder / (MARKER + ".partial")
     temporary.write_text(json.dumps(marker, indent=1))
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(folder / MARKER)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def fault_of(folder: Path) -> str | None:
     for file, size, digest in expected:
         if not file.exists():
             return f"{file} is missing"
-        if file.stat().st_size != size or _sha256(file) != digest:
+        if file.stat().st_size != size or sha256(file) != digest:
             return f"{file} is not what was written (size or SHA-256 differ)"
     return None
 
@@ -73,16 +73,3 @@ def set_aside_later(run: Path, step: int) -> None:
             while (aside := later.with_name(f"superseded-{number}-{later.name}")).exists():
                 number += 1
             later.rename(aside)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

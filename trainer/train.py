@@ -151,8 +151,7 @@ def _run(
 ) -> Outcome:
     built = build(config, world, folder, data, tokenizer)
     who = checkpoint.identity(config, data.fingerprint)
-    first_step = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
-    watched = checkpoint.watch_state(run.resume_from, world)
+    first_step, watched = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
     sampler = Sampler(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )

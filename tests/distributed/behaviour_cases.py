@@ -126,7 +126,7 @@ def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
     expected = _everything(straight)
 
     again = bench.loop(config, folder)
-    first = checkpoint.load(again.engine, checkpoint.find(folder, "auto"), again.who, again.allocation)
+    first, _ = checkpoint.load(again.engine, checkpoint.find(folder, "auto"), again.who, again.allocation)
     for step in range(first, 6):
         again._step(step)
     found = _everything(again)

@@ -209,7 +209,7 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
 
 @pytest.mark.parametrize(
     ("room", "killed_in"),
-    [(seal, "_sync"), (seal, "_sha256"), (checkpoint, "save_file"), (checkpoint, "save_adapter")],
+    [(seal, "sync"), (seal, "sha256"), (checkpoint, "save_file"), (checkpoint, "save_adapter")],
 )
 def test_a_kill_while_writing_leaves_the_one_before(
     run: Run, monkeypatch: pytest.MonkeyPatch, room: Any, killed_in: str

@@ -19,7 +19,7 @@ from tests.support import ROOT
 
 # Lowest first. A room may import from itself, from every room in a lower row, and from the neighbours in NEIGHBOURS.
 ROWS = (
-    ("errors", "config", "distributed", "quiet"),
+    ("errors", "config", "distributed", "quiet", "disk"),
     ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
     (
         *(
@@ -41,7 +41,7 @@ ROWS = (
         *("view", "loaded"),
     ),
     ("train", "final", "inference", "chat"),
-    ("compare", "report", "verbs"),
+    ("report", "verbs"),
     ("cli",),
 )
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
@@ -61,7 +61,6 @@ NEIGHBOURS = {
     "merge": {"fold"},
     "card": {"merge"},
     "train": {"final"},
-    "report": {"compare"},
 }
 LAUNCH_MAY_IMPORT = {"config", "errors"}
 MAX_FILE_LINES = 300

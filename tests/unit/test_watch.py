@@ -208,18 +208,18 @@ HELD_OUT = ["debug=tiny", "eval.every_steps=2"]
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "watched"),
     [
-        ["eval.best_metric=eval_loss", "eval.patience=3", "eval.stop_on_overfit=true"],
-        ["eval.best_metric=exact_match", "eval.overfit_gap=null"],
-        ["eval.patience=1", "eval.every_steps=0", "eval.every_epoch=true"],
-        ["eval.best_metric=chrf", "eval.metrics=[chrf]"],
-        ["eval.metrics=[exact_match]"],  # the default gap asks nothing of a run without a loss
-        ["data.validation=0", "eval.metrics=[loss]", "eval.every_steps=0"],
+        (["eval.best_metric=eval_loss", "eval.patience=3", "eval.stop_on_overfit=true"], "eval_loss"),
+        (["eval.best_metric=exact_match", "eval.overfit_gap=null"], "exact_match"),
+        (["eval.patience=1", "eval.every_steps=0", "eval.every_epoch=true"], "eval_loss"),
+        (["eval.best_metric=chrf", "eval.metrics=[chrf]"], "chrf"),
+        (["eval.metrics=[exact_match]"], None),  # the default gap asks nothing of a run without a loss
+        (["data.validation=0", "eval.metrics=[loss]", "eval.every_steps=0"], None),
     ],
 )
-def test_keys_that_go_together(overrides: list[str]) -> None:
-    load([*HELD_OUT, *overrides])
+def test_keys_that_go_together(overrides: list[str], watched: str | None) -> None:
+    assert Watch(load([*HELD_OUT, *overrides]).eval).metric == watched
 
 
 @pytest.mark.parametrize(

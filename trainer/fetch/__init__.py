@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.disk import sha256, sync
 from trainer.errors import ConfigError, ModelError
-from trainer.fetch.common import Say, sha256
+from trainer.fetch.common import Say
 from trainer.fetch.smollm2 import build_smollm2
 from trainer.fetch.tiny import build_tiny
 
@@ -111,7 +112,7 @@ def _build(folder: Path, recipe: Embedded, say: Say) -> None:
         for file in made.rglob("*"):
             # transformers writes weights readable by their owner alone; a cache may be shared by a group.
             file.chmod((made / MARKER).stat().st_mode)
-            _sync(file)
+            sync(file)
         if folder.exists():
             os.replace(folder, Path(temporary) / "incomplete")
         os.replace(made, folder)
@@ -138,14 +139,6 @@ def _lock(path: Path, say: Say) -> Iterator[None]:
             say("another process is fetching the model; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 EMBEDDED = {

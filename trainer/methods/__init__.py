@@ -1,11 +1,12 @@
 """What is trained: attach adapters or free all weights, count them, save and load them."""
 
 from trainer.methods.adalora import OrthogonalTerm, RankAllocator
-from trainer.methods.attach import attach, count_parameters, digests, is_prompt_learning, trainable_parameters
+from trainer.methods.attach import attach, is_prompt_learning, virtual_tokens
 from trainer.methods.load import is_adapter, load_adapter
+from trainer.methods.parameters import count_parameters, digests, trainable_parameters
 from trainer.methods.save import save_adapter, save_full, verify_adapter
 from trainer.methods.start import start_in_base
-from trainer.methods.switch import Switch, virtual_tokens
+from trainer.methods.switch import Switch
 
 __all__ = [
     "OrthogonalTerm",

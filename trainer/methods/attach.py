@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
@@ -76,30 +75,6 @@ def is_prompt_learning(model: Any) -> bool:
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A digest of each tensor's values, the same in any float dtype that holds them."""
-    return {
-        name: hashlib.blake2b(t.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
-        for name, t in tensors.items()
-    }
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained and total parameters; a weight held in 4 bits counts as one, a ZeRO-3 partition as its whole."""
-    trained = total = 0
-    for parameter in model.parameters():
-        count = _numel(parameter)
-        total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total
-
-
-def _numel(parameter: Any) -> int:
-    if type(parameter).__name__ == "Params4bit":
-        return 2 * parameter.numel() * parameter.element_size()  # two weights a byte, whatever the storage dtype is
-    return int(getattr(parameter, "ds_numel", 0) or parameter.numel())
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens stand before every row."""
+    return int(model.active_peft_config.num_virtual_tokens) if is_prompt_learning(model) else 0

@@ -15,6 +15,7 @@ from trainer.config.text import wrong
 from trainer.errors import ConfigError
 from trainer.methods.bottleneck import KIND, facts_of
 from trainer.methods.load import ADAPTER_FILE, read_facts, read_tensors, start_in_base_of
+from trainer.methods.parameters import trainable_parameters
 
 NAMES = {
     "LORA": "lora",
@@ -63,7 +64,7 @@ def start_from(model: Any, method: MethodConfig, folder: Path) -> None:
     _same_meaning(facts, facts_of(model) if is_own else model.peft_config["default"].to_dict(), method, folder)
     saved = read_tensors(folder / ADAPTER_FILE)
     if is_own:
-        mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        mine = trainable_parameters(model)
     else:
         mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     if method.name == "adalora" and facts.get("rank_pattern"):

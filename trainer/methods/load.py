@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods.bottleneck import KIND, attach_bottleneck, method_of
+from trainer.methods.parameters import trainable_parameters
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -85,7 +86,7 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
 def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
     try:
         model = attach_bottleneck(base, method_of(facts))
-        mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        mine = trainable_parameters(model)
         if odd := sorted(set(saved) ^ set(mine)):
             raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
         with torch.no_grad():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -103,9 +102,3 @@ def take_off(base: nn.Module) -> None:
             setattr(base.get_submodule(parent), name, under)
     for left in ("peft_config", "prepare_inputs_for_generation"):  # what PEFT's wrapper writes on the base itself
         base.__dict__.pop(left, None)
-
-
-def virtual_tokens(model: Any) -> int:
-    """How many virtual tokens stand before every row."""
-    peft = model.active_peft_config if isinstance(model, PeftModel) else None
-    return int(peft.num_virtual_tokens) if peft is not None and peft.is_prompt_learning else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.disk import sync
 from trainer.errors import CheckpointError
 
 Record = dict[str, Any]
@@ -42,16 +44,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     # Without this the rename itself may be lost with the machine's power. Not every filesystem allows it.
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(folder)
-    except OSError:
-        pass
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):
+        sync(path.parent)
 
 
 def strict(value: Any) -> Any:
