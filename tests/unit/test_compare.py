@@ -28,14 +28,14 @@ class Runs:
 
     def __init__(self) -> None:
         self.started: list[Path] = []
+        self.trials: list[Trial] = []
         self.best = 1.0
         self.diverges = math.inf
         self.stop_at: str | None = None
 
     def carry_out(self, trial: Trial, label: str, _: Any = None) -> tuple[int, str]:
         assert label
-        folder = run_folder(load(trial.overrides))
-        assert folder == trial.folder
+        folder = trial.folder
         rate = trial.config.optim.learning_rate
         assert rate is not None
         if (folder / "summary.json").exists():
@@ -43,6 +43,7 @@ class Runs:
         if self.stop_at is not None and folder.name == self.stop_at:
             return 75, "stopped"
         self.started.append(folder)
+        self.trials.append(trial)
         if rate > self.diverges:
             return 5, "the loss is not finite"
         loss = abs(math.log10(rate / (1e-3 * self.best))) + 1
@@ -147,7 +148,6 @@ def test_rates_cannot_be_tried_without_held_out_rows() -> None:
 
 
 def test_what_is_written(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    del runs
     assert compare([*TINY, methods("full", "lora r=8"), "eval.metrics=[loss,exact_match]", "compare.rows=20"]) == 0
     with Path("there/c/compare.csv").open() as file:
         base, full, lora = csv.DictReader(file)
@@ -164,6 +164,10 @@ def test_what_is_written(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None
     assert load([], Path("there/c/lora-r8/config.yaml")).data.max_rows == 20
     lines = Path("there/c/compare.md").read_text().splitlines()
     assert len(lines) == 5
+    assert [run_folder(load(trial.overrides)) for trial in runs.trials] == [
+        Path("there/c/full"),
+        Path("there/c/lora-r8"),
+    ]
     assert "| lora r=8 | 0.0002 | 50 | 5.00 % |" in lines[4]
     assert Path("there/c/compare.png").read_bytes().startswith(b"\x89PNG")
     assert "lora r=8" in capsys.readouterr().out
