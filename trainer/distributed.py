@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -67,6 +70,19 @@ def shutdown() -> None:
     """End the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process with that code: exit handlers run and output is flushed, but Python is not taken down.
+
+    Gloo's threads outlive ``destroy_process_group`` (DeepSpeed's modules keep the groups), and one that lets go of a
+    tensor while the interpreter goes away aborts a process whose work is done: torchrun then calls the run failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has left, or it is closed
+            stream.flush()
+    os._exit(exit_code)
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:

@@ -231,4 +231,4 @@ def _record_failure(run: Run, error: Exception, world: World, begin: float) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

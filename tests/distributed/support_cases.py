@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer import checkpoint, distributed
 from trainer.config import TrainConfig, load
@@ -76,11 +76,13 @@ class Bench:
             self.results[case] = value
             print(f"{case}: {value}", flush=True)
 
-    def finish(self) -> None:
+    def finish(self) -> NoReturn:
+        """Write the results and end this process."""
         if self.world.is_main:
             Path(sys.argv[1]).write_text(json.dumps(self.results))
         distributed.barrier()
         distributed.shutdown()
+        distributed.leave(0)
 
 
 def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any]]]:
