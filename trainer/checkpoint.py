@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer.allocation import Allocation
 from trainer.config.method import METHODS
 from trainer.config.schema import CheckpointConfig, TrainConfig
-from trainer.distributed import World, barrier, from_main
+from trainer.distributed import World, from_main, gather_objects
 from trainer.engine import Engine
 from trainer.errors import AfinaError, CheckpointError
 from trainer.methods import save_adapter
@@ -94,7 +95,7 @@ def save(
         }
         try:
             _write(engine, partial, folder, state, adapter, facts)
-        except (OSError, AfinaError) as error:
+        except (OSError, SafetensorError, AfinaError) as error:
             failure = str(error)
         else:
             _delete_old(run / "checkpoints", keys.keep, best_step, say)
@@ -193,15 +194,36 @@ def of_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:
 
 
 def _save_deepspeed(engine: Engine, partial: Path) -> str | None:
+    """Each rank's shard, by DeepSpeed; what went wrong on any rank is told on all of them."""
+    fault = None
     if engine.world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "deepspeed").mkdir(parents=True)
-    barrier()
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "deepspeed").mkdir(parents=True)
+        except OSError as error:
+            fault = str(error)
+    fault = from_main(fault)
+    if fault is not None:
+        return fault
+    faults: list[str] = []
+    files = engine.deepspeed.checkpoint_engine
+    write = files.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
+            # Raised here, it would leave the other ranks waiting in DeepSpeed's next collective.
+            faults.append(f"rank {engine.world.rank}: {path}: {error}")
+
+    files.save = save
     try:
         engine.deepspeed.save_checkpoint(str(partial / "deepspeed"), tag="state")
     except OSError as error:
-        return str(error)
-    return None
+        faults.append(f"rank {engine.world.rank}: {error}")
+    finally:
+        files.save = write
+    return next((fault for of_rank in gather_objects(faults) for fault in of_rank), None)
 
 
 def _write(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer import verbs
+from trainer.disk import no_room
 from trainer.errors import AfinaError
 from trainer.verbs import Adapters, Overrides, Run, find_run
 
@@ -226,6 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        full = no_room(error)
+        if full is not None:
+            print(f"error: {full}", file=sys.stderr)
+            return full.exit_code
         # a wrong verb or option: the class is click's, or typer's own copy of it, so it is known by what it can do
         if not hasattr(error, "format_message"):
             raise

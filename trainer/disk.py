@@ -1,10 +1,16 @@
-"""Files as the disk has them."""
+"""Files as the disk has them, and a disk that takes no more."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from pathlib import Path
+
+from trainer.errors import CheckpointError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def sync(path: Path) -> None:
@@ -18,6 +24,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def no_room(error: BaseException) -> CheckpointError | None:
+    """What to tell of a disk that takes no more; ``None`` for any other error.
+
+    Python says it with an ``OSError``, safetensors and tokenizers with classes of their own that quote its number.
+    """
+    quoted = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None
+    if number not in FULL:
+        return None
+    file = error.filename if isinstance(error, OSError) else None
+    rule = f"the disk takes no more: {os.strerror(number)}"
+    return CheckpointError(str(file or "writing"), rule=rule, cure="make room, then the same command again: it goes on")
 
 
 def sha256(file: Path) -> str:

@@ -19,6 +19,7 @@ from trainer.config import TrainConfig, load, to_yaml
 from trainer.config.method import given
 from trainer.data.load import Data, describe, load_data
 from trainer.data.packing import Packing
+from trainer.disk import no_room
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.errors import AfinaError
@@ -61,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     try:
         return train(load(known.overrides, known.config), world)
-    except AfinaError as error:
-        if error.rank in (None, world.rank):
+    except Exception as error:
+        told = error if isinstance(error, AfinaError) else no_room(error)
+        if told is None:
+            raise
+        if told.rank in (None, world.rank):
             rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+            print(f"{rank}error: {told}", file=sys.stderr, flush=True)
+        return told.exit_code
 
 
 def train(config: TrainConfig, world: World) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from tests.distributed.reference import mean_loss, reference_model
 from tests.distributed.support_cases import Bench, reference_batches
 from tests.distributed.watch_cases import watch_whole_runs
 from trainer import checkpoint
-from trainer.distributed import from_main
+from trainer.distributed import from_main, gather_objects
 from trainer.errors import CheckpointError, TrainingError
 from trainer.fetch import resolve
 from trainer.loop import Loop
@@ -215,6 +216,20 @@ def not_finite_is_named(bench: Bench, zero: str) -> None:
     )
 
 
+def one_rank_cannot_write(bench: Bench) -> None:
+    """Rank 1's disk is full: every rank hears of it, the run goes on, and the next checkpoint is there."""
+    loop, folder, said = bench.loop(bench.config("method=full", "zero=stage2")), shared_folder(), list[str]()
+    who = checkpoint.identity(loop.config, loop.data.fingerprint)
+    loop._step(0)
+    full = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
+        lost = checkpoint.save(loop.engine, folder, 1, who, loop.config.checkpoint, said.append)
+    loop._step(1)
+    kept = checkpoint.save(loop.engine, folder, 2, who, loop.config.checkpoint, said.append)
+    there = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    bench.note("full disk on rank 1", gather_objects({"saved": [lost, kept], "said": said, "there": there}))
+
+
 class _Poisoned:
     def __init__(self, loss: Any) -> None:
         self.loss = loss
@@ -242,6 +257,7 @@ def main() -> None:
     for zero in ("stage2", "stage3"):
         chunks_equal_one_call(bench, zero, "method=full")
     resume_at_another_stage(bench)
+    one_rank_cannot_write(bench)
     generation_in_lockstep(bench)
     for zero in ("stage2", "stage3"):
         qlora_learns(bench, zero, "qlora")

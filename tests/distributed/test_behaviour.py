@@ -76,6 +76,15 @@ def test_not_finite_names_step_rank_and_rows(seen: dict[str, Any], zero: str) ->
     assert facts["unchanged"], "the adapter of the step before must survive"
 
 
+def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(seen: dict[str, Any]) -> None:
+    for facts in seen["full disk on rank 1"]:
+        assert facts["saved"] == [False, True]
+        assert facts["there"] == ["step-00000002"]
+        (line,) = facts["said"]
+        assert "checkpoint of step 1 could not be written (rank 1:" in line
+        assert "file write failed" in line
+
+
 def test_generation_in_lockstep_equals_one_process(seen: dict[str, Any]) -> None:
     assert seen["generation"]["rows"] > 8
     assert seen["generation"]["equal"]
