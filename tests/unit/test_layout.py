@@ -48,6 +48,7 @@ LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
 # Importer -> the rooms of its own row that it may import. One way only: no pair stands here in both directions.
 NEIGHBOURS = {
     "config": {"errors"},
+    "disk": {"errors"},
     "distributed": {"errors"},
     "loss": {"data"},
     "attention": {"short_attention"},
