@@ -81,11 +81,10 @@ def compare(typed: Sequence[str]) -> int:
             code, error = carry_out(entrant.trial, label)
             stopped = code if code in process.STOPPED else 0
             entrant.error = error if code and not stopped else None
+        comparison.write(folder, comparison.collect(entrants))  # there is something to look at from the first on
         if stopped:
             break
-    records = comparison.collect(entrants)
-    comparison.write(folder, records)
-    comparison.show(records)
+    comparison.show(comparison.collect(entrants))
     return stopped or int(any(entrant.error for entrant in entrants))
 
 

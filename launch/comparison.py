@@ -38,7 +38,8 @@ def collect(entrants: Sequence[Entrant]) -> list[Record]:
     Returns:
         Records with the same keys: those of ``HEADS``, every metric that any run has, ``tried`` (loss by learning
         rate), folder, error. ``None`` is what a method does not have. ``peak_memory_bytes`` is that of rank 0's process
-        (on a GPU: of its device), ``seconds`` the whole run's, ``useful_tokens_per_second`` that of its steps.
+        (on a GPU: of its device), ``seconds`` the whole run's (of one that was interrupted: since it went on),
+        ``useful_tokens_per_second`` that of its steps.
     """
     summaries = [read_summary(entrant.trial.folder) if entrant.trial else {} for entrant in entrants]
     scores: list[Record] = [summary.get("metrics") or {} for summary in summaries]
