@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # A gloo thread that wants the interpreter back while it is being taken down: what happens by chance, made certain.
 SCRIPT = """
 import atexit, time
@@ -27,6 +29,7 @@ distributed.leave(75)
 """
 
 
+@pytest.mark.slow
 def test_a_busy_gloo_thread_does_not_abort_a_process_whose_work_is_done() -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-c", SCRIPT]
