@@ -95,7 +95,7 @@ def test_the_default_list_is_every_method() -> None:
 def test_each_has_its_own_learning_rate_unless_one_is_typed() -> None:
     chosen = methods("full", "lora r=8", "lora r=4 optim.learning_rate=0.5", "ia3")
     # an experiment's rate suits the experiment's method
-    assert [e.rate for e in plan(["experiment=demo", chosen])[1]] == [1e-5, 2e-4, 0.5, 3e-3]
+    assert [e.rate for e in plan(["experiment=demo", chosen])[1]] == [2e-5, 2e-4, 0.5, 3e-3]
     assert [e.rate for e in plan(["experiment=demo", chosen, "optim.learning_rate=0.1"])[1]] == [0.1, 0.1, 0.5, 0.1]
 
 

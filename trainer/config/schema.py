@@ -107,7 +107,7 @@ class BatchConfig:
 class OptimConfig:
     """AdamW (Loshchilov & Hutter, 2019)."""
 
-    learning_rate: float | None = key(None, "peak rate; null: the method's default (lora 2e-4, full 1e-5)", gt=0)
+    learning_rate: float | None = key(None, "peak rate; null: the method's default (lora 2e-4, full 2e-5)", gt=0)
     weight_decay: float = key(0.0, "decoupled weight decay on every trained tensor", ge=0)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1)
