@@ -89,7 +89,7 @@ def test_warmup_steps_overrule_the_ratio_and_stay_within_the_run() -> None:
 def test_peak_rate_is_the_methods_own_or_what_was_given() -> None:
     common = ["model=tiny", "data=headlines"]
     assert peak_learning_rate(load([*common, "method=lora"])) == 2e-4
-    assert peak_learning_rate(load([*common, "method=full", "rank=null"])) == 1e-5
+    assert peak_learning_rate(load([*common, "method=full", "rank=null"])) == 2e-5
     assert peak_learning_rate(load([*common, "optim.learning_rate=0.5"])) == 0.5
 
 

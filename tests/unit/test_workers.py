@@ -95,6 +95,7 @@ def test_what_is_wrong_with_the_template_is_told_as_in_one_process(recipe: Recip
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_worker_outlives_its_parent(recipe: Recipe, number: signal.Signals) -> None:
     def parent() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
         for _ in encoded(chunks(10**9), recipe, 2):
             ready.set()
 
