@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import glob
 import os
@@ -49,7 +50,7 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None, with_da
     else:
         _refuse_groups(choices, config_file)
         tree = _read(config_file)
-    cfg = OmegaConf.structured(TrainConfig)
+    cfg = copy.deepcopy(_schema())
     for name, value in [*_flatten(tree), *values]:
         _assign(cfg, name, value)
     config = _resolve(cfg)
@@ -165,6 +166,12 @@ def _compose(choices: Mapping[str, str | None], with_hydra: bool = False) -> dic
     """What ``conf/`` gives for these choices, as plain dicts, not to be changed by the caller."""
     typed = (f"~{group}" if option is None else f"{group}={option}" for group, option in choices.items())
     return _composed(tuple(typed), with_hydra)
+
+
+@cache  # five times the time of a copy
+def _schema() -> DictConfig:
+    """Every key with its type and default; not to be changed by the caller."""
+    return cast(DictConfig, OmegaConf.structured(TrainConfig))
 
 
 @cache  # composing is most of the time of load(), and a sweep composes the same files for every run
