@@ -34,8 +34,8 @@ def main() -> None:
     for kind in ("csv", "png"):
         shutil.copyfile(folder / f"compare.{kind}", HERE / f"{NAME}.{kind}")
     (HERE / f"{NAME}.md").write_text(
-        f"SmolLM2-135M in bf16 on {os.cpu_count()} CPU cores; {rows} headlines seen once, 16 an update, 256 held "
-        "out; each method at the best of its tries on 320 rows, which stand below.\n\n"
+        f"SmolLM2-135M in bf16 on {os.cpu_count()} CPU cores; {rows} headlines seen once, 16 an update, scored "
+        "on 256 held-out rows; each method at the best of its tries on 320 rows, which stand below.\n\n"
         + (folder / "compare.md").read_text()
     )
 

@@ -67,7 +67,7 @@ def compare(typed: Sequence[str]) -> int:
     """
     folder, entrants = plan(typed)
     say(f"comparison of {len(entrants)} methods in {folder}")
-    stopped = 0
+    stopped, records = 0, list[comparison.Record]()
     for number, entrant in enumerate(entrants, 1):
         label = f"[{number}/{len(entrants)}] {entrant.name}"
         if entrant.config is None:
@@ -81,10 +81,11 @@ def compare(typed: Sequence[str]) -> int:
             code, error = carry_out(entrant.trial, label)
             stopped = code if code in process.STOPPED else 0
             entrant.error = error if code and not stopped else None
-        comparison.write(folder, comparison.collect(entrants))  # there is something to look at from the first on
+        records = comparison.collect(entrants)
+        comparison.write(folder, records)  # there is something to look at from the first on
         if stopped:
             break
-    comparison.show(comparison.collect(entrants))
+    comparison.show(records)
     return stopped or int(any(entrant.error for entrant in entrants))
 
 
@@ -100,7 +101,7 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
             cure = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
             raise ConfigError(text, rule="the methods that are compared are compare.methods", cure=cure)
     base = trainer.config.load([text for text in typed if not text.startswith("method.")])
-    if base.compare.tune and base.data.validation in (0, 0.0):
+    if base.compare.tune and base.data.validation == 0:
         rule = "judges the tries by held-out rows, and there are none (data.validation=0)"
         raise ConfigError("compare.tune", value=base.compare.tune, rule=rule, cure="data.validation=0.1")
     entrants = [_entrant(name, typed) for name in base.compare.methods]

@@ -37,7 +37,7 @@ def no_room(error: BaseException) -> CheckpointError | None:
         return None
     file = error.filename if isinstance(error, OSError) else None
     rule = f"the disk takes no more: {os.strerror(number)}"
-    return CheckpointError(str(file or "writing"), rule=rule, cure="make room, then the same command again: it goes on")
+    return CheckpointError(str(file or "writing"), rule=rule, cure="make room, then the same command again")
 
 
 def sha256(file: Path) -> str:

@@ -104,7 +104,6 @@ def all_differ_after(rows: Sequence[Tokens], depth: int) -> bool:
     return len({int(r.ids[depth]) for r in rows if len(r.ids) > depth}) == len(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("mix", list(MIXES))
 @pytest.mark.parametrize("count", [16, 32, 64, 128, 256])

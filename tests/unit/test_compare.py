@@ -147,7 +147,6 @@ def test_rates_cannot_be_tried_without_held_out_rows() -> None:
         plan(["model=tiny", "data.validation=0", "compare.tune=[1]"])
 
 
-@pytest.mark.slow
 def test_what_is_written(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare([*TINY, methods("full", "lora r=8"), "eval.metrics=[loss,exact_match]", "compare.rows=20"]) == 0
     with Path("there/c/compare.csv").open() as file:
@@ -201,7 +200,6 @@ def test_a_method_of_which_every_try_fails_is_told_and_the_others_go_on(runs: Ru
     assert "- lora r=8: the loss is not finite" in Path("there/c/compare.md").read_text()
 
 
-@pytest.mark.slow
 def test_stopped_and_started_again_it_does_what_is_left(runs: Runs) -> None:
     typed = [*TINY, methods("full", "lora r=8", "ia3"), "compare.tune=[1]"]
     runs.best, runs.stop_at = 0.2, "lora-r8"

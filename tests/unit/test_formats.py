@@ -190,7 +190,6 @@ fields_of = {
 }
 
 
-@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.sampled_from(sorted(fields_of)))
 def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(data: st.DataObject, format: str) -> None:

@@ -55,7 +55,6 @@ def alone(model: Any, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("without_data")
 def test_each_adapter_answers_as_if_loaded_alone(work: Path, tokenizer: Any) -> None:
     runs = work / "runs"

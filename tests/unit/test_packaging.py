@@ -122,7 +122,6 @@ def test_pins_fit_every_machine() -> None:
     assert [line for line in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []
 
 
-@pytest.mark.slow
 def test_environment_is_consistent() -> None:
     answer = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stdout

@@ -308,7 +308,6 @@ def test_a_large_model_is_tried_on_its_first_layers_and_left_as_it_was(name: str
     assert model.training
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("everything_is_large")
 @pytest.mark.parametrize(
     ("name", "mistake"),

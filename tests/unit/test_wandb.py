@@ -205,7 +205,6 @@ def test_off_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "b" / "wandb").exists()
 
 
-@pytest.mark.slow
 def test_online_without_a_key_asks_nothing_and_goes_offline(tmp_path, capsys):
     record_run(tmp_path / "run", RECORDS, mode="online")
     assert "W&B records this run offline: there is no API key" in capsys.readouterr().out
