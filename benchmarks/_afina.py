@@ -17,8 +17,8 @@ from typing import Any
 
 import trainer.train
 from trainer.config import load, run_folder
-from trainer.distributed import from_environment
-from trainer.quiet import quiet
+from trainer.distributed.process_group import from_environment
+from trainer.silence import quiet
 
 
 def main(result_file: Path, overrides: list[str]) -> None:

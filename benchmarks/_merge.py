@@ -18,10 +18,10 @@ from typing import Any
 
 import deepspeed  # noqa: F401  `afina merge` loads it too: it belongs to what importing costs
 
-import trainer.merge
-from trainer.inference import merge_run
+import trainer.merge.merge
+from trainer.inference.use import merge_run
 
-# A function of trainer.merge: the part that it is, and the one that follows.
+# A function of trainer.merge.merge: the part that it is, and the one that follows.
 PARTS = {"fold": ("folding", "digests"), "_write": ("writing", "reading back, its answers")}
 
 
@@ -63,7 +63,7 @@ def main(result_file: Path, run: Path, to: Path) -> None:
     """Merge once and write the peaks, and what was resident before."""
     before, watch = sum(resident()), Watch()
     for name, (part, after) in PARTS.items():
-        setattr(trainer.merge, name, watch.during(getattr(trainer.merge, name), part, after))
+        setattr(trainer.merge.merge, name, watch.during(getattr(trainer.merge.merge, name), part, after))
     watch.start()
     begin = time.perf_counter()
     merged = merge_run(run, to)

@@ -35,7 +35,7 @@ def main(kind: str, rows_file: Path, settings_file: Path, result_file: Path) -> 
     trainer.train()
     trainer.save_model(settings["output"])
     seconds = time.perf_counter() - begin
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.engine.whole_state.log_history if "loss" in entry]
     result_file.write_text(
         json.dumps(
             {

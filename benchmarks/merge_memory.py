@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 
 from trainer.config import load
-from trainer.fetch import fetch
+from trainer.models.embedded import fetch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

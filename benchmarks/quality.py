@@ -22,10 +22,10 @@ import numpy as np
 from throughput import HERE, ROOT, run
 
 from trainer.config import load
-from trainer.data.batches import global_batch
+from trainer.data.batching.batches import global_batch
 from trainer.data.load import load_data
-from trainer.fetch import fetch
-from trainer.model import load_tokenizer
+from trainer.models.embedded import fetch
+from trainer.models.loading import load_tokenizer
 
 GLOBAL_SIZE = 16
 HELD_OUT = 100

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from trainer.config import load
-from trainer.data.batches import global_batch
+from trainer.data.batching.batches import global_batch
 from trainer.data.load import load_data
-from trainer.fetch import fetch
-from trainer.model import load_tokenizer
+from trainer.models.embedded import fetch
+from trainer.models.loading import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

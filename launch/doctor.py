@@ -6,7 +6,7 @@ import os
 import shutil
 from importlib.util import find_spec
 
-from trainer.config.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, refusal
+from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, refusal
 
 WORKS = "works"
 

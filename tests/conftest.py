@@ -30,7 +30,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_model(session_cache: Path) -> Path:
     """Folder of the tiny random model: made in seconds, enough where a test asks for equality."""
-    from trainer.fetch import fetch
+    from trainer.models.embedded import fetch
 
     return Path(fetch("tiny"))
 
@@ -41,7 +41,7 @@ def smollm2(session_cache: Path) -> Path:
 
     Pass this path to child processes: by name they would fetch it anew into the session's cache.
     """
-    from trainer.fetch import fetch
+    from trainer.models.embedded import fetch
 
     with pytest.MonkeyPatch.context() as patch:
         if USER_CACHE is None:

@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, distributed
-from trainer.allocation import Allocation
-from trainer.allocation import describe as describe_ranks
-from trainer.choices import letter_tokens
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.distributed import process_group as distributed
+from trainer.engine.rank_allocation import Allocation
+from trainer.engine.rank_allocation import describe as describe_ranks
+from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.config.method import given
 from trainer.data.load import Data, describe, load_data
-from trainer.data.packing import Packing
-from trainer.disk import no_room
-from trainer.distributed import World
-from trainer.engine import Engine
+from trainer.data.batching.packing import Packing
+from trainer.files import no_room
+from trainer.distributed.process_group import World
+from trainer.engine.engine import Engine
 from trainer.errors import AfinaError
-from trainer.fetch import resolve
-from trainer.final import conclude, copy_refused, save_final, summarise
-from trainer.generate import Sampler
-from trainer.loop import Loop, Outcome
-from trainer.loss import LabelLoss
+from trainer.models.embedded import resolve
+from trainer.training.finish import conclude, copy_refused, save_final, summarise
+from trainer.evaluation.generator import Sampler
+from trainer.training.loop import Loop, Outcome
+from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import (
     OrthogonalTerm,
     attach,
@@ -37,13 +38,13 @@ from trainer.methods import (
     trainable_parameters,
 )
 from trainer.methods.targets import unreached
-from trainer.model import compute_dtype, load_model, load_tokenizer
-from trainer.proof import choose_packing
-from trainer.quiet import quiet
-from trainer.resources import Meter, device_name, give_back_memory
-from trainer.runs import Run, open_run
-from trainer.seal import set_aside_later
-from trainer.signals import StopRequest
+from trainer.models.loading import compute_dtype, load_model, load_tokenizer
+from trainer.engine.verify_trie import choose_packing
+from trainer.silence import quiet
+from trainer.engine.meter import Meter, device_name, give_back_memory
+from trainer.checkpoint.run_folder import Run, open_run
+from trainer.checkpoint.commit import set_aside_later
+from trainer.training.stop_request import StopRequest
 from trainer.tracking import Tracker, write_environment, write_summary
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again goes on where this one was stopped

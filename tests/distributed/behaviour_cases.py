@@ -12,17 +12,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import trainer.loss
-from tests.distributed.reference import mean_loss, reference_model
+import trainer.kernels.label_loss
+from tests.helpers.reference import mean_loss, reference_model
 from tests.distributed.support_cases import Bench, reference_batches
-from tests.distributed.watch_cases import watch_whole_runs
-from trainer import checkpoint
-from trainer.distributed import from_main, gather_objects
+from tests.distributed.monitor_cases import watch_whole_runs
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.distributed.process_group import from_main, gather_objects
 from trainer.errors import CheckpointError, TrainingError
-from trainer.fetch import resolve
-from trainer.loop import Loop
+from trainer.models.embedded import resolve
+from trainer.training.loop import Loop
 from trainer.methods import save_adapter
-from trainer.state import gather_live, gather_state
+from trainer.engine.whole_state import gather_live, gather_state
 
 ZERO = ("stage0", "stage1", "stage2", "stage3")
 
@@ -140,8 +140,8 @@ def chunks_equal_one_call(bench: Bench, zero: str, *overrides: str) -> None:
     labels at once."""
     config = bench.config(f"zero={zero}", "batch.micro_size=3", *overrides)
     states = []
-    for chunk_elements in (trainer.loss.CHUNK_ELEMENTS, 2 * 384):
-        with patch.object(trainer.loss, "CHUNK_ELEMENTS", chunk_elements):
+    for chunk_elements in (trainer.kernels.label_loss.CHUNK_ELEMENTS, 2 * 384):
+        with patch.object(trainer.kernels.label_loss, "CHUNK_ELEMENTS", chunk_elements):
             loop = bench.loop(config)
         for step in range(3):
             loop._step(step)
@@ -181,7 +181,7 @@ def generation_in_lockstep(bench: Bench) -> None:
     """Greedy answers under ZeRO-3, ranks with rows of unlike length and number, against one stock process."""
     loop = bench.loop(bench.config("zero=stage3", "eval.max_rows=7", "eval.batch_size=2", "generate.max_new_tokens=6"))
     loop.engine.eval()
-    from trainer.evaluate import _answers
+    from trainer.evaluation.evaluate import _answers
 
     rows = loop.data.validation
     answers = [a for _, a, _ in _answers(loop.sampler, rows, loop.config, bench.world)]

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.support_cases import Bench
-from trainer.evaluate import _answers
-from trainer.fetch import resolve
-from trainer.texts import SCORES
+from trainer.evaluation.evaluate import _answers
+from trainer.models.embedded import resolve
+from trainer.evaluation.text_metrics import SCORES
 
 MEDICAL = [
     "data=medical",

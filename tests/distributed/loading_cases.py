@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.support_cases import Bench
-from trainer import distributed
-from trainer.distributed import gather_objects
-from trainer.engine import Engine
-from trainer.loss import LabelLoss
+from trainer.distributed import process_group as distributed
+from trainer.distributed.process_group import gather_objects
+from trainer.engine.engine import Engine
+from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach
-from trainer.model import load_model
+from trainer.models.loading import load_model
 
 CASES = {
     "bf16": [],

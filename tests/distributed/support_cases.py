@@ -8,15 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer import checkpoint, distributed
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.distributed import process_group as distributed
 from trainer.config import TrainConfig, load
-from trainer.data.batches import global_batch
+from trainer.data.batching.batches import global_batch
 from trainer.data.load import load_data
-from trainer.fetch import resolve
-from trainer.generate import Sampler
-from trainer.loop import Loop
-from trainer.model import load_tokenizer
-from trainer.signals import StopRequest
+from trainer.models.embedded import resolve
+from trainer.evaluation.generator import Sampler
+from trainer.training.loop import Loop
+from trainer.models.loading import load_tokenizer
+from trainer.training.stop_request import StopRequest
 from trainer.tracking import Tracker
 from trainer.train import build
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.architecture_cases import PADDED, cases
-from tests.support import torchrun
+from tests.helpers.processes import torchrun
 
 SCRIPT = Path(__file__).with_name("architecture_cases.py")
 UPDATE = 1e-5  # of every trained tensor, relative, Frobenius, after three steps

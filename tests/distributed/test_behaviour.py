@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.distributed.behaviour_cases import RESUMED
-from tests.distributed.watch_cases import CASES
-from tests.support import torchrun
+from tests.distributed.monitor_cases import CASES
+from tests.helpers.processes import torchrun
 
 SCRIPT = Path(__file__).with_name("behaviour_cases.py")
 ZERO = ("stage0", "stage1", "stage2", "stage3")

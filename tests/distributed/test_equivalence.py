@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.equivalence_cases import cases
-from tests.support import torchrun
+from tests.helpers.processes import torchrun
 
 SCRIPT = Path(__file__).with_name("equivalence_cases.py")
 NORM = 1e-5

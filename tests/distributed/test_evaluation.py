@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import torchrun
+from tests.helpers.processes import torchrun
 
 SCRIPT = Path(__file__).with_name("evaluation_cases.py")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.loading_cases import CASES
-from tests.support import torchrun
+from tests.helpers.processes import torchrun
 
 SCRIPT = Path(__file__).with_name("loading_cases.py")
 

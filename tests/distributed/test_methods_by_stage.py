@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.method_cases import IN_BF16, METHODS, overrides_of_cells
-from tests.support import torchrun
-from trainer.config.matrix import cells, refusal
+from tests.helpers.processes import torchrun
+from trainer.config.rules.matrix import cells, refusal
 
 SCRIPT = Path(__file__).with_name("method_cases.py")
 UPDATE = 1e-5  # of every trained tensor, relative, Frobenius, after three steps (AdaLoRA: five)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import afina, stop_tree
+from tests.helpers.processes import afina, stop_tree
 
 KEYS = [
     *("compare", "debug=tiny", "run.name=c", "compare.rows=32", "eval.metrics=[loss,exact_match]"),

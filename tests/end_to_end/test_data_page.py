@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import trainer.config
-from tests.small import write_rows
-from tests.support import afina, run
+from tests.helpers.tokenizers import write_rows
+from tests.helpers.processes import afina, run
 from trainer.data.load import Data, inspect_data
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -77,7 +77,7 @@ class Page:
 
 def made(folder: Path, overrides: Sequence[str], check: bool = True) -> Page:
     finished = afina("data", *SMALL, *overrides, "--html", folder / "data.html", cwd=folder, check=check)
-    config = trainer.config.load([*SMALL, *overrides])
+    config = trainer.config.compose([*SMALL, *overrides])
     return Page(
         folder / "data.html",
         finished.output,
@@ -87,8 +87,8 @@ def made(folder: Path, overrides: Sequence[str], check: bool = True) -> Page:
 
 
 def tokenizer_of(config: Any) -> Any:
-    from trainer.fetch import resolve
-    from trainer.model import load_tokenizer
+    from trainer.models.embedded import resolve
+    from trainer.models.loading import load_tokenizer
 
     return load_tokenizer(resolve(config.model.name_or_path, None), config.model)
 

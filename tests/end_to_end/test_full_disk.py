@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Finished, run
+from tests.helpers.processes import Finished, run
 
 LIMITED = """
 import resource, sys

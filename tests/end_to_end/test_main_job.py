@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import afina, stop_tree, torchrun
+from tests.helpers.processes import afina, stop_tree, torchrun
 from trainer.tracking import read_metrics, read_summary
 
 STEPS = 8

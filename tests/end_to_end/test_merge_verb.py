@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support import afina
+from tests.helpers.processes import afina
 
 
 @pytest.fixture(scope="module")

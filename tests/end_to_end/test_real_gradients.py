@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.attention import along
+from trainer.kernels.trie_attention import along
 from trainer.config import load
-from trainer.data.batches import Limits
+from trainer.data.batching.batches import Limits
 from trainer.data.load import load_data
-from trainer.data.micro import Tokens
-from trainer.data.packing import Packing
+from trainer.data.batching.micro_batch import Tokens
+from trainer.data.batching.packing import Packing
 from trainer.errors import ModelError
-from trainer.loss import LabelLoss
+from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach
-from trainer.model import load_model, load_tokenizer
+from trainer.models.loading import load_model, load_tokenizer
 
 ROWS = 64
 CPU = torch.device("cpu")

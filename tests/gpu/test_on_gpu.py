@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import torchrun
+from tests.helpers.processes import torchrun
 from trainer.tracking import read_metrics, read_summary
 
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.sandbox import Sandbox
-from tests.support import ROOT
+from tests.helpers.slurm_sandbox import Sandbox
+from tests.helpers.processes import ROOT
 
 pytestmark = pytest.mark.slurm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.prepared import Asked
+from tests.helpers.prepared_data import Asked
 
 
 @pytest.fixture(scope="session")

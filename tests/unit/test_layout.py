@@ -1,6 +1,6 @@
 """The layout holds: imports run one way, files and functions stay small, nothing names a machine's own paths.
 
-A *room* is a module or package directly under ``trainer/`` (``trainer/data/trie.py`` is in the room ``data``). Imports
+A *room* is a module or package directly under ``trainer/`` (``trainer/data/batching/trie.py`` is in the room ``data``). Imports
 inside functions count like any other: a cycle hidden in a function is still a cycle.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.helpers.processes import ROOT
 
 # Lowest first. A room may import from itself, from every room in a lower row, and from the neighbours in NEIGHBOURS.
 ROWS = (
@@ -100,7 +100,7 @@ def imported(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
 
 
 def room_of(name: str) -> str:
-    """``trainer.data.trie`` -> ``data``; the package itself -> ``trainer``."""
+    """``trainer.data.batching.trie`` -> ``data``; the package itself -> ``trainer``."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -151,10 +151,10 @@ def test_neighbours_run_one_way() -> None:
     ("file", "source"),
     [
         ("trainer/errors.py", "from trainer.config import load"),
-        ("trainer/data/trie.py", "def late():\n    from trainer.model import load"),
-        ("trainer/data/trie.py", "def late():\n    from .. import engine"),
-        ("trainer/loss.py", "import importlib\nimportlib.import_module('trainer.loop')"),
-        ("trainer/loop.py", "import trainer.train"),
+        ("trainer/data/batching/trie.py", "def late():\n    from trainer.models.loading import load"),
+        ("trainer/data/batching/trie.py", "def late():\n    from .. import engine"),
+        ("trainer/kernels/label_loss.py", "import importlib\nimportlib.import_module('trainer.training.loop')"),
+        ("trainer/training/loop.py", "import trainer.train"),
         ("trainer/train.py", "from launch import slurm"),
         ("launch/slurm.py", "from trainer import model"),
         ("trainer/lost.py", "from trainer import errors"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from trainer.config.documented import key
+from trainer.config.fields import key
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from trainer.config.known import conf_dir
+from trainer.config.suggestions import conf_dir
 from trainer.config.schema import TrainConfig
 
 LONGEST_SLUG = 40

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.config.parts import Part, parts_of
+from trainer.config.dataset_spec import Part, parts_of
 from trainer.config.schema import BatchConfig, TrainConfig
-from trainer.data import checks
-from trainer.data.batches import total_steps
-from trainer.data.checks import Finding
-from trainer.data.micro import Tokens
+from trainer.data.prepare import checks
+from trainer.data.batching.batches import total_steps
+from trainer.data.prepare.checks import Finding
+from trainer.data.batching.micro_batch import Tokens
 from trainer.data.mixture import Joined, at_most, join, mix
-from trainer.data.prepare import Prepared, default_cache, first_refused, prepare
+from trainer.data.prepare.prepare import Prepared, default_cache, first_refused, prepare
 from trainer.data.split import split_rows
-from trainer.data.templates import Template
+from trainer.data.templates.template import Template
 from trainer.errors import DataError
 
 NAMED_FILES = 3

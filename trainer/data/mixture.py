@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from trainer.config.parts import Part
-from trainer.data.prepare import Prepared
+from trainer.config.dataset_spec import Part
+from trainer.data.prepare.prepare import Prepared
 from trainer.errors import DataError
 
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trainer.config.text import HIDDEN
-from trainer.config.text import redact as redact_shapes
+from trainer.config.messages import HIDDEN
+from trainer.config.messages import redact as redact_shapes
 from trainer.tracking.files import strict, write_atomically
 
 ENVIRONMENT_FILE = "environment.json"
@@ -42,7 +42,7 @@ _SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credentials?)
 
 
 def redact(text: str) -> str:
-    """``text`` with secrets hidden: tokens and credentials by their shape (``trainer.config.text``), the value of
+    """``text`` with secrets hidden: tokens and credentials by their shape (``trainer.config.messages``), the value of
     ``api_key=…`` and the like, and wherever it occurs the value of an environment variable with such a name."""
     for name, value in os.environ.items():
         # A short value ("true", "1") of a variable such as HF_HUB_DISABLE_IMPLICIT_TOKEN is no secret.

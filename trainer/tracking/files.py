@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.disk import sync
+from trainer.files import sync
 from trainer.errors import CheckpointError
 
 Record = dict[str, Any]

@@ -26,9 +26,9 @@ def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[s
 
     if html is not None:
         page.check_target(html)
-    from trainer.fetch import resolve
-    from trainer.model import load_tokenizer
-    from trainer.quiet import quiet
+    from trainer.models.embedded import resolve
+    from trainer.models.loading import load_tokenizer
+    from trainer.silence import quiet
     from trainer.view import collect, terminal
     from trainer.view.pieces import Reader
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.checks import Finding
+from trainer.data.prepare.checks import Finding
 from trainer.view.pieces import Piece, visible
 from trainer.view.sharing import Sharing
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trainer.config.text import wrong
+from trainer.config.messages import wrong
 from trainer.errors import DataError
 from trainer.view import markup, words
 from trainer.view.overview import Overview, Shown

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.config.schema import TrainConfig
-from trainer.data.batches import Limits, global_batch, total_steps
+from trainer.data.batching.batches import Limits, global_batch, total_steps
 from trainer.data.load import Data
-from trainer.data.packing import Packing
+from trainer.data.batching.packing import Packing
 
 MOST_STEPS = 32
 MOST_TOKENS, MOST_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second

@@ -1,0 +1,206 @@
+"""Methods side by side: the same model, rows, order and updates for each, a process each, and a table at the end.
+
+A comparison is a folder of run folders: ``<run.dir>/<comparison>/<method>/``, with the tries of learning rates in
+``tries/``. Started again, it does what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trainer.config
+from launch import process, torchrun
+from launch.compare import report as comparison
+from launch.trials import Trial, carry_out, digest, own_name, say
+from trainer.config import TrainConfig
+from trainer.config.rules.compare import parse_method
+from trainer.config.method import METHODS
+from trainer.errors import ConfigError
+
+MORE_TRIES = 3  # rates beyond the grid, while the best one is at its edge
+RATE = "optim.learning_rate"
+METHOD_KEYS = frozenset().union(*(method.keys for method in METHODS.values()))
+
+
+@dataclass(slots=True)
+class Entrant:
+    """One method of a comparison.
+
+    Attributes:
+        name: as the user wrote it.
+        overrides: that make its run, but for the learning rate, the rows and the folder.
+        config: which they give; ``None`` where it is refused.
+        refused: why it cannot be trained here; then nothing is started.
+        rate: its learning rate, the method's own or as it was typed.
+        fixed: whether it was typed, and is not to be looked for.
+        tried: loss on the held-out rows by learning rate, where rates were tried; infinite where a try failed.
+        trial: its run.
+        error: why that failed.
+    """
+
+    name: str
+    overrides: list[str]
+    config: TrainConfig | None = None
+    refused: str | None = None
+    rate: float = 0.0
+    fixed: bool = False
+    tried: dict[float, float] = field(default_factory=dict)
+    trial: Trial | None = None
+    error: str | None = None
+
+
+def compare(typed: Sequence[str]) -> int:
+    """Train every method of ``compare.methods`` and show the table, also written as CSV, Markdown and a picture.
+
+    A method that cannot be trained here is a line with the reason; a failed one is reported and the others go on.
+
+    Args:
+        typed: Hydra overrides; a key of ``method`` counts for the methods that have it.
+
+    Returns:
+        0 when all that can be trained did, 1 when any failed, 75 (or 128 + signal) when it was stopped.
+
+    Raises:
+        ConfigError: what was typed cannot be used; nothing has been started.
+    """
+    folder, entrants = plan(typed)
+    say(f"comparison of {len(entrants)} methods in {folder}")
+    stopped, records = 0, list[comparison.Record]()
+    for number, entrant in enumerate(entrants, 1):
+        label = f"[{number}/{len(entrants)}] {entrant.name}"
+        if entrant.config is None:
+            say(f"{label}: cannot be trained: {entrant.refused}")
+            continue
+        keys = entrant.config.compare
+        stopped = _tune(entrant, folder, label)
+        if not stopped and not entrant.error:
+            rows = [] if keys.rows is None else [f"data.max_rows={keys.rows}"]
+            entrant.trial = _trial(entrant, folder, folder_name(entrant.name), entrant.rate, rows)
+            code, error = carry_out(entrant.trial, label)
+            stopped = code if code in process.STOPPED else 0
+            entrant.error = error if code and not stopped else None
+        records = comparison.collect(entrants)
+        comparison.write(folder, records)  # there is something to look at from the first on
+        if stopped:
+            break
+    comparison.show(records)
+    return stopped or int(any(entrant.error for entrant in entrants))
+
+
+def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
+    """The comparison's folder and its methods, their configs composed and checked; nothing is started.
+
+    Raises:
+        ConfigError: a choice that is the comparison's to make, or a config that no method can use.
+    """
+    for text in typed:
+        group, _, option = text.partition("=")
+        if group in ("method", "rank"):
+            cure = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
+            raise ConfigError(text, rule="the methods that are compared are compare.methods", cure=cure)
+    base = trainer.config.compose([text for text in typed if not text.startswith("method.")])
+    if base.compare.tune and base.data.validation == 0:
+        rule = "judges the tries by held-out rows, and there are none (data.validation=0)"
+        raise ConfigError("compare.tune", value=base.compare.tune, rule=rule, cure="data.validation=0.1")
+    entrants = [_entrant(name, typed) for name in base.compare.methods]
+    able = [entrant for entrant in entrants if entrant.config is not None]
+    if not able:
+        raise ConfigError("compare.methods", rule="none can be trained here", cure=str(entrants[0].refused))
+    for entrant in able[1:]:  # the untrained model scores the same for all
+        entrant.overrides.append("eval.before=false")
+    given = next((text.partition("=")[2] for text in typed if text.startswith("run.name=")), None)
+    keys = base.compare
+    parts = [own_name(entrant.config) for entrant in able if entrant.config]
+    own = digest([*parts, f"{keys.rows} {keys.tune} {keys.tune_rows}"], "compare-")
+    return Path(base.run.dir) / (given or own), entrants
+
+
+def _entrant(name: str, typed: Sequence[str]) -> Entrant:
+    """One method with what was typed; a key of ``method`` that it does not have is for the others."""
+    option, keys = parse_method(name)
+    chosen = [f"method={option}", "rank=null"]
+    entrant = Entrant(name, chosen)
+    try:
+        kind = trainer.config.compose([text for text in typed if not text.startswith("method.")] + chosen).method.name
+        foreign = {f"method.{name}" for name in METHOD_KEYS - METHODS[kind].keys}
+        entrant.overrides = [*(text for text in typed if text.partition("=")[0] not in foreign), *chosen, *keys]
+        entrant.fixed = any(text.startswith(f"{RATE}=") for text in entrant.overrides)
+        if not entrant.fixed:  # what an experiment chose suits its own method
+            entrant.overrides.append(f"{RATE}=null")
+        entrant.config = trainer.config.compose(entrant.overrides)
+        entrant.rate = entrant.config.optim.learning_rate or METHODS[kind].learning_rate
+    except ConfigError as error:
+        entrant.refused = str(error)
+    return entrant
+
+
+def _tune(entrant: Entrant, folder: Path, label: str) -> int:
+    """Find the learning rate on fewer rows: the grid, then beyond its edge for as long as the edge is best.
+
+    Returns:
+        The exit code when it was stopped, else 0.
+    """
+    assert entrant.config is not None
+    grid = sorted(entrant.config.compare.tune)
+    if not grid or entrant.fixed:
+        return 0
+    fewer = [f"data.max_rows={entrant.config.compare.tune_rows}", "checkpoint.every_steps=0", "eval.metrics=[loss]"]
+    ratio = grid[-1] / grid[-2] if len(grid) > 1 else 3.0
+    rates: list[float] = [_two_digits(entrant.rate * multiple) for multiple in grid]
+    for _ in range(1 + MORE_TRIES):
+        for rate in rates:
+            name = f"{folder_name(entrant.name)}-{rate:g}"
+            trial = _trial(entrant, folder / "tries", name, rate, [*fewer, "eval.before=false"])
+            code, error = carry_out(trial, f"{label}, learning rate {rate:g}")
+            if code in process.STOPPED:
+                return code
+            loss = (process.read_summary(trial.folder).get("metrics") or {}).get("eval_loss")
+            entrant.tried[rate] = math.inf if code or loss is None else loss
+        if math.isinf(min(entrant.tried.values())):  # not for the rate's sake, then
+            entrant.error = error
+            return 0
+        beyond = next_rate(entrant.tried, ratio)
+        if beyond is None:
+            break
+        rates = [beyond]
+    entrant.rate = best_rate(entrant.tried)
+    return 0
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate of the lowest loss; of equals the lowest rate."""
+    return min(sorted(tried), key=lambda rate: tried[rate])
+
+
+def next_rate(tried: dict[float, float], ratio: float) -> float | None:
+    """The rate to try beyond the edge of what was tried, when the best one is there; else ``None``.
+
+    Args:
+        tried: loss by rate.
+        ratio: between neighbours, above 1.
+    """
+    best = best_rate(tried)
+    if best == min(tried):
+        return _two_digits(best / ratio)
+    return _two_digits(best * ratio) if best == max(tried) else None
+
+
+def _two_digits(rate: float) -> float:
+    """More digits would say more than a try can tell."""
+    return float(f"{rate:.1e}")
+
+
+def _trial(entrant: Entrant, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
+    where = {"run.dir": str(folder), "run.name": name, "log.group": folder.name}
+    placed = [f"{key}={torchrun.quote(value)}" for key, value in where.items()]
+    overrides = [*entrant.overrides, *more, f"{RATE}={rate!r}", *placed]
+    return Trial(name, overrides, {}, trainer.config.compose(overrides))
+
+
+def folder_name(method: str) -> str:
+    """``lora r=8`` is ``lora-r8``."""
+    kept = method.replace(" ", "-").replace("=", "")
+    return "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in kept)

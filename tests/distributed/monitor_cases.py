@@ -1,0 +1,204 @@
+"""Whole runs under torchrun that overfit on few rows: the best weights, the early stop, the warning."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed.support_cases import Bench
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.config import TrainConfig
+from trainer.data.load import load_data
+from trainer.distributed.process_group import barrier, from_main
+from trainer.models.embedded import resolve
+from trainer.training.finish import save_final
+from trainer.training.loop import Loop
+from trainer.models.loading import load_tokenizer
+from trainer.checkpoint.run_folder import open_run
+from trainer.training.stop_request import StopRequest
+from trainer.tracking import read_metrics, read_summary
+from trainer.train import _run
+
+FEW_ROWS = [
+    *("data.max_rows=16", "batch.epochs=100", "batch.max_steps=40", "optim.max_grad_norm=1", "optim.weight_decay=0"),
+    *("eval.metrics=[loss]", "eval.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep=1", "log.wandb=off"),
+]
+BEST = ["eval.best_metric=eval_loss", "eval.patience=2", "eval.overfit_gap=null"]
+FULL = ["method=full", "rank=null", "optim.learning_rate=0.003"]
+# Its last ranks are taken at step 29, after the best evaluation: the adapter has all that it had then.
+ADALORA = ["method=adalora", "method.tinit=1", "method.tfinal=11"]
+# Name, overrides, and how many steps after the best one a second run is killed.
+CASES: dict[str, tuple[list[str], int | None]] = {
+    "stage0": (["zero=stage0"], None),
+    "stage2": (["zero=stage2"], 1),
+    "stage3": (["zero=stage3"], 3),
+    "full stage3": (["zero=stage3", *FULL], None),
+    "adalora stage2": (["zero=stage2", *ADALORA], None),
+}
+
+
+class Killed(BaseException):
+    """As sudden as a kill -9, for all that the program does about it."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    whole = Loop._step
+
+    def _step(self: Loop, at: int) -> Any:
+        if at == step:
+            raise Killed
+        return whole(self, at)
+
+    with patch.object(Loop, "_step", _step):
+        yield
+
+
+def configured(bench: Bench, folder: Path, name: str, *overrides: str) -> TrainConfig:
+    return bench.config(*FEW_ROWS, f"run.dir={folder}", f"run.name={name}", *overrides)
+
+
+def whole_run(bench: Bench, config: TrainConfig) -> Path:
+    """What ``trainer.train.train`` does once the process group is up."""
+    base = resolve(config.model.name_or_path)
+    tokenizer = load_tokenizer(base, config.model)
+    data = load_data(config, tokenizer, lambda _: None)
+    run = open_run(config, bench.world, lambda _: None)
+    assert run.finished is None
+    _run(config, bench.world, run, base, tokenizer, data, StopRequest(), time.perf_counter())
+    barrier()
+    return run.folder
+
+
+def saved(folder: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of an adapter or model folder, and which ranks its AdaLoRA adapter has."""
+    (file,) = folder.glob("*.safetensors")
+    config = folder / "adapter_config.json"
+    return load_file(file), json.loads(config.read_text()).get("rank_pattern") if config.exists() else None
+
+
+def same(one: Path, other: Path) -> bool:
+    (a, ranks), (b, other_ranks) = saved(one), saved(other)
+    return ranks == other_ranks and set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def final(run: Path) -> Path:
+    return next(folder for folder in (run / "adapter", run / "model") if folder.exists())
+
+
+def best_weights_are_kept(bench: Bench, case: str, overrides: list[str], killed_after: int | None) -> None:
+    folder = Path(from_main(tempfile.mkdtemp()))
+    keys = ["optim.learning_rate=0.02", *BEST, *overrides]
+    config = configured(bench, folder, "straight", *keys)
+    straight = whole_run(bench, config)
+    summary: Any = read_summary(straight)
+
+    # Another engine takes exactly so many steps of the same schedule.
+    loop = bench.loop(config)
+    for step in range(summary["best_step"]):
+        loop._step(step)
+    save_final(loop.engine, folder / "reference", Tokenizer(), config, {})
+    barrier()
+    records = read_metrics(straight)
+    facts = {
+        "steps": summary["steps"],
+        "best": summary["best_step"],
+        "stopped": summary["stopped_early"],
+        "losses": {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r},
+        "metrics": {k: v for k, v in summary["metrics"].items() if not k.endswith("_before")},
+        "expected": {k: v for k, v in records[summary["best_step"]].items() if k.startswith("eval_")},
+        "equals the reference": same(final(straight), final(folder / "reference")),
+        "tensors": len(saved(final(straight))[0]),
+        "ranks": saved(final(straight))[1],
+        "kept": [int(f.name.removeprefix("step-")) for f in sorted((straight / "checkpoints").iterdir())],
+    }
+    if killed_after is not None:
+        facts |= _cut(bench, folder, summary["best_step"] + killed_after, straight, keys)
+    bench.note(f"best {case}", facts)
+
+
+class Tokenizer:
+    """None is needed beside the reference's weights."""
+
+    def save_pretrained(self, _: str) -> None:
+        pass
+
+
+def _cut(bench: Bench, folder: Path, step: int, straight: Path, keys: list[str]) -> dict[str, Any]:
+    """The same run, killed before that step and started again."""
+    config = configured(bench, folder, "cut", *keys)
+    killed = False
+    try:
+        with killed_at(step):
+            whole_run(bench, config)
+    except Killed:
+        killed = True
+    barrier()
+    run = whole_run(bench, config)
+    found: Any = read_summary(run)
+    expected: Any = read_summary(straight)
+    alike = all(found[key] == expected[key] for key in ("steps", "best_step", "stopped_early", "metrics"))
+    return {"killed": killed, "same summary": alike, "same weights": same(final(run), final(straight))}
+
+
+def a_best_that_cannot_be_saved(bench: Bench) -> None:
+    """The disk is full at the best evaluation: the best of those that were saved is put back."""
+    folder = Path(from_main(tempfile.mkdtemp()))
+    keys = ["zero=stage2", *BEST, "optim.learning_rate=0.02", "checkpoint.every_steps=0", "batch.max_steps=26"]
+    straight: Any = read_summary(whole_run(bench, configured(bench, folder, "straight", *keys)))
+    best_step, write = straight["best_step"], checkpoint._write
+
+    def full_disk(engine: Any, partial: Path, final: Path, *rest: Any) -> None:
+        if final.name == f"step-{best_step:08d}":
+            raise OSError(28, "No space left on device")
+        write(engine, partial, final, *rest)
+
+    with patch.object(checkpoint, "_write", full_disk):
+        run = whole_run(bench, configured(bench, folder, "full-disk", *keys))
+    summary: Any = read_summary(run)
+    losses = {r["step"]: r["eval_loss"] for r in read_metrics(run)[1:] if "eval_loss" in r}
+    facts = {
+        "lost": best_step,
+        "best": summary["best_step"],
+        "best of the others": min((s for s in losses if s != best_step), key=lambda s: losses[s]),
+        "metric": summary["metrics"]["eval_loss"] == losses[summary["best_step"]],
+        "said": [line for line in (run / "log.txt").read_text().splitlines() if "could not be written" in line],
+    }
+    bench.note("best on a full disk", facts)
+
+
+def overfitting_is_told_once(bench: Bench) -> None:
+    folder = Path(from_main(tempfile.mkdtemp()))
+    keys = ["zero=stage2", "optim.learning_rate=0.01", "schedule.name=constant", "eval.overfit_gap=0.3"]
+    run = whole_run(bench, configured(bench, folder, "warned", *keys, "batch.max_steps=24"))
+    stopped = whole_run(bench, configured(bench, folder, "stopped", *keys, "eval.stop_on_overfit=true"))
+    gaps, losses = {}, []
+    for record in read_metrics(run)[1:]:
+        losses.append(record["loss"])
+        if "eval_loss" in record:
+            gaps[record["step"]] = record["eval_loss"] - sum(losses) / len(losses)
+            losses = []
+    summary: Any = read_summary(stopped)
+    facts = {
+        "warnings": [line for line in (run / "log.txt").read_text().splitlines() if "overfitting:" in line],
+        "gaps": gaps,
+        "stopped": {key: summary[key] for key in ("status", "steps", "stopped_early", "best_step")},
+    }
+    bench.note("overfitting", facts)
+
+
+def watch_whole_runs(bench: Bench) -> None:
+    for case, (overrides, killed_after) in CASES.items():
+        best_weights_are_kept(bench, case, overrides, killed_after)
+    a_best_that_cannot_be_saved(bench)
+    overfitting_is_told_once(bench)

@@ -1,0 +1,29 @@
+"""``prepare`` on rows of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.tokenizers import write_rows
+from trainer.config.dataset_spec import Part
+from trainer.config.schema import DataConfig
+from trainer.data.prepare.prepare import Prepared, prepare
+
+ROWS = [{"instruction": f"Say {i} " + "word " * (i % 5), "output": f"{i}" * (1 + i % 3)} for i in range(23)]
+
+
+class Asked:
+    """``prepare`` on rows of its own, counting how often a table is built."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.path = write_rows(folder / "rows.jsonl", ROWS)
+        self.cache, self.tokenizer, self.said = folder / "cache", tokenizer, list[str]()
+
+    def __call__(self, tokenizer: Any = None, **keys: Any) -> Prepared:
+        data = DataConfig(**{"path": str(self.path), **keys})
+        return prepare(Part(str(self.path)), data, tokenizer or self.tokenizer, self.cache, self.said.append)
+
+    def refused(self, found: Prepared) -> list[dict[str, str]]:
+        return [json.loads(line) for line in found.refused_file.read_text().splitlines()]

@@ -1,0 +1,276 @@
+"""Checkpoints on disk: whole or not there, and every broken file is named together with the newest good one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint import commit as seal
+from trainer.config.schema import MethodConfig
+from trainer.errors import CheckpointError
+from trainer.methods import attach, trainable_parameters
+
+FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "state.safetensors", "state.json")
+
+
+class Run:
+    """A run folder whose checkpoints are written by the project's own code, engine and collectives left out."""
+
+    resume = "auto"
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.model = attach(model, MethodConfig(r=2, target_modules=["q_proj"]), seed=0)
+        self.weights = {n: p.detach() for n, p in trainable_parameters(self.model).items()}
+
+    def write(self, step: int) -> Path:
+        final = self.checkpoints / f"step-{step:08d}"
+        partial = final.with_name(final.name + ".partial")
+        state = {f"weight/{n}": t.clone() for n, t in self.weights.items()}
+        engine: Any = SimpleNamespace(model=self.model, start={})
+        checkpoint._write(engine, partial, final, state, self.weights, {"step": step, "resume": self.resume})
+        return final
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Any) -> Run:
+    return Run(tmp_path / "run", model)
+
+
+def test_a_checkpoint_names_every_file_of_its_own(run: Run) -> None:
+    import json
+
+    folder = run.write(3)
+    marker = json.loads((folder / "COMPLETE").read_text())
+    there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {"COMPLETE"}
+    assert set(marker) == there >= set(FILES)
+    assert [f.name for f in run.checkpoints.iterdir()] == ["step-00000003"]
+    checkpoint.verify(folder, run.folder)
+
+
+def test_auto_takes_the_newest_complete_one(run: Run) -> None:
+    assert checkpoint.find(run.folder, "auto") is None
+    run.checkpoints.mkdir(parents=True)
+    assert checkpoint.find(run.folder, "auto") is None
+    folders = [run.write(step) for step in (9, 10, 100)]
+    assert checkpoint.find(run.folder, "auto") == folders[-1]
+    (folders[-1] / "COMPLETE").unlink()
+    assert checkpoint.find(run.folder, "auto") == folders[1]
+    assert checkpoint.find(run.folder, "never") is None
+
+
+def test_a_partial_one_is_never_found(run: Run) -> None:
+    good = run.write(3)
+    for name in ("step-00000009.partial", "step-00000008.partial"):
+        shutil.copytree(good, run.checkpoints / name)  # even with a marker in it
+    (run.checkpoints / "step-00000007").mkdir()
+    (run.checkpoints / "step-00000007" / "COMPLETE.partial").write_text("{}")
+    assert checkpoint.find(run.folder, "auto") == good
+
+
+def broken(how: str, file: Path) -> None:
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "shorter":
+        file.write_bytes(content[:-1])
+    elif how == "longer":
+        file.write_bytes(content + b"\0")
+    else:
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "shorter", "longer", "flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_file_is_named_with_the_newest_good_checkpoint(run: Run, how: str, name: str) -> None:
+    first, good, worse, newest = (run.write(step) for step in (1, 2, 3, 4))
+    broken("flipped", worse / "state.json")
+    broken(how, newest / name)
+    for resume in ("auto", str(newest)):
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.find(run.folder, resume)
+        message = str(caught.value)
+        assert str(newest / name) in message
+        assert message.endswith(f"checkpoint.resume={good}")
+    assert checkpoint.find(run.folder, str(first)) == first
+
+
+def test_without_a_good_one_the_way_to_start_anew_is_named(run: Run) -> None:
+    broken("missing", run.write(1) / "state.json")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never run\.overwrite=true starts anew"):
+        checkpoint.find(run.folder, "auto")
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "step-00000001.partial"])
+def test_a_named_folder_must_be_complete(run: Run, name: str) -> None:
+    good = run.write(2)
+    (run.checkpoints / "step-00000001.partial").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.find(run.folder, str(run.checkpoints / name))
+    assert "no readable COMPLETE marker" in str(caught.value)
+    assert str(caught.value).endswith(f"checkpoint.resume={good}")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_any_flipped_bit_of_any_file_is_found(run: Run, data: st.DataObject) -> None:
+    folder = run.checkpoints / "step-00000001"
+    if not folder.exists():
+        run.write(1)
+    name = data.draw(st.sampled_from([*FILES, "COMPLETE"]))
+    content = (folder / name).read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    (folder / name).write_bytes(bytes(changed))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.find(run.folder, "auto")
+        assert str(folder) in str(caught.value)
+    finally:
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "marker", ["[]", "null", "3", '{"state.json": 1}', '{"state.json": {"bytes": 1}}', "", "\ufeff"]
+)
+def test_a_marker_that_says_something_else(run: Run, marker: str) -> None:
+    folder = run.write(1)
+    (folder / "COMPLETE").write_text(marker)
+    with pytest.raises(CheckpointError, match="no readable COMPLETE marker"):
+        checkpoint.find(run.folder, "auto")
+
+
+def names(run: Run) -> list[str]:
+    return sorted(f.name for f in run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (3, [2, 4, 5]), (9, [1, 2, 4, 5])])
+def test_keep_deletes_older_complete_ones_only(run: Run, keep: int, left: list[int]) -> None:
+    for step in (1, 2, 3, 4, 5):
+        run.write(step)
+    (run.checkpoints / "step-00000003" / "COMPLETE").unlink()
+    (run.checkpoints / "step-00000006.partial").mkdir()
+    (run.checkpoints / "notes").mkdir()
+    seal.delete_old(run.checkpoints, keep)
+    steps = sorted({*left, 3})
+    assert names(run) == sorted([*(f"step-{s:08d}" for s in steps), "step-00000006.partial", "notes"])
+
+
+@pytest.mark.parametrize(
+    ("best", "left"), [(1, [1, 5]), (4, [4, 5]), (5, [5]), (3, [5]), (None, [5])], ids="best {}".format
+)
+def test_the_best_is_kept_beside_the_newest(run: Run, best: int | None, left: list[int]) -> None:
+    folders = {step: run.write(step) for step in (1, 2, 4, 5)}
+    for _ in range(2):
+        seal.delete_old(run.checkpoints, 1, best)
+        assert names(run) == [folders[step].name for step in left]
+    assert checkpoint.find(run.folder, "auto") == folders[5], "a run goes on from the newest, not from the best"
+    newer = run.write(6)
+    seal.delete_old(run.checkpoints, 1, 6)
+    assert names(run) == [newer.name]
+
+
+def test_a_broken_newest_one_names_the_best_as_a_good_one(run: Run) -> None:
+    folders = {step: run.write(step) for step in (1, 2, 3)}
+    seal.delete_old(run.checkpoints, 1, 1)
+    broken("flipped", folders[3] / "state.json")
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.find(run.folder, "auto")
+    assert str(caught.value).endswith(f"checkpoint.resume={folders[1]}")
+    seal.set_aside_later(run.folder, 1)
+    assert checkpoint.find(run.folder, "auto") == folders[1]
+
+
+def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = run.write(1), run.write(2)
+
+    def killed(_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            seal.delete_old(run.checkpoints, 1)
+    assert first.exists()
+    assert not (first / "COMPLETE").exists()
+    assert checkpoint.find(run.folder, "auto") == second
+
+
+@pytest.mark.parametrize(
+    ("room", "killed_in"),
+    [(seal, "sync"), (seal, "sha256"), (checkpoint, "save_file"), (checkpoint, "save_adapter")],
+)
+def test_a_kill_while_writing_leaves_the_one_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch, room: Any, killed_in: str
+) -> None:
+    """At every call of every step of the writing, also of a step that is written anew."""
+    good = run.write(1)
+    original = getattr(room, killed_in)
+    survived = 0
+    while True:
+        left = iter(range(survived))
+
+        def killed(*args: Any, left: Any = left, **keys: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return original(*args, **keys)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(room, killed_in, killed)
+            try:
+                run.write(2)
+            except KeyboardInterrupt:
+                survived += 1
+            else:
+                break
+        found = checkpoint.find(run.folder, "auto")
+        # the marker's own folder entry may be synced last: by then the new one is whole
+        assert found is not None
+        assert found == good or seal.fault_of(found) is None
+        shutil.rmtree(run.checkpoints / "step-00000002", ignore_errors=True)
+    assert survived >= 1
+    assert checkpoint.find(run.folder, "auto") == run.checkpoints / "step-00000002"
+    assert not list(run.checkpoints.glob("*.partial"))
+
+
+def test_state_that_does_not_read_back_is_not_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = run.write(1)
+    with monkeypatch.context() as patch:
+        read = checkpoint.load_file
+        patch.setattr(checkpoint, "load_file", lambda f: {n: t + 1 for n, t in read(f).items()})
+        with pytest.raises(CheckpointError, match=r"state\.safetensors: does not read back"):
+            run.write(2)
+    assert checkpoint.find(run.folder, "auto") == good
+    assert torch.equal(*(checkpoint.load_file(good / "state.safetensors")[k] for k in [min_key(good)] * 2))
+
+
+def min_key(folder: Path) -> str:
+    return min(checkpoint.load_file(folder / "state.safetensors"))
+
+
+def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
+    folders = {step: run.write(step) for step in (2, 4, 6)}
+    named = str(folders[2])
+    assert checkpoint.find(run.folder, named) == folders[2]
+    seal.set_aside_later(run.folder, 2)
+    assert checkpoint.find(run.folder, "auto") == folders[2]
+    assert len(list(run.checkpoints.glob("superseded-0-step-*/COMPLETE"))) == 2
+    run.resume = named
+    again = run.write(4)
+    assert checkpoint.find(run.folder, named) == again, "the same command goes on, it does not go back once more"
+    run.resume = "auto"
+    run.write(6)
+    seal.set_aside_later(run.folder, 4)
+    assert len(list(run.checkpoints.glob("superseded-*/COMPLETE"))) == 3

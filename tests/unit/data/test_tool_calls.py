@@ -1,0 +1,93 @@
+"""Tools and what the assistant does with them: learnt as the template writes it, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.helpers.conversations import KYOTO, PLAIN, chat, learnt, stock
+from tests.helpers.tokenizers import QWEN_LIKE, with_template
+from trainer.data.sources.open import RowError
+from trainer.data.templates.template import Template
+from trainer.models.embedded.tiny import CHATML
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Kyoto", "days": 2}}}
+SAID = '<tool_call>\n{"name": "weather", "arguments": {"city": "Kyoto", "days": 2}}\n</tool_call>'
+
+
+def tool_rows(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [KYOTO[1], {"role": "assistant", "content": None, "tool_calls": [call]}, *KYOTO[3:]]
+
+
+def test_a_tool_call_is_learnt_as_the_template_writes_it(tokenizer: Any) -> None:
+    used = with_template(tokenizer, QWEN_LIKE)
+    for extra in ({}, {"content": "I will look."}):
+        messages = [KYOTO[1], {"role": "assistant", "content": "", "tool_calls": [CALL], **extra}, *KYOTO[3:]]
+        found = Template(used, "chat").encode(chat(messages, tools=[WEATHER]))
+        expected = stock(used, messages, [WEATHER])
+        assert found.ids == expected["input_ids"][: len(found.ids)]
+        assert [int(label) for label in found.labels] == expected["assistant_masks"][: len(found.ids)]
+        said = f"I will look.\n{SAID}" if extra else SAID
+        assert learnt(used, found) == [f"{said}<|im_end|>", "It is 20 °C in Kyoto.<|im_end|>"]
+        alone = Template(used, "chat").encode(chat(messages[:2], tools=json.dumps([WEATHER])))
+        assert learnt(used, alone) == [f"{said}<|im_end|>"]
+        assert alone.ids == found.ids[: len(alone.ids)]
+        assert used.decode(alone.ids[: alone.prompt_length]).endswith("<|im_start|>assistant\n")
+
+
+def test_arguments_as_a_string(tokenizer: Any) -> None:
+    """OpenAI gives them as a string of JSON: fine for a template that takes both, refused where it would be quoted."""
+    takes_both = QWEN_LIKE.replace(
+        "{{ call.arguments | tojson }}",
+        "{{ call.arguments if call.arguments is string else call.arguments | tojson }}",
+    )
+    both = Template(with_template(tokenizer, takes_both), "chat")
+    arguments = {"city": "Kyoto", "days": 2}
+    rows = [chat(tool_rows(a)) for a in (arguments, json.dumps(arguments))]
+    assert both.encode(rows[0]) == both.encode(rows[1])
+    with pytest.raises(RowError, match="quotes the arguments of weather twice") as caught:
+        Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(rows[1])
+    assert caught.value.reason == "template"
+
+
+def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
+    """Written for the last answer only, as Qwen 3 does."""
+    thinks = CHATML.replace(
+        "message['content'] +",
+        "('<think>' + message.reasoning_content + '</think>' if message.reasoning_content and loop.last else '')"
+        " + message['content'] +",
+    )
+    used = with_template(tokenizer, thinks)
+    messages = [{**m, "reasoning_content": "Hm."} if m["role"] == "assistant" else m for m in PLAIN]
+    answer = PLAIN[-1]["content"]
+    found = Template(used, "chat", train_on="last_assistant").encode(chat(messages))
+    assert learnt(used, found) == [f"<think>Hm.</think>{answer}<|im_end|>"]
+    with pytest.raises(RowError, match="otherwise than it does without them"):
+        Template(used, "chat").encode(chat(messages))
+    with pytest.raises(RowError, match="drops or rewrites what the assistant says or thinks"):
+        Template(tokenizer, "chat", train_on="last_assistant").encode(chat(messages))
+
+
+@pytest.mark.parametrize(
+    ("how", "template", "told"),
+    [
+        ("ignores tools", QWEN_LIKE.replace("if tools", "if none"), "drops the tools"),
+        ("ignores calls", QWEN_LIKE.replace("m.tool_calls or []", "[]"), "drops a tool call \\('weather'\\)"),
+        ("drops the call's text", QWEN_LIKE.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}"), "→"),
+        ("refuses", "{{ raise_exception('no\ntools') }}", "refuses the turns user → assistant.*no tools"),
+    ],
+)
+def test_a_template_that_loses_tools_is_refused(tokenizer: Any, how: str, template: str, told: str) -> None:
+    messages = [KYOTO[1], {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, *KYOTO[3:]]
+    with pytest.raises(RowError, match=told) as caught:
+        Template(with_template(tokenizer, template), "chat").encode(chat(messages, tools=[WEATHER]))
+    assert caught.value.reason == "template"
+    assert "→" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for name in ("alpaca", "alpaca_short", "plain"):
+        with pytest.raises(RowError, match=r"has no place for .* → data\.template=chat"):
+            Template(tokenizer, name).encode(chat(messages))

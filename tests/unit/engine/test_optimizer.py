@@ -1,0 +1,109 @@
+"""The learning rate against transformers' own schedules, and within its bounds everywhere."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config import load
+from trainer.config.schema import OptimConfig, ScheduleConfig
+from trainer.engine.optimizer import adamw, learning_rate, peak_learning_rate, warmup_steps
+
+PEAK = 3e-4
+quick = settings(max_examples=120, deadline=None)
+schedules = st.builds(
+    ScheduleConfig,
+    name=st.sampled_from(["cosine", "linear", "constant"]),
+    warmup_ratio=st.floats(0, 1),
+    warmup_steps=st.none() | st.integers(0, 300),
+)
+
+
+def transformers_factor(name: str, warmup: int, total: int) -> list[float]:
+    import transformers as t
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    make = {
+        "cosine": lambda: t.get_cosine_schedule_with_warmup(optimizer, warmup, total),
+        "linear": lambda: t.get_linear_schedule_with_warmup(optimizer, warmup, total),
+        "constant": lambda: t.get_constant_schedule_with_warmup(optimizer, warmup),
+    }[name]()
+    return [make.lr_lambdas[0](step) for step in range(total + 1)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (3, 10), (10, 10), (30, 1000)])
+def test_equals_transformers(name: str, warmup: int, total: int) -> None:
+    """Alike after the warmup; in it, transformers wastes its first update on a rate of 0, so it is one step behind."""
+    expected = transformers_factor(name, warmup, total)
+    schedule = ScheduleConfig(name=name, warmup_steps=warmup)
+    for step in range(total):
+        of_theirs = step + 1 if step < warmup else step
+        assert learning_rate(step, total, 1.0, schedule) == pytest.approx(expected[of_theirs], abs=1e-12) or (
+            step == warmup - 1 and learning_rate(step, total, 1.0, schedule) == 1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [(0, 0.5), (1, 1.0), (2, 1.0), (4, (2 + math.sqrt(2)) / 4), (6, 0.5), (8, (2 - math.sqrt(2)) / 4)],
+)
+def test_cosine_by_hand(step: int, factor: float) -> None:
+    assert learning_rate(step, 10, PEAK, ScheduleConfig("cosine", warmup_steps=2)) == pytest.approx(factor * PEAK)
+
+
+@quick
+@given(st.integers(1, 400), schedules, st.floats(1e-8, 1))
+def test_bounds_and_shape(total: int, schedule: ScheduleConfig, peak: float) -> None:
+    warmup = warmup_steps(schedule, total)
+    assert 0 <= warmup <= total
+    rates = [learning_rate(step, total, peak, schedule) for step in range(total)]
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates), "an update at rate 0 is paid for and does nothing"
+    rising, falling = rates[:warmup], rates[warmup:]
+    assert all(a < b for a, b in pairwise(rising))
+    assert all(a >= b for a, b in pairwise(falling))
+    if warmup:
+        assert rising[-1] == pytest.approx(peak)
+    if falling:
+        assert falling[0] == pytest.approx(peak)
+
+
+def test_warmup_ratio_is_rounded_up_and_not_past_itself() -> None:
+    for percent in range(101):
+        for total in range(1, 301):
+            expected = -(-percent * total // 100)  # in whole numbers; 0.07 * 100 is a little more than 7
+            assert warmup_steps(ScheduleConfig(warmup_ratio=percent / 100), total) == expected
+
+
+def test_warmup_steps_overrule_the_ratio_and_stay_within_the_run() -> None:
+    assert warmup_steps(ScheduleConfig(warmup_ratio=0.5, warmup_steps=7), 100) == 7
+    assert warmup_steps(ScheduleConfig(warmup_ratio=0.5, warmup_steps=0), 100) == 0
+    assert warmup_steps(ScheduleConfig(warmup_steps=700), 100) == 100
+
+
+def test_peak_rate_is_the_methods_own_or_what_was_given() -> None:
+    common = ["model=tiny", "data=headlines"]
+    assert peak_learning_rate(load([*common, "method=lora"])) == 2e-4
+    assert peak_learning_rate(load([*common, "method=full", "rank=null"])) == 2e-5
+    assert peak_learning_rate(load([*common, "optim.learning_rate=0.5"])) == 0.5
+
+
+def test_adamw_by_the_papers_formula() -> None:
+    keys = OptimConfig(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6)
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    optimizer = adamw([weight], keys, on_gpu=False)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    w, m, v = weight.detach().clone(), torch.zeros(3).double(), torch.zeros(3).double()
+    for t, gradient in enumerate(torch.tensor([[0.3, -1.0, 0.0], [0.1, 2.0, -4.0], [5.0, 0.0, 0.2]]).double(), start=1):
+        rate = 0.1 / t
+        m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient**2
+        w = w - rate * 0.1 * w - rate * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = gradient
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), w)

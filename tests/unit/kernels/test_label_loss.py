@@ -1,0 +1,273 @@
+"""Tensors of a forward, and the loss on them, against stock transformers on full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trainer.data.batching.micro_batch import MicroBatch, Tokens
+from trainer.data.batching.micro_batch import padded as padded_tokens
+from trainer.kernels.label_loss import LabelLoss
+
+Rows = list[dict[str, Any]]
+rows_of_tokens = st.lists(
+    st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5
+).map(lambda rows: [{"input_ids": [t for t, _ in row], "labels": [label for _, label in row]} for row in rows])
+
+
+def random_rows(lengths: list[int], vocabulary: int = 384, seed: int = 0) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+
+    def row(length: int) -> dict[str, Any]:
+        ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        return {"input_ids": ids, "labels": torch.rand(length, generator=generator).gt(0.4).tolist()}
+
+    return [row(length) for length in lengths]
+
+
+def stock_loss_sum(model: nn.Module, rows: Rows) -> Tensor:
+    """Row by row, full logits, labels of -100, transformers' own shifted mean made a sum again."""
+    total = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        labels = torch.where(torch.tensor([row["labels"]]), ids, -100)
+        count = int((labels[:, 1:] != -100).sum())
+        if count:
+            total = total + model(input_ids=ids, labels=labels).loss * count
+    return total
+
+
+def padded(rows: Rows, which: Any, pad_id: int) -> MicroBatch:
+    examples = [Tokens(np.asarray(r["input_ids"], np.int32), np.asarray(r["labels"], bool)) for r in rows]
+    return padded_tokens(examples, which, pad_id)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows_of_tokens, st.integers(0, 99))
+def test_padded_tensors(rows: Rows, pad_id: int) -> None:
+    batch = padded(rows, range(7, 7 + len(rows)), pad_id)
+    width = max(len(r["input_ids"]) for r in rows)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (len(rows), width)
+    for k, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert batch.input_ids[k].tolist() == row["input_ids"] + [pad_id] * (width - length)
+        assert batch.attention_mask[k].tolist() == [1] * length + [0] * (width - length)
+    # (row, position of the label, its token), a label on a first token left out
+    labels = [
+        (k, i, row["input_ids"][i])
+        for k, row in enumerate(rows)
+        for i, label in enumerate(row["labels"])
+        if label and i
+    ]
+    assert batch.source.tolist() == [k * width + i - 1 for k, i, _ in labels]
+    assert batch.target.tolist() == [token for _, _, token in labels]
+    assert batch.weight.tolist() == [1.0] * len(labels)
+    assert (batch.useful_tokens, batch.computed_tokens) == (sum(len(r["input_ids"]) for r in rows), len(rows) * width)
+    assert batch.rows == tuple(range(7, 7 + len(rows)))
+    assert [t.dtype for t in (batch.input_ids, batch.attention_mask, batch.source, batch.target)] == [torch.int64] * 4
+    assert batch.to(torch.device("cpu")).input_ids.equal(batch.input_ids)
+
+
+def test_the_stand_in_has_one_token_and_no_label() -> None:
+    batch = padded([], [], pad_id=2)
+    assert batch.input_ids.tolist() == [[2]]
+    assert batch.attention_mask.tolist() == [[1]]
+    assert batch.source.numel() == batch.target.numel() == batch.weight.numel() == batch.useful_tokens == 0
+
+
+def small_models() -> dict[str, Any]:
+    import transformers as t
+
+    two = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 384}
+    gated = {**two, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    return {
+        "gpt2": t.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=384, n_positions=64),
+        "gpt_neox": t.GPTNeoXConfig(**two, intermediate_size=64, max_position_embeddings=64),
+        "qwen2": t.Qwen2Config(**gated, tie_word_embeddings=True),
+        "mistral": t.MistralConfig(**gated, sliding_window=4),
+        "gemma2": t.Gemma2Config(**gated, head_dim=8, final_logit_softcapping=5.0, sliding_window=4),
+        "cohere": t.CohereConfig(**gated, logit_scale=0.25),
+        "granite": t.GraniteConfig(**gated, logits_scaling=4.0),
+    }
+
+
+def small_model(name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = small_models()[name]
+    config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def stock_loss_and_gradients(model: Any, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    expected = stock_loss_sum(model, rows)
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return expected, gradients
+
+
+def assert_gradients(model: Any, expected: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, gradient in expected.items():
+        far = float((parameters[name].grad - gradient).norm())
+        assert far <= 2e-5 * float(gradient.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere"])
+def test_loss_and_gradient_equal_transformers(model: Any, name: str) -> None:
+    """Also where something follows the output layer: Gemma 2 caps its logits, Cohere scales them."""
+    model = model if name == "tiny" else small_model(name)
+    rows = random_rows([5, 12, 1, 9])
+    rows[1]["labels"][0] = True
+    expected, gradients = stock_loss_and_gradients(model, rows)
+
+    found = LabelLoss(model)(model, padded(rows, range(4), pad_id=0))
+    assert found.dtype == torch.float32
+    assert found.shape == ()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    found.backward()
+    assert_gradients(model, gradients)
+
+
+def test_any_pad_id_and_any_cut_give_the_same_sum(model: Any) -> None:
+    rows, loss = random_rows([5, 12, 7]), LabelLoss(model)
+    whole = [loss(model, padded(rows, range(3), pad_id=pad)).item() for pad in (0, 2, 383)]
+    parts = sum(loss(model, padded([row], [0], pad_id=0)).item() for row in rows)
+    assert whole == pytest.approx([whole[0]] * 3, rel=1e-6)
+    assert parts == pytest.approx(whole[0], rel=1e-5)
+
+
+def test_weights_multiply_their_labels(model: Any) -> None:
+    import dataclasses
+
+    loss, batch = LabelLoss(model), padded(random_rows([12]), [0], pad_id=0)
+    each = []
+    for k in range(len(batch.weight)):
+        one = torch.zeros_like(batch.weight)
+        one[k] = 1
+        each.append(loss(model, dataclasses.replace(batch, weight=one)).item())
+    weight = torch.arange(len(each), dtype=torch.float32)
+    found = loss(model, dataclasses.replace(batch, weight=weight)).item()
+    assert found == pytest.approx(sum(w * e for w, e in zip(weight.tolist(), each, strict=True)), rel=1e-5)
+
+
+@pytest.mark.parametrize("without", ["rows", "labels"])
+def test_without_labels_the_loss_is_zero_and_connected(model: Any, without: str) -> None:
+    rows = [] if without == "rows" else [{"input_ids": [5, 6, 7], "labels": [True, False, False]}]
+    loss = LabelLoss(model)(model, padded(rows, range(len(rows)), pad_id=0))
+    assert loss.item() == 0.0
+    assert loss.grad_fn is not None
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_only_label_positions_meet_the_vocabulary(model: Any) -> None:
+    met: list[torch.Size] = []
+    loss = LabelLoss(model)
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[:-1]))
+    batch = padded(random_rows([5, 12, 7]), range(3), pad_id=0)
+    loss(model, batch)
+    loss(model, padded([], [], pad_id=0))
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids)  # a forward of anybody else's is left alone
+    assert met == [(1, len(batch.source)), (1, 1), (1, 3)]
+
+
+def test_a_forward_that_fails_leaves_the_model_usable(model: Any) -> None:
+    loss = LabelLoss(model)
+
+    def fails(**_: Any) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        loss(fails, padded(random_rows([5]), [0], pad_id=0))
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
+
+
+def test_through_peft_the_loss_is_the_same(model: Any) -> None:
+    from trainer.config.schema import MethodConfig
+    from trainer.methods import attach
+
+    batch = padded(random_rows([5, 12]), range(2), pad_id=0)
+    expected = float(stock_loss_sum(model, random_rows([5, 12])))
+    wrapped = attach(model, MethodConfig(r=4), seed=0)
+    assert float(LabelLoss(wrapped)(wrapped, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "cohere", "granite"])
+def test_in_chunks_the_loss_and_gradient_are_the_same(model: Any, name: str) -> None:
+    model = model if name == "tiny" else small_model(name)
+    rows = random_rows([5, 12, 1, 9])
+    expected, gradients = stock_loss_and_gradients(model, rows)
+    batch = padded(rows, range(4), pad_id=0)
+    met: list[int] = []
+    loss = LabelLoss(model, chunk_elements=4 * 384)
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    found = loss(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    found.backward()
+    assert max(met) <= 4
+    assert sum(met) == 2 * len(batch.source) - met[0] + 1, "one look at what follows the layer, the rest twice"
+    assert_gradients(model, gradients)
+
+
+def test_in_chunks_under_a_frozen_output_layer(model: Any) -> None:
+    from trainer.config.schema import MethodConfig
+    from trainer.methods import attach
+
+    wrapped = attach(model, MethodConfig(r=4), seed=0)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    batch = padded(random_rows([5, 12, 9]), range(3), pad_id=0)
+    met: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    found = []
+    for elements in (10**9, 4 * 384):
+        value = LabelLoss(wrapped, chunk_elements=elements)(wrapped, batch) * 0.5
+        found.append((value.detach(), torch.autograd.grad(value, trained)))
+    assert met[0] == len(batch.source)
+    assert max(met[1:]) <= 4
+    assert sum(met[1:]) == len(batch.source) + 1, "each label once, and one look at what follows the layer"
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for whole, chunked in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rank_with_fewer_labels_calls_the_output_layer_as_often(model: Any) -> None:
+    import dataclasses
+
+    rows = random_rows([5, 3])
+    loss = LabelLoss(model, chunk_elements=384)
+    met: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
+    for batch in (padded(rows, range(2), pad_id=0), padded([], [], pad_id=0)):
+        met.clear()
+        found = loss(model, dataclasses.replace(batch, most_labels=12))
+        found.backward()
+        assert len(met) in (12 + 11, 12 + 11 + 1)
+        torch.testing.assert_close(found, stock_loss_sum(model, rows if batch.rows else []), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_with_logits_of_its_own_making_is_not_cut(model: Any) -> None:
+    class Odd(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 3 + 1
+            return output
+
+    model.__class__ = Odd
+    rows = random_rows([5, 12])
+    batch = padded(rows, range(2), pad_id=0)
+    expected = LabelLoss(model)(model, batch).item()
+    with pytest.warns(UserWarning, match="logits in a way of its own"):
+        found = LabelLoss(model, chunk_elements=4 * 384)(model, batch).item()
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,120 @@
+"""The run folder at a start: anew, going on, or already finished. Rank 0 looks and decides, the others follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.config import TrainConfig, load, run_folder
+from trainer.distributed.process_group import World, from_main
+from trainer.errors import AfinaError, ConfigError
+from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import METRICS_FILE
+
+# Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
+_WHERE_AND_HOW = ("log.", "launch.", "checkpoint.", "compare.")
+_NOT_THE_RESULT = ("run.name", "run.dir", "run.overwrite", "data.cache_dir", *_WHERE_AND_HOW)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: ``run.dir / run.name``.
+        resume_from: the checkpoint to go on from; ``None`` starts at step 0.
+        finished: the summary of a run that needs nothing more.
+    """
+
+    folder: Path
+    resume_from: Path | None = None
+    finished: dict[str, Any] | None = None
+
+    def scores_before(self) -> dict[str, float]:
+        """The evaluation before training, from metrics.jsonl; empty when there was none."""
+        first = next((r for r in self._metrics() if r["step"] == 0), {})
+        return {k: v for k, v in first.items() if k not in ("step", "epoch")}
+
+    def last_logged_step(self) -> int:
+        """The last step in metrics.jsonl; 0 when there is none."""
+        return max((int(r["step"]) for r in self._metrics()), default=0)
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """A run that fails while its model is loaded has no file yet."""
+        return read_metrics(self.folder) if (self.folder / METRICS_FILE).exists() else []
+
+
+def open_run(config: TrainConfig, world: World, say: Callable[[str], None]) -> Run:
+    """Find out what there is to do. A collective.
+
+    Raises:
+        ConfigError: the folder holds a finished run of another configuration.
+        CheckpointError: the checkpoint to go on from cannot be used.
+    """
+    decision: Run | AfinaError
+    try:
+        decision = _decide(config, say) if world.is_main else Run(Path())
+    except AfinaError as error:
+        decision = error
+    decision = from_main(decision)
+    if isinstance(decision, AfinaError):
+        if world.is_main:
+            raise decision
+        raise SystemExit(decision.exit_code)  # rank 0 tells it once
+    return decision
+
+
+def _decide(config: TrainConfig, say: Callable[[str], None]) -> Run:
+    folder = run_folder(config)
+    if config.run.overwrite and folder.exists():
+        aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+        folder.rename(aside)
+        say(f"run.overwrite: the old run was moved to {aside}")
+    summary = read_summary(folder) if folder.exists() else None
+    if summary and summary.get("status") == "finished":
+        _same_result(config, folder)
+        say(f"{folder} is finished; nothing is redone (run.overwrite=true starts anew)")
+        say(json.dumps(summary, indent=1))
+        return Run(folder, finished=summary)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder, resume_from=checkpoint.find(folder, config.checkpoint.resume))
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, or with a number behind it: two may be moved aside within one second."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
+def _same_result(config: TrainConfig, folder: Path) -> None:
+    """A finished run answers only for the configuration that it was run with."""
+    try:
+        before = load([], folder / "config.yaml")
+    except AfinaError:
+        return  # moved data, or a key of an older version: the summary still stands
+    was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    changed = [
+        f"{k} {was.get(k)} → {now.get(k)}"
+        for k in {**now, **was}  # zero.extra may have lost keys
+        if was.get(k) != now.get(k) and not k.startswith(_NOT_THE_RESULT)
+    ]
+    if changed:
+        raise ConfigError(
+            str(folder),
+            rule=f"is a finished run with other settings ({', '.join(changed[:4])}{' …' if len(changed) > 4 else ''})",
+            cure="another run.name, or run.overwrite=true (the old folder is moved aside)",
+        )
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return out

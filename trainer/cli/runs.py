@@ -1,0 +1,117 @@
+"""The verbs for a run that has been trained, but `eval`: `generate`, `chat`, `merge`. What they are told and print."""
+
+from __future__ import annotations
+
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.errors import CheckpointError, ConfigError
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="OVERRIDES", help="key=value, group=choice, +new.key=value, ~key", show_default=False),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        help="another adapter (of a run, or a folder) on the same base, or base alone; may be repeated",
+        show_default=False,
+    ),
+]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="the base in place of what the run trained")]
+Bits = Annotated[int | None, typer.Option(metavar="16|8|4", help="hold the base in so many bits")]
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what the user says", show_default=False)],
+    overrides: Overrides = None,
+    input: Annotated[str, typer.Option(metavar="TEXT", help="what the prompt is about, as in an Alpaca row")] = "",
+    adapters: Adapters = None,
+    no_adapter: NoAdapter = False,
+    bits: Bits = None,
+    device_map: Annotated[str | None, typer.Option(metavar="MAP", help="auto spreads a big base over devices")] = None,
+) -> None:
+    """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
+    _check_bits(bits)
+    folder = find_run(run)
+    import trainer.inference.use
+
+    answers = trainer.inference.use.generate_run(
+        folder,
+        prompt,
+        input=input,
+        adapter=not no_adapter,
+        adapters=adapters or [],
+        bits=bits,
+        device_map=device_map,
+        overrides=overrides or [],
+        say=_to_stderr,
+    )
+    for number, (name, answer) in enumerate(answers):
+        if adapters:
+            print(f"{chr(10) if number else ''}# {name}")
+        print(answer, flush=True)
+
+
+def chat(
+    run: Run,
+    overrides: Overrides = None,
+    adapters: Adapters = None,
+    no_adapter: NoAdapter = False,
+    bits: Bits = None,
+) -> None:
+    """Talk with a run's model, switching adapters on the way. Answers come as they are written; /help."""
+    _check_bits(bits)
+    folder = find_run(run)
+    import trainer.inference.chat
+
+    trainer.inference.chat.chat_run(folder, adapter=not no_adapter, adapters=adapters or [], bits=bits, overrides=overrides or [])
+
+
+def merge(
+    run: Run,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="the folder that is made")],
+    overrides: Overrides = None,
+) -> None:
+    """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
+    import trainer.inference.use
+
+    result = trainer.inference.use.merge_run(find_run(run), to, overrides or [])
+    print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
+    allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
+    print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
+    print(f"likeliest token: the same at {100 * result.same_choice:.1f} % of the positions")
+    if result.trained_distance is not None:
+        print(f"trained on a quantised base: {result.trained_distance:.1e} from the adapter there")
+    print(f"merged: {to}")
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run named by its path or by its name in runs/.
+
+    Raises:
+        CheckpointError: there is no such run; the nearest name in runs/ is suggested.
+    """
+    for folder in (Path(run), Path("runs") / run):
+        if (folder / "config.yaml").is_file():
+            return folder
+    near = get_close_matches(Path(run).name, [path.parent.name for path in Path("runs").glob("*/config.yaml")], n=1)
+    cure = f"did you mean runs/{near[0]}?" if near else "give the folder that `afina train` wrote"
+    raise CheckpointError("run", value=run, rule="is not a run folder (no config.yaml there)", cure=cure)
+
+
+def _check_bits(bits: int | None) -> None:
+    if bits not in (None, 16, 8, 4):
+        raise ConfigError("--bits", value=bits, rule="must be 16, 8 or 4", cure="leave it out for the run's own")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

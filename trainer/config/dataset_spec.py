@@ -1,0 +1,130 @@
+"""``data.path`` in all its forms, as a list of parts: one file, several, or a mixture with weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trainer.config.messages import nearest, one_line, wrong
+
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
+FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
+FIELDS = frozenset(
+    ["instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion"]
+    + ["text", "question", "options", "answer", "tools", "subject"]
+)
+TEMPLATES = ("chat", "alpaca", "alpaca_short", "plain")
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+@dataclass(slots=True)
+class Part:
+    """One part of the training data.
+
+    Attributes:
+        path: a file, a folder, a glob, a folder written by ``datasets.save_to_disk``, or a hub id ``owner/name``.
+        format: shape of its rows.
+        columns: our field names -> its column names (``{instruction: question}``).
+        weight: how many times each of its training rows is used in a pass; 0.5 takes a seeded half, 2 takes each twice.
+        rows: use exactly so many of its training rows instead, drawn by the seed, repeated when there are fewer.
+        split: of a dataset that has several.
+        revision: commit, tag or branch of a hub id.
+        subset: of a hub id that has several (its configuration, ``main`` in ``openai/gsm8k``).
+    """
+
+    path: str
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    rows: int | None = None
+    split: str = "train"
+    revision: str | None = None
+    subset: str | None = None
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path holds a wildcard."""
+    return any(c in path for c in "*?[")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is not on this machine may name a data set of the hub: ``owner/name``."""
+    shaped = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    return shaped is not None and not path.lower().endswith(DATA_SUFFIXES)
+
+
+def is_template_file(template: str) -> bool:
+    """Whether ``data.template`` names a file with a chat template of the user's own."""
+    return template.lower().endswith(TEMPLATE_SUFFIXES)
+
+
+def check_columns(name: str, columns: Any) -> None:
+    """Refuse a mapping of columns that is none, or names a field that no format has.
+
+    Raises:
+        ConfigError: with the nearest field.
+    """
+    if not isinstance(columns, dict) or not all(isinstance(v, str) and v for v in columns.values()):
+        raise wrong(name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}")
+    for key, column in columns.items():
+        if key not in FIELDS:
+            near = nearest(str(key), sorted(FIELDS))
+            swapped = column if column in FIELDS else None
+            cure = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
+            rule = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
+            raise wrong(name, one_line(columns), rule, cure)
+
+
+def parts_of(
+    path: Any, format: str, columns: dict[str, str], split: str, revision: str | None, subset: str | None = None
+) -> list[Part]:
+    """``data.path`` as parts; what a part does not say itself, the ``data`` group says for all.
+
+    Raises:
+        ConfigError: it is not a path, a list of paths, or a list of ``{path: …, weight: …}``.
+    """
+    rule = "must be a path, a list of paths, or a list of {path: …, weight: …}"
+    listed = path if isinstance(path, list) else [path]
+    if not listed:
+        raise wrong("data.path", "[]", rule, "data.path=my.jsonl")
+    out = []
+    for number, item in enumerate(listed):
+        name = f"data.path[{number}]" if isinstance(path, list) else "data.path"
+        given = {"path": item} if isinstance(item, str) else item
+        if not isinstance(given, dict):
+            raise wrong(name, one_line(item), rule, "data.path=my.jsonl")
+        inherited = {"format": format, "columns": columns, "split": split, "revision": revision, "subset": subset}
+        out.append(_part(name, given, inherited))
+    return out
+
+
+def _part(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> Part:
+    known = [f.name for f in fields(Part)]
+    for key in given:
+        if key not in known:
+            near = nearest(str(key), known)
+            cure = f"did you mean {near}" if near else f"one of {', '.join(known)}"
+            raise wrong(f"{name}.{key}", one_line(given[key]), "there is no such key", cure)
+    part = Part(**{**inherited, "path": "", **given})
+    if not isinstance(part.path, str) or not part.path.strip():
+        raise wrong(f"{name}.path", one_line(part.path), "must be a path", f"{name}.path=my.jsonl")
+    if part.format not in FORMATS:
+        cure = nearest(str(part.format), FORMATS) or FORMATS[0]
+        raise wrong(f"{name}.format", part.format, f"must be one of {', '.join(FORMATS)}", f"format: {cure}")
+    check_columns(f"{name}.columns", part.columns)
+    number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
+    if not number or not 0 < part.weight < float("inf"):
+        raise wrong(f"{name}.weight", one_line(part.weight), "must be a number above 0", "weight: 1")
+    if part.rows is not None and (isinstance(part.rows, bool) or not isinstance(part.rows, int) or part.rows < 1):
+        raise wrong(f"{name}.rows", one_line(part.rows), "must be a whole number, at least 1", "rows: 1000")
+    if part.rows is not None and part.weight != 1.0:
+        raise wrong(f"{name}.rows", part.rows, "and weight say the same thing twice", "give rows or weight")
+    for key, example in (("split", "train"), ("revision", "main"), ("subset", "main")):
+        value = getattr(part, key)
+        if not (isinstance(value, str) and value.strip()) and not (key != "split" and value is None):
+            owner = f"{name}.{key}" if key in given else f"data.{key}"
+            cure = f"{owner}={example}"
+            raise wrong(owner, one_line(value) or "''", "must be a name", cure)
+    part.weight = float(part.weight)
+    return part

@@ -1,0 +1,162 @@
+"""Lists of messages into turns: OpenAI's ``messages`` and ShareGPT's ``conversations``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.config.messages import nearest
+from trainer.data.formats.fields import strings_in, text_of, wrong_type
+from trainer.data.sources.rows import RowError
+from trainer.data.formats.turns import Turn
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# Keys of a message that chat templates read; anything else (ids, times) is the data set's own book-keeping.
+EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+
+
+def turns_of(where: str, value: Any, answers: bool) -> list[Turn]:
+    """The turns of a list of messages.
+
+    Args:
+        where: the place of the list.
+        value: ``[{"role": …, "content": …}, …]`` or ``[{"from": …, "value": …}, …]``.
+        answers: whether its assistant turns are the row's answers.
+
+    Raises:
+        RowError: it is no such list, a role is unknown, a message has no text, or an assistant says nothing.
+    """
+    if not isinstance(value, list):
+        raise wrong_type(where, value, "a list of messages", 'write [{"role": "user", "content": "…"}, …]')
+    if not value:
+        raise RowError("bad_turns", where, rule="is an empty list", cure="remove the row")
+    return [_turn(f"{where}[{i}]", message, answers) for i, message in enumerate(value)]
+
+
+def tools_of(where: str, value: Any) -> tuple[Any, ...] | None:
+    """Tool definitions: a list of objects, or that list as a JSON string; ``None`` when there are none.
+
+    Raises:
+        RowError: it is something else.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError("wrong_type", where, rule=f"is not JSON ({error})", cure="give a list of objects") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise wrong_type(where, value, "a list of objects", "give each tool as a JSON schema")
+    _check_strings(where, value)
+    return tuple(value)
+
+
+def _turn(where: str, message: Any, answers: bool) -> Turn:
+    if not isinstance(message, dict):
+        raise wrong_type(where, message, "a message", 'write {"role": "user", "content": "…"}')
+    said, role = _role(where, message)
+    extra = {key: message[key] for key in EXTRA if message.get(key)}
+    calls = _calls(where, message, said)
+    if calls:
+        extra["tool_calls"] = calls
+    _check_strings(where, extra)
+    key = "value" if "content" not in message and "value" in message else "content"
+    weight = _weight(f"{where}.weight", message.get("weight"))
+    if calls and (said == "function_call" or message.get(key) is None):
+        text = ""
+    elif key not in message:
+        raise RowError("missing_field", f"{where}.{key}", rule="is missing", cure="give the message its `content`")
+    else:
+        text = _content(f"{where}.{key}", message[key])
+    if role != "assistant":
+        return Turn(role, text, extra=extra or None)
+    if not calls:
+        text_of(f"{where}.{key}", text, empty="empty_answer")
+    return Turn(role, text, answer=answers, weight=weight, extra=extra or None)
+
+
+def _role(where: str, message: dict[str, Any]) -> tuple[str, str]:
+    """The role as it is written, and ours."""
+    key = "from" if "role" not in message and "from" in message else "role"
+    if key not in message:
+        raise RowError("missing_field", f"{where}.{key}", rule="is missing", cure="say who speaks: user, assistant …")
+    said = message[key]
+    if not isinstance(said, str) or said not in ROLES:
+        near = nearest(said, ROLES) if isinstance(said, str) else None
+        cure = f"did you mean {near}" if near else f"one of {', '.join(ROLES)}"
+        raise RowError("bad_role", f"{where}.{key}", value=ascii(said)[:60], rule="is no known role", cure=cure)
+    return said, ROLES[said]
+
+
+def _content(where: str, value: Any) -> str:
+    """A string, or the texts of a list of parts put together."""
+    if not isinstance(value, list):
+        return text_of(where, value)
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            rule = "is not text, and only text is trained on"
+            raise RowError("wrong_type", f"{where}[{i}]", value=ascii(kind)[:60], rule=rule, cure="remove the row")
+        texts.append(text_of(f"{where}[{i}].text", part.get("text")))
+    return "".join(texts)
+
+
+def _weight(where: str, value: Any) -> int:
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
+        rule = "must be 0 (not learnt) or 1"
+        raise RowError("bad_weight", where, value=ascii(value)[:60], rule=rule, cure="weight: 0 or 1")
+    return int(value)
+
+
+def _calls(where: str, message: dict[str, Any], said: str) -> list[Any]:
+    """The tool calls of a message, older ways of writing them included; empty when it makes none."""
+    calls = message.get("tool_calls")
+    if not calls and isinstance(message.get("function_call"), dict):
+        calls = [{"type": "function", "function": message["function_call"]}]
+    if not calls and said == "function_call":
+        calls = _shared_calls(message.get("value", message.get("content")))
+    if not calls:
+        return []
+    if ROLES[said] != "assistant":
+        raise RowError("bad_turns", f"{where}.tool_calls", rule="only the assistant calls tools", cure="mend the role")
+    if not isinstance(calls, list):
+        raise wrong_type(f"{where}.tool_calls", calls, "a list of calls", "write [{…}]")
+    for i, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            rule = "names no function"
+            cure = 'write {"type": "function", "function": {"name": "…", "arguments": {…}}}'
+            raise RowError("wrong_type", f"{where}.tool_calls[{i}]", value=ascii(call)[:60], rule=rule, cure=cure)
+    return calls
+
+
+def _shared_calls(value: Any) -> list[Any]:
+    """ShareGPT's ``function_call`` is JSON in a string, one call or several; anything else is the assistant's text."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return []
+    found = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and "name" in call and "arguments" in call for call in found):
+        return []
+    return [{"type": "function", "function": call} for call in found]
+
+
+def _check_strings(where: str, value: Any) -> None:
+    for text in strings_in(value):
+        text_of(where, text)

@@ -1,0 +1,112 @@
+"""The fields of a row, read one by one, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.sources.rows import Row, RowError
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A row under our names for its fields.
+
+    Attributes:
+        row: the row.
+        columns: our field names -> the row's, where they differ.
+    """
+
+    row: Row
+    columns: Mapping[str, str]
+
+    def where(self, name: str) -> str:
+        """The place of a field, for messages: ``file:line field``, as the row calls it."""
+        return f"{self.row.where} {self.columns.get(name, name)}"
+
+    def has(self, name: str) -> bool:
+        """Whether the row has the field, null or not."""
+        return self.columns.get(name, name) in self.row.fields
+
+    def get(self, name: str) -> Any:
+        """An optional field; ``None`` when it is null or not there.
+
+        Raises:
+            RowError: ``data.columns`` names a column for it and the row has no such column.
+        """
+        if name in self.columns and not self.has(name):
+            raise self._missing(name)
+        return self.row.fields.get(self.columns.get(name, name))
+
+    def need(self, name: str) -> Any:
+        """A field that must be there; may be null, which the reader of its type refuses.
+
+        Raises:
+            RowError: it is missing.
+        """
+        if not self.has(name):
+            raise self._missing(name)
+        return self.get(name)
+
+    def text(self, name: str, empty: str) -> str:
+        """A string that must be there and say something; ``empty`` is the reason given when it does not."""
+        return text_of(self.where(name), self.need(name), empty)
+
+    def text_if_any(self, name: str) -> str:
+        """An optional string; null, empty and missing are the same."""
+        value = self.get(name)
+        return "" if value is None else text_of(self.where(name), value)
+
+    def _missing(self, name: str) -> RowError:
+        column = self.columns.get(name)
+        if column is None:
+            return RowError("missing_field", self.where(name), rule="is missing", cure=f"give the row `{name}`")
+        rule = f"is missing, and data.columns.{name}={column} says that {name} is there"
+        return RowError("missing_field", self.where(name), rule=rule, cure="mend data.columns, or the row")
+
+
+def text_of(where: str, value: Any, empty: str | None = None) -> str:
+    """``value`` as a string that a tokenizer can take.
+
+    Args:
+        where: its place.
+        value: what stands there.
+        empty: the reason to refuse a string of nothing but white space; ``None`` lets it pass.
+
+    Raises:
+        RowError: ``null``, ``wrong_type``, ``lone_surrogate`` or ``empty``.
+    """
+    if not isinstance(value, str):
+        cure = "make it one string" if isinstance(value, list | dict) else "quote it"
+        raise wrong_type(where, value, "a string", cure)
+    if empty and not value.strip():
+        raise RowError(empty, where, rule="is empty: there is nothing to learn from", cure="remove the row")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            rule = f"holds half a surrogate pair at {error.start}"
+            raise RowError("lone_surrogate", where, rule=rule, cure="repair the \\u escape") from error
+    return value
+
+
+def wrong_type(where: str, value: Any, wanted: str, cure: str) -> RowError:
+    """The error for a value of a wrong type: ``null`` or ``wrong_type``."""
+    if value is None:
+        return RowError("null", where, rule=f"is null, not {wanted}", cure="give it a value, or remove the row")
+    shown = ascii(value)[:60]
+    return RowError("wrong_type", where, value=shown, rule=f"is {type(value).__name__}, not {wanted}", cure=cure)
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string inside lists and mappings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from strings_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings_in(item)

@@ -1,0 +1,104 @@
+"""Data sets that the ``datasets`` library keeps: on the hub, or saved in a folder by ``save_to_disk``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config.dataset_spec import Part
+from trainer.config.messages import listing, nearest
+from trainer.data.sources.readers import numbered, packed
+from trainer.data.sources.rows import CHUNK_LINES, Chunk
+from trainer.errors import DataError
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``datasets.save_to_disk`` wrote a folder."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / "dataset_dict.json").is_file()
+
+
+def load_saved(folder: Path, part: Part) -> Any:
+    """The split of a saved data set that a part names; a data set without splits is taken whole.
+
+    Raises:
+        DataError: it has no such split, or cannot be read.
+    """
+    import datasets
+
+    index = folder / "dataset_dict.json"
+    try:
+        if not index.is_file():
+            whole = datasets.load_from_disk(str(folder))
+            if part.split not in ("train", str(whole.split)):
+                rule = f"has no splits: {part.path} holds one data set"
+                raise DataError("data.split", value=part.split, rule=rule, cure="leave data.split out")
+            return whole
+        splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
+        if part.split not in splits:
+            cure = f"data.split={nearest(part.split, splits) or splits[0]}" if splits else "save it with its splits"
+            raise DataError("data.split", value=part.split, rule=f"is not in {part.path}: {_splits(splits)}", cure=cure)
+        return datasets.load_from_disk(str(folder / part.split))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"was written by save_to_disk, and cannot be read ({_short(error)})"
+        raise DataError("data.path", value=part.path, rule=rule, cure="save it anew") from error
+
+
+def load_hub(part: Part) -> Any:
+    """The split of a hub data set that a part names, from the hub or from the cache of an earlier run.
+
+    Raises:
+        DataError: the hub has no such data set, revision or split, or cannot be reached.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    nowhere = "there is no such path on this machine, and"
+    try:
+        return datasets.load_dataset(part.path, part.subset, split=part.split, revision=part.revision)
+    except DatasetNotFoundError as error:
+        revision = f" at revision {part.revision}" if part.revision else ""
+        rule = f"{nowhere} the hub has no such data set{revision}, or keeps it private"
+        cure = "correct the path; for a private one: hf auth login"
+        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+    except ConnectionError as error:
+        rule = f"{nowhere} the hub could not be reached ({_short(error)})"
+        cure = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
+        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+    except Exception as error:  # a builder may raise anything: an unknown split, no default configuration, a bad file
+        if "split" in str(error).lower():
+            rule = f"{part.path}: {_short(error)}"
+            raise DataError("data.split", value=part.split, rule=rule, cure="data.split=NAME") from error
+        if "config name" in str(error).lower():
+            rule = f"{part.path}: {_short(error)}"
+            raise DataError("data.subset", value=part.subset, rule=rule, cure="data.subset=NAME") from error
+        rule = f"cannot be loaded from the hub ({_short(error)})"
+        cure = "load it with the datasets library, save_to_disk, and name that folder"
+        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+
+
+def chunks(table: Any, name: str) -> Iterator[Chunk]:
+    """The rows of a data set, numbered from 1, with the values that ``datasets`` gives in Python.
+
+    Raises:
+        DataError: its files are damaged.
+    """
+    try:
+        yield from packed(numbered(table.with_format(None).iter(CHUNK_LINES), name, _rows), 0, name)
+    except (OSError, ValueError, OverflowError, ImportError) as error:
+        cure = "leave out columns that are no text, or save it anew"
+        raise DataError(name, rule=f"cannot be read ({_short(error)})", cure=cure) from error
+
+
+def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _splits(splits: list[str]) -> str:
+    return f"it has {listing(splits)}" if splits else "it has no splits"
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,172 @@
+"""Files named ``.json``: an array of objects, an object around such an array, one row, or in truth JSONL."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, BinaryIO
+
+from trainer.config.dataset_spec import FIELDS
+from trainer.data.sources.rows import Refused, json_trouble, not_an_object, not_utf8
+from trainer.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+_Parsed = tuple[int, dict[str, Any] | Refused]
+
+
+def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[_Parsed]]:
+    """The rows of a ``.json`` file: as lines when its text is JSONL, which streams; else parsed, from the whole file.
+
+    A parsed row's ``line`` is the line of the file on which it begins; where rows share a line, the row's number.
+
+    Raises:
+        DataError: the file's one value is broken, which leaves no row to be trusted after that place; or it holds
+            several arrays of objects.
+    """
+    lines = list(_until_text(stream))
+    first = b"".join(lines).removeprefix(BOM).lstrip()
+    if not first.startswith((b"{", b"[")):
+        return chain(lines, stream), ()
+    if first.startswith(b"{") and _is_object(first):
+        more = list(_until_text(stream))
+        if any(line.strip() for line in more):
+            return chain(lines, more, stream), ()
+    content = b"".join(chain(lines, stream)).removeprefix(BOM)
+    text = content.decode("utf-8", "surrogateescape")
+    start = _after_blank(text, 0)
+    if text[start] == "[":
+        return (), _elements(text, start, name, whole=True)
+    try:
+        return (), _object_rows(text, start, name)
+    except DataError:
+        if _second_line_is_object(content):
+            return io.BytesIO(content), ()
+        raise
+
+
+def _until_text(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines up to and with the first that is not blank."""
+    for line in stream:
+        yield line
+        if line.removeprefix(BOM).strip():
+            return
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _second_line_is_object(content: bytes) -> bool:
+    stream = io.BytesIO(content)
+    for _ in _until_text(stream):
+        pass
+    return any(_is_object(line) for line in _until_text(stream))
+
+
+def _object_rows(text: str, start: int, name: str) -> Iterable[_Parsed]:
+    """The rows of the file's one object: those of the array in it, else itself."""
+    members, end = _members(text, start, name)
+    _nothing_after(text, end, name)
+    arrays = [key for key, (_, value) in members.items() if isinstance(value, list) and any(map(_is_dict, value))]
+    if not arrays or FIELDS & set(members):
+        line = text.count("\n", 0, start) + 1
+        return [(line, _usable(text[start:end], {k: v for k, (_, v) in members.items()}, f"{name}:{line}"))]
+    if len(arrays) > 1:
+        rule = f"holds several arrays: {', '.join(arrays)}"
+        raise DataError(name, rule=rule, cure="keep one array of rows in a file")
+    return _elements(text, members[arrays[0]][0], name)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _members(text: str, start: int, name: str) -> tuple[dict[str, tuple[int, Any]], int]:
+    """``{key: (where its value begins, value)}`` of the object at ``start``, and where it ends."""
+    members: dict[str, tuple[int, Any]] = {}
+    at = _after_blank(text, start + 1)
+    while text[at : at + 1] != "}" or members:
+        if text[at : at + 1] != '"':
+            raise _broken(text, at, name, "Expecting property name enclosed in double quotes")
+        key, at = _value(text, at, name)
+        begin = _after(text, at, ":", name)
+        value, end = _value(text, begin, name)
+        members[key] = (begin, value)
+        at = _after_blank(text, end)
+        if text[at : at + 1] == "}":
+            break
+        at = _after(text, at, ",", name)
+    return members, at + 1
+
+
+def _elements(text: str, start: int, name: str, whole: bool = False) -> Iterator[_Parsed]:
+    """The elements of the array at ``start``, one by one; with ``whole``, nothing may follow the array."""
+    at = _after_blank(text, start + 1)
+    number, line, counted, by_line = 0, 1, 0, True
+    while text[at : at + 1] != "]" or number:
+        value, end = _value(text, at, name)
+        after = _after_blank(text, end)
+        number += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if number == 1 and text[after : after + 1] == ",":
+            by_line = "\n" in text[at : _after_blank(text, after + 1)]
+        shown = line if by_line else number
+        yield shown, _usable(text[at:end], value, f"{name}:{shown}")
+        at = after
+        if text[at : at + 1] == "]":
+            break
+        at = _after(text, at, ",", name)
+    if whole:
+        _nothing_after(text, at + 1, name)
+
+
+def _usable(raw: str, value: Any, where: str) -> dict[str, Any] | Refused:
+    try:
+        raw.encode()
+    except UnicodeEncodeError as error:
+        return not_utf8(where, raw, f"character {error.start} of the row")
+    return value if isinstance(value, dict) else not_an_object(where, value, raw)
+
+
+def _value(text: str, at: int, name: str) -> tuple[Any, int]:
+    """The JSON value at a place, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise _broken(text, error.pos, name, error.msg) from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(text, at, name, json_trouble(error)) from error
+
+
+def _after_blank(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None, "the pattern matches nothing too"
+    return found.end()
+
+
+def _after(text: str, at: int, mark: str, name: str) -> int:
+    """The place of what follows ``mark``, which must stand at ``at``."""
+    at = _after_blank(text, at)
+    if text[at : at + 1] != mark:
+        raise _broken(text, at, name, f"Expecting {mark!r}")
+    return _after_blank(text, at + 1)
+
+
+def _nothing_after(text: str, at: int, name: str) -> None:
+    at = _after_blank(text, at)
+    if at < len(text):
+        raise _broken(text, at, name, "more text after the file's one value")
+
+
+def _broken(text: str, at: int, name: str, reason: str) -> DataError:
+    line = text.count("\n", 0, at) + 1
+    cure = "mend it there, or bring JSONL (one object a line), where one broken row costs no other"
+    return DataError(f"{name}:{line}", rule=f"is not JSON ({reason})", cure=cure)

@@ -1,0 +1,235 @@
+"""DeepSpeed behind a few plain calls: accumulate, update, gather, restore.
+
+What a rank holds of the trained tensors:
+
+=======  ==========================================================================================
+stage 0  the tensors themselves, fp32; a 16-bit forward runs under autocast
+stage 1  16-bit tensors, and its share of their fp32 masters and moments
+stage 2  the same, and only its share of the reduced gradients
+stage 3  its share of everything
+=======  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.kernels.trie_attention import along
+from trainer.config.schema import TrainConfig
+from trainer.data.batching.micro_batch import MicroBatch
+from trainer.distributed.process_group import World
+from trainer.kernels.label_loss import LabelLoss
+from trainer.methods import OrthogonalTerm, trainable_parameters
+from trainer.engine.optimizer import adamw
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step: the global gradient norm before clipping, and whether the step was taken."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: with its trained parameters attached.
+        loss: of this model.
+        config: the whole configuration.
+        world: this process; the process group must be up.
+        dtype: of forward and backward.
+        orthogonal: AdaLoRA's term, whose hooks are on the model already.
+        start: of adapters that start in the base, for saving them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LabelLoss,
+        config: TrainConfig,
+        world: World,
+        dtype: torch.dtype,
+        orthogonal: OrthogonalTerm | None = None,
+        start: dict[str, Tensor] | None = None,
+    ) -> None:
+        import deepspeed
+
+        self.model, self.world, self.dtype = model, world, dtype
+        self.zero_stage = config.zero.stage
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.trained = trainable_parameters(model)
+        self.loss, self.start = loss, start
+        self.orthogonal = orthogonal
+        # Reducing once a step is cheapest, but keeps a whole gradient on every rank: right for adapters, not for all
+        # weights, which are reduced (and under stages 2 and 3 partitioned) micro-batch by micro-batch.
+        self.reduces_once = config.method.name != "full" and self.zero_stage > 0
+        if self.zero_stage == 0:
+            for parameter in self.trained.values():
+                parameter.data = parameter.data.float()
+        optimizer = adamw(self.trained.values(), config.optim, on_gpu=world.device.type == "cuda")
+        keys = deepspeed_config(config, dtype, world.world_size)
+        if self.zero_stage == 3:
+            partition(model, keys, world, dtype)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)
+        self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
+
+    @property
+    def loss_scale(self) -> float:
+        """DeepSpeed's fp16 loss scale; 1 in other dtypes."""
+        return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
+
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Summed cross-entropy of one micro-batch: float32 scalar."""
+        with along(batch.paths), self._autocast():
+            return self.loss(self.deepspeed, batch)
+
+    def label_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits at the label positions of one micro-batch, (labels, vocabulary)."""
+        with along(batch.paths), self._autocast():
+            return self.loss.logits(self.deepspeed, batch)
+
+    def _autocast(self) -> torch.autocast:
+        wanted = self.zero_stage == 0 and self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.dtype, enabled=wanted)
+
+    def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[list[float], bool]:
+        """Forward and backward of this rank's micro-batches, then reduce the gradients over the ranks.
+
+        Args:
+            batches: as many on every rank, at least one.
+            scale: the loss sums are multiplied by it before the backward. DeepSpeed averages gradients over ranks, so
+                ``world_size / label_tokens_of_the_global_batch`` gives the gradient of the global batch's mean.
+            seeds: one a micro-batch, for dropout.
+
+        Returns:
+            The unscaled loss sum of each micro-batch, and whether this rank's own gradients were all finite (always
+            true where they are reduced micro-batch by micro-batch, and cannot be told apart).
+        """
+        sums: list[Tensor] = []
+        with self.deepspeed.coalesce_grad_reduction() if self.reduces_once else contextlib.nullcontext():
+            for k, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+                torch.manual_seed(seed)
+                if not self.reduces_once:
+                    last = k == len(batches) - 1 and self.zero_stage > 0
+                    self.deepspeed.set_gradient_accumulation_boundary(last)
+                if self.orthogonal is not None:  # once an update: ranks are averaged, micro-batches are summed
+                    self.orthogonal.scale = self.loss_scale if k == 0 else 0.0
+                batch = batch.to(self.world.device)
+                with along(batch.paths):  # the backward too: gradient checkpointing attends again in it
+                    loss = self.loss_sum(batch)
+                    self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+                sums.append(loss.detach())
+            local_is_finite = self._local_gradients_are_finite() if self.reduces_once or self.zero_stage == 0 else True
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        if self.zero_stage == 0:
+            self.deepspeed.allreduce_gradients()
+        return [float(s) for s in torch.stack(sums).cpu()], local_is_finite
+
+    def update(self, learning_rate: float) -> Update:
+        """Clip, then one AdamW step. A step whose gradient norm is not finite is not taken, on any rank."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.zero_stage == 0:
+            limit = self.max_grad_norm or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), limit))
+            if not math.isfinite(norm):
+                self.deepspeed.zero_grad()
+                return Update(norm, applied=False)
+            self.deepspeed.step()
+            return Update(norm, applied=True)
+        self.deepspeed.step()
+        return Update(float(self.deepspeed.get_global_grad_norm()), applied=not self.optimizer.overflow)
+
+    def train(self) -> None:
+        """Dropout and gradient checkpointing on."""
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """Dropout and gradient checkpointing off."""
+        self.deepspeed.eval()
+
+    def _local_gradients_are_finite(self) -> bool:
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        if not gradients:
+            return True
+        norms = torch.stack([g.abs().amax().float() for g in gradients if g.numel()])
+        return bool(torch.isfinite(norms).all())
+
+
+def partition(model: nn.Module, keys: dict[str, Any], world: World, dtype: torch.dtype) -> None:
+    """Split a model over the ranks as ZeRO-3 wants it, one tensor after the other.
+
+    DeepSpeed does it too, but puts the whole model on the device first, where a model that needs this stage has no
+    room. Here a rank holds its shares and one whole tensor at a time. The weights that loading has left in their files
+    are read by rank 0 alone, and the others receive them; quantised ones are on every rank's device already.
+
+    Args:
+        model: with its trained parameters, wherever it is.
+        keys: DeepSpeed's configuration.
+        world: this process.
+        dtype: of forward and backward; weights that are not quantised are cast to it.
+    """
+    import deepspeed
+
+    first: Any = None
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            wanted = dtype if parameter.is_floating_point() else parameter.dtype
+            if world.is_main:  # a copy: a tensor that lies in its file must not be written to, nor keep the file open
+                parameter.data = parameter.data.to(world.device, wanted, copy=True)
+            else:
+                parameter.data = torch.empty_like(parameter, device=world.device, dtype=wanted)
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=keys, dtype=dtype)
+        else:
+            first.convert_to_zero_parameters([parameter])
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(world.device)
+
+
+def deepspeed_config(config: TrainConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """The typed configuration in DeepSpeed's terms, with ``zero.extra`` merged last.
+
+    DeepSpeed's batch arithmetic is told 1 everywhere: the loss is already divided by the label tokens of the global
+    batch, and each step says itself when it ends.
+    """
+    stage = config.zero.stage
+    zero: dict[str, Any] = {"stage": stage}
+    if config.zero.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.zero.offload_params == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    out: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": config.optim.max_grad_norm if stage else 0.0,  # stage 0 is clipped in Engine.update
+        "zero_optimization": zero,
+        # torch's AdamW under ZeRO, offloaded too: the same arithmetic at every stage, and no C++ compiler needed
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if stage and dtype == torch.bfloat16:
+        out["bf16"] = {"enabled": True}
+    if stage and dtype == torch.float16:
+        out["fp16"] = {"enabled": True}
+    return _merge(out, config.zero.extra)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged

@@ -1,0 +1,180 @@
+"""The trained state as whole tensors, whatever ZeRO has made of it; and back, to the bit.
+
+Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in
+the model. Every function here is a collective: all ranks call it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.engine.engine import Engine
+from trainer.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_state(engine: Engine) -> dict[str, Tensor]:
+    """Masters and moments of every trained tensor, fp32 on the CPU; on rank 0 only, the others get an empty dict."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    out: dict[str, Tensor] = {}
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            if engine.zero_stage == 0:
+                held = parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
+            elif kind == "weight":
+                held = safe_get_full_fp32_param(parameter)
+            else:
+                held = safe_get_full_optimizer_state(parameter, kind)
+            assert held is not None, f"{kind} of {name} is not to be had under stage {engine.zero_stage}"
+            if engine.world.is_main:
+                # the clone gives safetensors a tensor that shares memory with no other
+                out[f"{kind}/{name}"] = held.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return out
+
+
+def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None:
+    """Put a gathered state back, at any world size and ZeRO stage.
+
+    Args:
+        engine: freshly built.
+        tensors: what :func:`gather_state` gave; read on rank 0 only.
+        step: optimizer steps that were taken.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    if engine.world.is_main:
+        _check(engine, tensors)
+    _make_moments(engine, step)
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            value = _from_main(engine, tensors.get(f"{kind}/{name}"), whole_shape(parameter))
+            if kind == "weight":
+                set_weight(engine, parameter, value)
+            elif engine.zero_stage == 0:
+                engine.optimizer.state[parameter][kind].copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def whole_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The fp32 master of a trained tensor, whole, on every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return parameter.detach() if engine.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+
+
+def whole_gradient(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    """The reduced gradient of a trained tensor, fp32 and whole, on every rank; before the update, which clears it. It
+    is neither clipped nor, in fp16, freed of the loss scale."""
+    from deepspeed.utils import safe_get_full_grad
+
+    held = parameter.grad if engine.zero_stage == 0 else safe_get_full_grad(parameter)
+    assert held is not None, "gradients are asked for between the backward and the update"
+    return held.detach().float()
+
+
+def set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a trained tensor another value: its master, and the copy that the forward uses."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    if engine.zero_stage == 0:
+        parameter.data.copy_(value.reshape(parameter.shape))
+        return
+    safe_set_full_fp32_param(parameter, value)
+    _rewrite_live_copy(parameter, value)
+
+
+def _make_moments(engine: Engine, step: int) -> None:
+    """AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
+    if engine.zero_stage == 0:
+        adam, held = engine.optimizer, list(engine.trained.values())
+    else:
+        adam = engine.optimizer.optimizer
+        flat = "fp32_partitioned_groups_flat" if engine.zero_stage == 3 else "single_partition_of_fp32_groups"
+        held = getattr(engine.optimizer, flat)
+    for tensor in held:
+        fused = bool(adam.param_groups[0].get("fused"))
+        adam.state[tensor] = {
+            "step": torch.tensor(float(step), device=tensor.device if fused else "cpu"),
+            **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS},
+        }
+    if engine.zero_stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def loss_scaler_state(engine: Engine) -> dict[str, Any]:
+    """The fp16 loss scaler's numbers; empty in other dtypes."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if engine.dtype != torch.float16 or scaler is None:
+        return {}
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+
+
+def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
+    """Put the loss scaler's numbers back."""
+    for name, value in saved.items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def gather_live(engine: Engine, only_trained: bool) -> dict[str, Tensor]:
+    """The tensors that the forward uses, whole, in their own dtype, on the CPU of rank 0 (empty on the others)."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        if only_trained and name not in engine.trained:
+            continue
+        with _whole(parameter):
+            if engine.world.is_main:
+                out[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return out
+
+
+def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
+    """The forward's own copy; DeepSpeed would rewrite it from the master only at the next step."""
+    with _whole(parameter, modifier_rank=0):
+        parameter.data.copy_(value.reshape(parameter.shape))
+
+
+def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=modifier_rank, enabled=hasattr(parameter, "ds_id")
+    )
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has left a part of it."""
+    return torch.Size(getattr(parameter, "ds_shape", None) or parameter.shape)
+
+
+def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tensor:
+    """Rank 0's tensor on every rank: the checkpoint's disk may be rank 0's own."""
+    device = engine.world.device
+    held = torch.empty(shape, dtype=torch.float32, device=device)
+    if engine.world.is_main:
+        assert value is not None
+        held.copy_(value)
+    dist.broadcast(held, src=0)
+    return held
+
+
+def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in engine.trained.items():
+        for kind in ("weight", *MOMENTS):
+            found = tensors.get(f"{kind}/{name}")
+            if found is None or found.shape != whole_shape(parameter):
+                what = "is not in the checkpoint" if found is None else f"has shape {tuple(found.shape)}"
+                raise CheckpointError(
+                    f"{kind}/{name}",
+                    rule=f"{what}; this run needs {tuple(whole_shape(parameter))}",
+                    cure="resume with the method it was saved with, or checkpoint.resume=never",
+                )

@@ -1,0 +1,128 @@
+"""Scores on held-out rows, on all ranks at once: of the loss, of multiple choices, of written answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
+from trainer.config.schema import TrainConfig
+from trainer.data.batching.batches import Limits, split
+from trainer.data.load import Data, Rows
+from trainer.data.batching.micro_batch import MicroBatch
+from trainer.data.batching.packing import Packing
+from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
+from trainer.evaluation.generator import Sampler
+from trainer.evaluation.text_metrics import SCORES
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out row: its prompt and reference, and what the model answered."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Metrics by their name in metrics.jsonl, and some answers to look at (on rank 0)."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+class Scorer(Protocol):
+    """A model in evaluation mode: the engine, or a bare model."""
+
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
+        """Summed cross-entropy of one micro-batch."""
+
+    def label_logits(self, batch: MicroBatch) -> Tensor:
+        """Logits at its label positions, (labels, vocabulary)."""
+
+
+def evaluate(
+    scorer: Scorer,
+    sampler: Sampler,
+    packing: Packing,
+    data: Data,
+    config: TrainConfig,
+    world: World,
+) -> Scores:
+    """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
+
+    Args:
+        scorer: the model.
+        sampler: answers prompts with the same model.
+        packing: how rows share a forward.
+        data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
+        config: the whole configuration.
+        world: this process.
+    """
+    rows = data.validation
+    if config.eval.max_rows is not None:
+        rows = Rows(rows.tables, rows.indices[: config.eval.max_rows])
+    metrics: dict[str, float] = {}
+    samples: list[Sample] = []
+    answers: list[tuple[int, str, str]] = []
+    with torch.no_grad():
+        if "loss" in config.eval.metrics:
+            metrics |= _loss(scorer.loss_sum, packing, rows, world)
+        if "choice_accuracy" in config.eval.metrics:
+            letters = letter_tokens(data.validation)  # of all rows: those that are scored may not have every letter
+            limits, pad_id = packing.limits, packing.pad_id
+            metrics["choice_accuracy"] = choice_accuracy(scorer.label_logits, rows, letters, limits, pad_id, world)
+        if written := [name for name in config.eval.metrics if name in SCORES]:
+            answers = _answers(sampler, rows, config, world)
+        if answers:
+            texts, references = [a for _, a, _ in answers], [r for _, _, r in answers]
+            metrics |= {name: SCORES[name](texts, references) for name in written}
+            shown = answers[: config.eval.samples]
+            records = rows.examples([row for row, _, _ in shown])
+            samples = [
+                Sample(sampler.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
+                for record, (_, answer, reference) in zip(records, shown, strict=True)
+            ]
+    return Scores(metrics, samples)
+
+
+def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows, world: World) -> dict[str, float]:
+    """Cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
+    examples = rows.tokens(range(len(rows)))
+    total = 0.0
+    layout = packing.split(examples, world.world_size)
+    for batch in packing.batches(examples, layout, world.rank, range(len(rows))):
+        total += float(loss_sum(batch.to(world.device)))
+    (total,) = sum_over_ranks([total], world.device)
+    mean = total / rows.label_tokens(np.arange(len(rows)))
+    return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+
+
+def _answers(sampler: Sampler, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+    """Each row that has a prompt, with the answer to it and its reference. Plain text has none: nothing is asked."""
+    prompt_lengths = rows.prompt_lengths
+    asked = np.flatnonzero(prompt_lengths)
+    if not len(asked):
+        return []
+    mine: dict[int, tuple[str, str]] = {}
+    for micro in split(prompt_lengths[asked], world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
+        records = rows.examples(asked[micro] if micro else [])  # a few at a time: as Python objects, rows are big
+        prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
+        # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
+        answers: Sequence[list[int]] = sampler.answer(prompts or [[sampler.pad_id]])
+        mine |= {
+            int(asked[i]): (sampler.decode(answer).strip(), record["answer"].strip())
+            for i, answer, record in zip(micro, answers, records, strict=False)
+        }
+    merged: dict[int, tuple[str, str]] = {}
+    for part in gather_objects(mine):
+        merged |= part
+    return [(int(row), *merged[int(row)]) for row in asked]

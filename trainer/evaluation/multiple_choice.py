@@ -1,0 +1,91 @@
+"""Accuracy on multiple choice by log-probability: which letter the model finds likeliest right behind the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from trainer.data.batching.batches import Limits
+from trainer.data.load import Rows
+from trainer.data.batching.micro_batch import MicroBatch, Tokens
+from trainer.data.batching.packing import Packing
+from trainer.distributed.process_group import World, sum_over_ranks
+from trainer.errors import DataError
+
+
+def choice_accuracy(
+    label_logits: Callable[[MicroBatch], Tensor],
+    rows: Rows,
+    tokens: dict[str, int],
+    limits: Limits,
+    pad_id: int,
+    world: World,
+) -> float:
+    """Share of rows whose right letter has the largest logit among the letters of the row's options.
+
+    A collective. All options are weighed in one forward of the prompt, by their letters' first tokens.
+
+    Args:
+        label_logits: logits at the label positions of a micro-batch, in evaluation mode.
+        rows: those that are multiple choice are asked.
+        tokens: of the letters, by :func:`letter_tokens`.
+        limits: of a forward.
+        pad_id: fills padding.
+        world: this process.
+
+    Raises:
+        DataError: none is multiple choice.
+    """
+    choices, answers = rows.texts("choices"), rows.texts("answer")
+    asked = [row for row, letters in enumerate(choices) if letters]
+    if not asked:
+        rule = f"none of the {len(rows)} rows that are scored has options"
+        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="a larger eval.max_rows")
+    lengths = rows.prompt_lengths
+    prompts = [_prompt(example, lengths[row]) for row, example in zip(asked, rows.tokens(asked), strict=True)]
+    packing, right = Packing(False, limits, pad_id), 0
+    layout = packing.split(prompts, world.world_size)
+    micros = layout.micros[world.rank]
+    for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, asked), strict=True):
+        logits = label_logits(batch.to(world.device))
+        for place, row in enumerate(micro):
+            letters = choices[asked[row]]
+            found = logits[place, [tokens[letter] for letter in letters]].float()
+            right += letters[int(found.argmax())] == answers[asked[row]]
+    (total,) = sum_over_ranks([float(right)], world.device)
+    return total / len(asked)
+
+
+def letter_tokens(rows: Rows) -> dict[str, int]:
+    """Each letter's token right behind a prompt, read off the rows whose answer it is.
+
+    So that a template's space or line break before the answer is in it.
+
+    Raises:
+        DataError: no row has options, a letter that is an option is nowhere the answer, or letters share a token.
+    """
+    wanted = set("".join(rows.texts("choices")))
+    if not wanted:
+        rule = "needs rows with options (data.format=multiple_choice), and no held-out row has any"
+        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="eval.metrics=[loss,exact_match]")
+    tokens: dict[str, int] = {}
+    lengths, answers = rows.prompt_lengths, rows.texts("answer")
+    first = {answer: row for row, answer in enumerate(answers) if answer in wanted}
+    for answer, example in zip(first, rows.tokens(list(first.values())), strict=True):
+        tokens[answer] = int(example.ids[lengths[first[answer]]])
+    if missing := sorted(wanted - set(tokens)):
+        rule = f"{', '.join(missing)} is an option of held-out rows and the answer of none, so its token is not known"
+        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="hold out more rows")
+    if len(set(tokens.values())) < len(wanted):
+        rule = "the letters begin with one token behind this template's prompt"
+        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="another data.template")
+    return tokens
+
+
+def _prompt(example: Tokens, length: int) -> Tokens:
+    """The prompt and the answer's first token, of which only that is a label: its position's logits are wanted."""
+    labels = np.zeros(length + 1, dtype=bool)
+    labels[-1] = True
+    return Tokens(example.ids[: length + 1], labels)

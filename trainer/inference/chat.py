@@ -1,0 +1,189 @@
+"""Talk with a run's model: on a terminal, or line by line from a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from trainer.data.sources.rows import RowError
+from trainer.data.templates.template import Template
+from trainer.data.formats.turns import Turn
+from trainer.errors import AfinaError, ConfigError
+from trainer.evaluation.generator import Sampler
+from trainer.inference.run_model import Loaded, load_run
+from trainer.methods import virtual_tokens
+
+HELP = """/adapter NAME  answer with another adapter; what was said is kept
+/adapters      their names; * is the one that answers
+/reset         forget what was said
+/help          this
+/exit          end; so does the end of the input
+A line that is to begin with / begins with a space."""
+COMMANDS = ("/adapter", "/adapters", "/reset", "/help", "/exit")
+Say = Callable[[str], None]
+
+
+class Chat:
+    """One conversation, answered by one adapter at a time.
+
+    Args:
+        loaded: a run's model.
+        write: told each new piece of an answer's text, and a newline at its end.
+        say: told everything else, a line at a time.
+
+    Attributes:
+        turns: what was said so far.
+        room: most tokens of a prompt, so that a whole answer fits behind it.
+    """
+
+    def __init__(self, loaded: Loaded, write: Say, say: Say) -> None:
+        self.loaded, self.write, self.say = loaded, write, say
+        keys = loaded.config.data
+        self.template = Template(loaded.tokenizer, keys.template, keys.alpaca_role, keys.train_on)
+        self.has_turns = keys.template == "chat" or self.template.chat_template is not None
+        self.end_ids = self.template.end_ids()
+        self.turns: list[Turn] = []
+        self._use(str(loaded.switch.name))
+        torch.manual_seed(loaded.config.run.seed)
+
+    def _use(self, name: str) -> None:
+        model = self.loaded.switch.use(name)
+        config = self.loaded.config
+        self.sampler = Sampler(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        own = positions - virtual_tokens(model) if positions else config.data.max_length
+        longest = min(own, config.data.max_length)
+        self.room = longest - config.generate.max_new_tokens
+        if self.room < 1:
+            value = config.generate.max_new_tokens
+            rule = f"leaves no room for a prompt in {longest} tokens (data.max_length, or the model's positions)"
+            raise ConfigError("generate.max_new_tokens", value=value, rule=rule, cure="a smaller one")
+
+    def hear(self, line: str) -> bool:
+        """Answer one line of the user, or do what it commands; false when it is the last one."""
+        if not line.startswith("/"):
+            if line.strip():
+                self._answer(line.strip())
+            return True
+        command, _, rest = line.strip().partition(" ")
+        if command == "/exit":
+            return False
+        if command == "/adapter" and rest.strip():
+            self._switch(rest.strip())
+        elif command in ("/adapter", "/adapters"):
+            now = self.loaded.switch.name
+            self.say("\n".join(f"{'*' if name == now else ' '} {name}" for name in self.loaded.switch.adapters))
+        elif command == "/reset":
+            self.turns = []
+            self.say("forgotten")
+        elif command == "/help":
+            self.say(HELP)
+        else:
+            near = get_close_matches(command, COMMANDS, n=1)
+            self.say(f"{command}: there is no such command → {near[0] if near else '/help'}")
+        return True
+
+    def _switch(self, name: str) -> None:
+        before = str(self.loaded.switch.name)
+        try:
+            self._use(name)
+        except AfinaError as error:
+            self.say(f"error: {error}")
+            self._use(before)
+        self.say(f"answering: {self.loaded.switch.name}")
+
+    def _answer(self, text: str) -> None:
+        asked = [*self.turns, Turn("user", text)] if self.has_turns else [Turn("user", text)]
+        try:
+            asked, prompt = self._fitting(asked)
+        except RowError as error:
+            self.say(f"error: {error}")
+            return
+        if prompt is None:
+            return
+        answer, ending = self.sampler.stream(prompt, self.write)
+        self.write("\n")
+        if ending == "length":
+            self.say(f"(cut after {self.loaded.config.generate.max_new_tokens} tokens: generate.max_new_tokens)")
+        if self.has_turns:
+            self.turns = [*asked, Turn("assistant", answer)]
+
+    def _fitting(self, turns: list[Turn]) -> tuple[list[Turn], list[int] | None]:
+        """The newest rounds that leave room for an answer, with their token ids; ``None`` when even the last is too
+        long."""
+        prompt, dropped = self.template.encode_turns(turns), 0
+        while len(prompt) > self.room and len(turns) > 1:
+            turns, dropped = turns[2:], dropped + 1
+            prompt = self.template.encode_turns(turns)
+        if len(prompt) > self.room:
+            cure = "a shorter one, or data.max_length=N"
+            self.say(f"error: that takes {len(prompt)} tokens, and there is room for {self.room} → {cure}")
+            return turns, None
+        if dropped:
+            self.say(f"(the oldest {dropped} rounds were forgotten: there is room for {self.room} tokens)")
+        return turns, prompt
+
+
+def chat_run(
+    run: Path,
+    *,
+    adapter: bool = True,
+    adapters: Sequence[str] = (),
+    bits: int | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Talk with a run's model until the input ends. Answers go to stdout, all else to stderr.
+
+    Args:
+        run: a run folder; its data may be gone.
+        adapter, adapters, bits, overrides: as in :func:`~trainer.inference.run_model.load_run`.
+    """
+    say = _to_stderr
+    loaded = load_run(run, overrides, adapter=adapter, adapters=adapters, bits=bits, with_data=False)
+    for note in loaded.notes:
+        say(f"note: {note}")
+    chat = Chat(loaded, _to_stdout, say)
+    if not chat.has_turns:
+        say(f"data.template={loaded.config.data.template} has no turns: each prompt is answered alone")
+    say(f"answering: {loaded.switch.name}; /help")
+    for line in _lines(lambda: str(loaded.switch.name)):
+        if not chat.hear(line):
+            return
+
+
+def _lines(name: Callable[[], str]) -> Iterator[str]:
+    """What the user types, until the end of the input (or Ctrl-C)."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in _piped())
+        return
+    import readline  # noqa: F401 - arrow keys and history for input()
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    while True:
+        try:
+            line = console.input(f"[bold]{escape(name())} ›[/] ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        yield line
+
+
+def _piped() -> Iterator[str]:
+    """Lines of stdin; bytes that are no UTF-8 become replacement characters."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", errors="replace")
+
+
+def _to_stdout(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""Adapters that start from the base's own weights (PiSSA, Meng et al., 2024; OLoRA, Büyükakyüz, 2024).
+
+They take ``scale · B₀·A₀`` out of the base at the start. An adapter that is loaded on the base as it was must give it
+back: ``B·A - B₀·A₀`` is an adapter of twice the rank, ``[B, -B₀]·[A; A₀]``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.method import MethodConfig
+from trainer.config.rules.method import changes_base
+
+
+def start_in_base(model: nn.Module, method: MethodConfig) -> dict[str, Tensor]:
+    """Copies of A and B as attached, on the CPU, where their product was taken out of the base; else nothing."""
+    if not changes_base(method):
+        return {}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {n: p.detach().to("cpu", copy=True) for n, p in trained.items() if ".lora_A." in n or ".lora_B." in n}
+
+
+def for_untouched_base(weights: dict[str, Tensor], start: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The same function as an adapter of the base before anything was taken out of it.
+
+    Args:
+        weights: trained tensors by name, A of (r, in), B of (out, r).
+        start: the same at the start.
+        config: a LoraConfig, whose rank, alpha and start are changed with it.
+    """
+    grown = math.sqrt(2) if config.use_rslora else 2  # the scale stays: alpha / r, or alpha / sqrt(r)
+    config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, config.lora_alpha * grown, True
+    out = dict(weights)
+    for name, old in start.items():
+        if ".lora_A." in name:
+            out[name] = torch.cat([weights[name], old.to(weights[name].dtype)])
+        else:
+            out[name] = torch.cat([weights[name], -old.to(weights[name].dtype)], dim=1)
+    return out

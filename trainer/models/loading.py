@@ -1,0 +1,188 @@
+"""Base models and tokenizers: load dense, in 8 bits or in 4, with the right dtype and attention kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.kernels.trie_attention import KERNEL, register
+from trainer.config.method import MethodConfig
+from trainer.config.schema import ModelConfig
+from trainer.errors import ConfigError, ModelError
+from trainer.kernels.rms_norm import lighten
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dtype:
+    """The dtype of forward and backward.
+
+    Args:
+        name: ``model.dtype``; ``auto`` is bf16 where the hardware multiplies it, else fp16 on GPU and fp32 on CPU.
+        device: where the model will run.
+        zero_stage: fp16 needs DeepSpeed's loss scaler, which lives in its ZeRO optimizers.
+
+    Raises:
+        ConfigError: fp16 without a loss scaler, or on a CPU that has no fp16 arithmetic.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        else:
+            dtype = torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    else:
+        dtype = DTYPES[name]
+    if dtype == torch.float16 and zero_stage == 0:
+        raise ConfigError(
+            "zero.stage", value=0, rule="has no loss scaler, which fp16 needs", cure="zero=stage1, or model.dtype=fp32"
+        )
+    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ConfigError("model.dtype", value="fp16", rule="this CPU has no fp16 arithmetic", cure="model.dtype=fp32")
+    return dtype
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether matrix products in bf16 are done by the hardware (AVX512-BF16, AMX or Arm's BF16)."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def load_tokenizer(folder: str, model: ModelConfig) -> Any:
+    """The model's tokenizer; padding falls back to the end token, which is safe because labels go by position.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(folder, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    folder: str,
+    model: ModelConfig,
+    method: MethodConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero_stage: int,
+    device_map: str | None = None,
+) -> nn.Module:
+    """The base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
+
+    Args:
+        folder: a local folder or hub id (``fetch.resolve`` has been applied).
+        model: the ``model`` group.
+        method: the ``method`` group: its ``bits`` and quantisation.
+        dtype: of weights and arithmetic.
+        device: of this rank.
+        zero_stage: under 3, 4-bit weights are stored as ``dtype`` so that DeepSpeed can partition them.
+        device_map: transformers' own placement, for inference on several devices.
+
+    Raises:
+        ModelError: it cannot be found, read or quantised.
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra: dict[str, Any] = {}
+    if model.attention != "auto":
+        extra["attn_implementation"] = model.attention
+    if method.bits < 16:
+        extra["quantization_config"] = quantization(method, dtype, zero_stage)
+        extra["device_map"] = {"": str(device)}
+    if device_map is not None:
+        extra["device_map"] = device_map
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(folder, error) from error
+    loaded.config.use_cache = False
+    lighten(loaded)
+    _keep_4bit_layout(loaded)
+    if (head := loaded.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
+    if model.attention in ("auto", "sdpa"):
+        use_trie_kernel(loaded)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return loaded
+
+
+def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Generation asks for the logits of the last positions, a slice with gaps. torch would copy the whole vocabulary
+    matrix for each row of it: most of the time of a prefill of 32 rows on CPU, and gigabytes."""
+    return (args[0].contiguous(), *args[1:]) if args else args
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """bitsandbytes repacks 4-bit weights for a fast CPU kernel at the first forward in evaluation mode, and never back.
+
+    That kernel has no backward: after one evaluation, training would go on without the gradient that flows through the
+    base, and would say nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def use_trie_kernel(model: Any) -> None:
+    """Let the model attend by the kernel that knows tries and is SDPA elsewhere, where its architecture can.
+
+    A model whose authors want no SDPA (soft-capped scores, attention sinks) keeps the kernel that they chose.
+    """
+    register()
+    if model.config._attn_implementation != "sdpa":
+        return
+    with contextlib.suppress(ValueError, NotImplementedError):
+        model.set_attn_implementation(KERNEL)
+
+
+def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> Any:
+    """bitsandbytes' configuration: LLM.int8 (Dettmers et al., 2022) or 4 bits (QLoRA, Dettmers et al., 2023)."""
+    from transformers import BitsAndBytesConfig
+
+    if method.bits == 8:
+        # A threshold above 0 makes a row's result depend on the outliers of its neighbours in the batch.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quant_type,
+        bnb_4bit_use_double_quant=method.double_quant,
+        bnb_4bit_compute_dtype=DTYPES.get(method.compute_dtype, dtype),
+        bnb_4bit_quant_storage=_storage(method.quant_storage, dtype, zero_stage),
+    )
+
+
+def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
+    if wanted == "auto":
+        return dtype if zero_stage == 3 else torch.uint8
+    return torch.uint8 if wanted == "uint8" else DTYPES[wanted]
+
+
+def _not_loadable(folder: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    cure = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
+    if "attention implementation" in reason:
+        cure = "model.attention=auto takes what this model has"
+    return ModelError("model.name_or_path", value=folder, rule=f"cannot be loaded ({reason})", cure=cure)
