@@ -16,8 +16,8 @@ BEGIN = time.perf_counter()
 import trainer.train  # noqa: E402  its import is the first part
 from trainer.config import load  # noqa: E402
 from trainer.distributed.process_group import from_environment  # noqa: E402
-from trainer.training.loop import Loop  # noqa: E402
 from trainer.silence import quiet  # noqa: E402
+from trainer.training.loop import Loop  # noqa: E402
 
 PARTS = {"load_data": "data", "load_model": "model", "choose_packing": "start-up proof"}
 

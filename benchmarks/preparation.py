@@ -71,7 +71,9 @@ def environment(folder: Path) -> dict[str, str]:
 def prepare(folder: Path, overrides: list[str]) -> dict[str, float]:
     """Seconds, and the most memory that all processes held together, of ``afina data`` on a table not there yet."""
     command = [sys.executable, "-m", "trainer.cli.app", "data", *overrides]
-    subprocess.run([sys.executable, "-m", "trainer.cli.app", "fetch", "smollm2_135m"], env=environment(folder), check=True)
+    subprocess.run(
+        [sys.executable, "-m", "trainer.cli.app", "fetch", "smollm2_135m"], env=environment(folder), check=True
+    )
     begin, peak = time.perf_counter(), 0
     with (folder / "said.txt").open("w") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=said, stderr=subprocess.STDOUT)

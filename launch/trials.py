@@ -66,7 +66,7 @@ def is_done(trial: Trial) -> bool:
     if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
         return False
     try:
-        there = trainer.config.compose([], trial.folder / "config.yaml")
+        there = trainer.config.load([], trial.folder / "config.yaml")
     except AfinaError:
         return False  # the training process will say what is the matter
     return own_name(there) == own_name(trial.config)

@@ -6,6 +6,8 @@ one line (or, for many rows, the few lines) that the command line prints; a trac
 
 from __future__ import annotations
 
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again goes on where this one was stopped
+
 
 class AfinaError(Exception):
     """Base of every error that is told to the user in plain words.

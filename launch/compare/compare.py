@@ -8,48 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
+from launch.compare.candidates import Entrant
 from launch.trials import Trial, carry_out, digest, own_name, say
-from trainer.config import TrainConfig
-from trainer.config.rules.compare import parse_method
 from trainer.config.method import METHODS
+from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
 
 MORE_TRIES = 3  # rates beyond the grid, while the best one is at its edge
 RATE = "optim.learning_rate"
 METHOD_KEYS = frozenset().union(*(method.keys for method in METHODS.values()))
-
-
-@dataclass(slots=True)
-class Entrant:
-    """One method of a comparison.
-
-    Attributes:
-        name: as the user wrote it.
-        overrides: that make its run, but for the learning rate, the rows and the folder.
-        config: which they give; ``None`` where it is refused.
-        refused: why it cannot be trained here; then nothing is started.
-        rate: its learning rate, the method's own or as it was typed.
-        fixed: whether it was typed, and is not to be looked for.
-        tried: loss on the held-out rows by learning rate, where rates were tried; infinite where a try failed.
-        trial: its run.
-        error: why that failed.
-    """
-
-    name: str
-    overrides: list[str]
-    config: TrainConfig | None = None
-    refused: str | None = None
-    rate: float = 0.0
-    fixed: bool = False
-    tried: dict[float, float] = field(default_factory=dict)
-    trial: Trial | None = None
-    error: str | None = None
 
 
 def compare(typed: Sequence[str]) -> int:
@@ -101,7 +73,7 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
         if group in ("method", "rank"):
             cure = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
             raise ConfigError(text, rule="the methods that are compared are compare.methods", cure=cure)
-    base = trainer.config.compose([text for text in typed if not text.startswith("method.")])
+    base = trainer.config.load([text for text in typed if not text.startswith("method.")])
     if base.compare.tune and base.data.validation == 0:
         rule = "judges the tries by held-out rows, and there are none (data.validation=0)"
         raise ConfigError("compare.tune", value=base.compare.tune, rule=rule, cure="data.validation=0.1")
@@ -124,13 +96,13 @@ def _entrant(name: str, typed: Sequence[str]) -> Entrant:
     chosen = [f"method={option}", "rank=null"]
     entrant = Entrant(name, chosen)
     try:
-        kind = trainer.config.compose([text for text in typed if not text.startswith("method.")] + chosen).method.name
+        kind = trainer.config.load([text for text in typed if not text.startswith("method.")] + chosen).method.name
         foreign = {f"method.{name}" for name in METHOD_KEYS - METHODS[kind].keys}
         entrant.overrides = [*(text for text in typed if text.partition("=")[0] not in foreign), *chosen, *keys]
         entrant.fixed = any(text.startswith(f"{RATE}=") for text in entrant.overrides)
         if not entrant.fixed:  # what an experiment chose suits its own method
             entrant.overrides.append(f"{RATE}=null")
-        entrant.config = trainer.config.compose(entrant.overrides)
+        entrant.config = trainer.config.load(entrant.overrides)
         entrant.rate = entrant.config.optim.learning_rate or METHODS[kind].learning_rate
     except ConfigError as error:
         entrant.refused = str(error)
@@ -197,7 +169,7 @@ def _trial(entrant: Entrant, folder: Path, name: str, rate: float, more: Sequenc
     where = {"run.dir": str(folder), "run.name": name, "log.group": folder.name}
     placed = [f"{key}={torchrun.quote(value)}" for key, value in where.items()]
     overrides = [*entrant.overrides, *more, f"{RATE}={rate!r}", *placed]
-    return Trial(name, overrides, {}, trainer.config.compose(overrides))
+    return Trial(name, overrides, {}, trainer.config.load(overrides))
 
 
 def folder_name(method: str) -> str:

@@ -13,7 +13,7 @@ from launch.process import read_summary
 from trainer.config import METRICS
 
 if TYPE_CHECKING:
-    from launch.compare.compare import Entrant
+    from launch.compare.candidates import Entrant
 
 Record = dict[str, Any]
 BASE = "no training"

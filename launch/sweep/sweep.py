@@ -33,7 +33,7 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
     if not trainer.config.is_sweep(typed):
         raise ConfigError("sweep", rule="no key has several values", cure="separate them by commas: method.r=8,16,32")
     combinations = _unique(trainer.config.expand_sweep(typed))
-    configs = [trainer.config.compose(combination, config_file) for combination in combinations]
+    configs = [trainer.config.load(combination, config_file) for combination in combinations]
     # only a name given here counts: a config file of an old run holds that run's name
     given = configs[0].run.name if "run.name" in _values(combinations[0]) else None
     # else a digest of what is trained, so that the same sweep finds its folder again

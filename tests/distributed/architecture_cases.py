@@ -16,15 +16,15 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from tests.distributed.method_cases import METHODS, logits
-from tests.helpers.reference import reference_base, reference_model, trained_reference, worst_distance
 from tests.distributed.support_cases import Bench, reference_batches
 from tests.helpers.architectures import ARCHITECTURES, tiny
-from trainer.distributed import process_group as distributed
+from tests.helpers.reference import reference_base, reference_model, trained_reference, worst_distance
 from trainer.config import TrainConfig
-from trainer.models.embedded import resolve
-from trainer.methods import load_adapter, save_adapter
-from trainer.models.loading import load_tokenizer
+from trainer.distributed import process_group as distributed
 from trainer.engine.whole_state import gather_live, gather_state
+from trainer.methods import load_adapter, save_adapter
+from trainer.models.embedded import resolve
+from trainer.models.loading import load_tokenizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = {

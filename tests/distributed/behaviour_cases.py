@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 import trainer.kernels.label_loss
-from tests.helpers.reference import mean_loss, reference_model
-from tests.distributed.support_cases import Bench, reference_batches
 from tests.distributed.monitor_cases import watch_whole_runs
+from tests.distributed.support_cases import Bench, reference_batches
+from tests.helpers.reference import mean_loss, reference_model
 from trainer.checkpoint import checkpointer as checkpoint
 from trainer.distributed.process_group import from_main, gather_objects
+from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import CheckpointError, TrainingError
+from trainer.methods import save_adapter
 from trainer.models.embedded import resolve
 from trainer.training.loop import Loop
-from trainer.methods import save_adapter
-from trainer.engine.whole_state import gather_live, gather_state
 
 ZERO = ("stage0", "stage1", "stage2", "stage3")
 

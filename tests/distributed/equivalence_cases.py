@@ -6,10 +6,10 @@ padded rows, where an error that five steps hide has time to grow.
 
 from __future__ import annotations
 
-from tests.helpers.reference import train_reference, worst_distance
 from tests.distributed.support_cases import Bench, reference_batches
-from trainer.models.embedded import resolve
+from tests.helpers.reference import train_reference, worst_distance
 from trainer.engine.whole_state import gather_state
+from trainer.models.embedded import resolve
 
 CUTS = {
     "rows1": ["batch.micro_size=1"],

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.support_cases import Bench
 from trainer.evaluation.evaluate import _answers
-from trainer.models.embedded import resolve
 from trainer.evaluation.text_metrics import SCORES
+from trainer.models.embedded import resolve
 
 MEDICAL = [
     "data=medical",

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from tests.helpers.reference import reference_base, trained_reference, worst_distance
 from tests.distributed.support_cases import Bench, reference_batches
+from tests.helpers.reference import reference_base, trained_reference, worst_distance
 from trainer.config.rules.matrix import ZERO, cells, refusal
-from trainer.models.embedded import resolve
-from trainer.methods import load_adapter, save_adapter
 from trainer.engine.whole_state import gather_live, gather_state
+from trainer.methods import load_adapter, save_adapter
+from trainer.models.embedded import resolve
 
 METHODS: dict[str, list[str]] = {
     "full": ["method=full"],

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from tests.distributed.support_cases import Bench
 from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.run_folder import open_run
 from trainer.config import TrainConfig
 from trainer.data.load import load_data
 from trainer.distributed.process_group import barrier, from_main
 from trainer.models.embedded import resolve
+from trainer.models.loading import load_tokenizer
+from trainer.tracking import read_metrics, read_summary
 from trainer.training.finish import save_final
 from trainer.training.loop import Loop
-from trainer.models.loading import load_tokenizer
-from trainer.checkpoint.run_folder import open_run
+from trainer.training.run import _run
 from trainer.training.stop_request import StopRequest
-from trainer.tracking import read_metrics, read_summary
-from trainer.train import _run
 
 FEW_ROWS = [
     *("data.max_rows=16", "batch.epochs=100", "batch.max_steps=40", "optim.max_grad_norm=1", "optim.weight_decay=0"),

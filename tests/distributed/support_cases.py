@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.checkpoint import checkpointer as checkpoint
-from trainer.distributed import process_group as distributed
 from trainer.config import TrainConfig, load
 from trainer.data.batching.batches import global_batch
 from trainer.data.load import load_data
-from trainer.models.embedded import resolve
+from trainer.distributed import process_group as distributed
 from trainer.evaluation.generator import Sampler
-from trainer.training.loop import Loop
+from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
-from trainer.training.stop_request import StopRequest
 from trainer.tracking import Tracker
-from trainer.train import build
+from trainer.training.build import build
+from trainer.training.loop import Loop
+from trainer.training.stop_request import StopRequest
 
 STEPS = 5
 COMMON = [

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import trainer.config
-from tests.helpers.tokenizers import write_rows
 from tests.helpers.processes import afina, run
+from tests.helpers.tokenizers import write_rows
 from trainer.data.load import Data, inspect_data
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -77,7 +77,7 @@ class Page:
 
 def made(folder: Path, overrides: Sequence[str], check: bool = True) -> Page:
     finished = afina("data", *SMALL, *overrides, "--html", folder / "data.html", cwd=folder, check=check)
-    config = trainer.config.compose([*SMALL, *overrides])
+    config = trainer.config.load([*SMALL, *overrides])
     return Page(
         folder / "data.html",
         finished.output,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.kernels.trie_attention import along
 from trainer.config import load
 from trainer.data.batching.batches import Limits
-from trainer.data.load import load_data
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
+from trainer.data.load import load_data
 from trainer.errors import ModelError
 from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trie_attention import along
 from trainer.methods import attach
 from trainer.models.loading import load_model, load_tokenizer
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config import load, to_yaml
-from trainer.models.embedded import resolve
 from trainer.methods import attach, save_adapter, save_full, trainable_parameters
+from trainer.models.embedded import resolve
 
 LETTERS = "abcdefghijkl"
 

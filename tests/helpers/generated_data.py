@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from trainer.data.prepare.checks import Finding
 from trainer.data.load import Data, Rows
 from trainer.data.mixture import join
+from trainer.data.prepare.checks import Finding
 from trainer.data.prepare.prepare import Prepared
 
 Row = tuple[Sequence[int], Sequence[bool]]

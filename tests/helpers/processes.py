@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LINES = 60
 # torchrun needs a moment after SIGTERM to take its workers along.
 GRACE_SECONDS = 20

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.slurm_sandbox import Sandbox
 from tests.helpers.processes import ROOT
+from tests.helpers.slurm_sandbox import Sandbox
 
 pytestmark = pytest.mark.slurm
 

@@ -1,7 +1,7 @@
 """The layout holds: imports run one way, files and functions stay small, nothing names a machine's own paths.
 
-A *room* is a module or package directly under ``trainer/`` (``trainer/data/batching/trie.py`` is in the room ``data``). Imports
-inside functions count like any other: a cycle hidden in a function is still a cycle.
+The table of rooms is in ``tests/helpers/layout.py``. Imports inside functions count like any other: a circle hidden in
+a function is still a circle.
 """
 
 from __future__ import annotations
@@ -10,141 +10,59 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.layout import (
+    FLOORS,
+    LEVEL,
+    NEIGHBOURS,
+    circles,
+    floors_as_markdown,
+    module_name,
+    room_of,
+    sources,
+    strongly_connected,
+    wrong_imports,
+)
 from tests.helpers.processes import ROOT
 
-# Lowest first. A room may import from itself, from every room in a lower row, and from the neighbours in NEIGHBOURS.
-ROWS = (
-    ("errors", "config", "distributed", "quiet", "disk"),
-    ("data", "loss", "optim", "methods", "signals", "heartbeat", "tracking", "fetch"),
-    (
-        *(
-            "short_attention",
-            "norms",
-            "layers",
-            "attention",
-            "model",
-            "engine",
-            "resources",
-            "state",
-            "allocation",
-            "seal",
-        ),
-        "checkpoint",
-    ),
-    (
-        *("loop", "watch", "evaluate", "choices", "texts", "generate", "fold", "merge", "card", "runs", "proof"),
-        *("view", "loaded"),
-    ),
-    ("train", "final", "inference", "chat"),
-    ("report", "verbs"),
-    ("cli",),
-)
-LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
-# Importer -> the rooms of its own row that it may import. One way only: no pair stands here in both directions.
-NEIGHBOURS = {
-    "config": {"errors"},
-    "disk": {"errors"},
-    "distributed": {"errors"},
-    "loss": {"data"},
-    "attention": {"short_attention"},
-    "model": {"attention", "norms"},
-    "engine": {"attention"},
-    "state": {"engine"},
-    "allocation": {"engine", "state"},
-    "checkpoint": {"allocation", "engine", "seal", "state"},
-    "loop": {"evaluate", "generate", "watch"},
-    "evaluate": {"choices", "generate", "texts"},
-    "merge": {"fold"},
-    "card": {"merge"},
-    "train": {"final"},
-}
-LAUNCH_MAY_IMPORT = {"config", "errors"}
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
+MAX_FILES_AT_THE_TOP = 6
 MACHINE_PATH = re.compile(r"(?<![\w.{}$~-])/(?:home|root|Users|work|opt/pypi)/\w")
-
-
-def sources(*packages: str) -> list[Path]:
-    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
-
-
-def module_name(path: Path, root: Path = ROOT) -> str:
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of everything that the file imports, at any depth, by statement or by
-    ``import_module("constant")``. ``from a import b`` gives ``a.b``: b may be a module."""
-    package = module_name(path, root).split(".")
-    if path.name != "__init__.py":
-        package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        match node:
-            case ast.Import():
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            case ast.ImportFrom():
-                above = package[: len(package) - node.level + 1] if node.level else []
-                start = ".".join([*above, *([node.module] if node.module else [])])
-                yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
-            case ast.Call(
-                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
-                args=[ast.Constant(value=str(name)), *_],
-            ):
-                yield node.lineno, name
-
-
-def room_of(name: str) -> str:
-    """``trainer.data.batching.trie`` -> ``data``; the package itself -> ``trainer``."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def may_import(importer: str, target: str) -> bool:
-    if target in (importer, "__version__"):
-        return True
-    if importer not in LEVEL or target not in LEVEL:
-        return False
-    return LEVEL[target] < LEVEL[importer] or target in NEIGHBOURS.get(importer, ())
-
-
-def wrong_imports(root: Path = ROOT) -> list[str]:
-    wrong = []
-    for path in sorted([*(root / "trainer").rglob("*.py"), *(root / "launch").rglob("*.py")]):
-        importer = module_name(path, root)
-        room = room_of(importer)
-        for line, name in imported(path, root):
-            top = name.split(".")[0]
-            if importer.startswith("launch"):
-                fine = top != "trainer" or room_of(name) in LAUNCH_MAY_IMPORT
-            elif top == "launch":
-                fine = room == "cli"
-            else:
-                fine = top != "trainer" or may_import(room, room_of(name))
-            if not fine:
-                wrong.append(f"{path.relative_to(root)}:{line}: {importer} imports {name}")
-    return wrong
 
 
 def test_imports_run_one_way() -> None:
     assert wrong_imports() == []
 
 
-def test_every_room_has_a_place() -> None:
-    rooms = {room_of(module_name(path)) for path in sources("trainer")} - {"trainer", "__main__"}
-    assert rooms <= set(LEVEL), f"not in ROWS: {sorted(rooms - set(LEVEL))}"
+def test_there_is_no_circle() -> None:
+    assert circles() == []
+
+
+def test_the_table_and_the_rooms_are_the_same() -> None:
+    rooms = {room_of(module_name(path)) for path in sources("trainer")} - {"trainer"}
+    assert rooms - set(LEVEL) == set(), "rooms without a place in FLOORS"
+    assert set(LEVEL) - rooms == set(), "rooms of FLOORS that do not exist"
+    assert sum(map(len, FLOORS)) == len(LEVEL), "a room stands on two floors"
 
 
 def test_neighbours_run_one_way() -> None:
     for importer, targets in NEIGHBOURS.items():
         for target in targets:
-            assert LEVEL[importer] == LEVEL[target], f"{importer} -> {target}: not of one row, so not needed here"
-            assert importer not in NEIGHBOURS.get(target, ()), f"{importer} <-> {target}"
+            assert LEVEL[importer] == LEVEL[target], f"{importer} -> {target}: not of one floor, so not needed here"
+    assert strongly_connected(NEIGHBOURS) == []
+
+
+def test_contributing_shows_the_table() -> None:
+    assert floors_as_markdown() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_few_files_stand_at_the_top() -> None:
+    files = sorted(path.name for path in (ROOT / "trainer").glob("*.py"))
+    assert len(files) <= MAX_FILES_AT_THE_TOP, files
 
 
 @pytest.mark.parametrize(
@@ -152,11 +70,16 @@ def test_neighbours_run_one_way() -> None:
     [
         ("trainer/errors.py", "from trainer.config import load"),
         ("trainer/data/batching/trie.py", "def late():\n    from trainer.models.loading import load"),
-        ("trainer/data/batching/trie.py", "def late():\n    from .. import engine"),
+        ("trainer/data/batching/trie.py", "def late():\n    from ... import engine"),
         ("trainer/kernels/label_loss.py", "import importlib\nimportlib.import_module('trainer.training.loop')"),
         ("trainer/training/loop.py", "import trainer.train"),
         ("trainer/train.py", "from launch import slurm"),
-        ("launch/slurm.py", "from trainer import model"),
+        ("launch/slurm.py", "from trainer import models"),
+        ("launch/slurm.py", "from trainer.tracking import tracker"),
+        (
+            "trainer/config/late.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from trainer.data import load",
+        ),
         ("trainer/lost.py", "from trainer import errors"),
     ],
 )
@@ -165,6 +88,17 @@ def test_the_check_itself_finds(file: str, source: str, tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(source)
     assert len(wrong_imports(tmp_path)) == 1
+
+
+def test_the_check_of_circles_itself_finds(tmp_path: Path) -> None:
+    for folder, other in (("one", "two"), ("two", "one")):
+        (tmp_path / "trainer" / folder).mkdir(parents=True)
+        (tmp_path / "trainer" / folder / "__init__.py").write_text("")
+        (tmp_path / "trainer" / folder / "a.py").write_text(f"import trainer.{other}.b\n")
+        (tmp_path / "trainer" / folder / "b.py").write_text("")
+    assert circles(tmp_path) == [["trainer.one", "trainer.two"]]
+    (tmp_path / "trainer/two/b.py").write_text("if TYPE_CHECKING:\n    from trainer.one import a\n")
+    assert ["trainer.one.a", "trainer.two.b"] in circles(tmp_path)
 
 
 @pytest.mark.parametrize("module", ["trainer.errors", "trainer.config", "launch"])

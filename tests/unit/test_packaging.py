@@ -96,7 +96,7 @@ def test_wheel_loads_outside_the_checkout(unpacked: Path, tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Say yes.", "output": "yes"}\n')
     code = (
         "import trainer.config\n"
-        "config = trainer.config.compose(['data.path=rows.jsonl', 'method.r=4'])\n"
+        "config = trainer.config.load(['data.path=rows.jsonl', 'method.r=4'])\n"
         "print(trainer.config.__file__, config.method.r, sep='\\n')\n"
     )
     output = run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(unpacked)}).output

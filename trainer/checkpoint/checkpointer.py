@@ -18,15 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer.engine.rank_allocation import Allocation
+from trainer.checkpoint.commit import complete, delete_old, fault_of, folder_of, seal
 from trainer.config.method import METHODS
 from trainer.config.schema import CheckpointConfig, TrainConfig
 from trainer.distributed.process_group import World, from_main, gather_objects
 from trainer.engine.engine import Engine
+from trainer.engine.rank_allocation import Allocation
+from trainer.engine.whole_state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
 from trainer.errors import AfinaError, CheckpointError
 from trainer.methods import save_adapter
-from trainer.checkpoint.commit import complete, delete_old, fault_of, folder_of, seal
-from trainer.engine.whole_state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
 
 RANKS = "ranks/"  # names of what AdaLoRA's allocation keeps
 

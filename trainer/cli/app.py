@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.cli import runs as verbs
-from trainer.files import no_room
-from trainer.errors import AfinaError
 from trainer.cli.runs import Adapters, Overrides, Run, find_run
+from trainer.errors import AfinaError
+from trainer.files import no_room
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -54,7 +54,7 @@ def train(
         return sweep(arguments, config_file, dry_run)
     import trainer.config
 
-    config = trainer.config.compose(arguments, config_file)
+    config = trainer.config.load(arguments, config_file)
     if dry_run:
         print(f"# would run: {shlex.join(command_of(config, arguments, config_file))}")
         print(f"# in folder: {trainer.config.run_folder(config)}")
@@ -113,7 +113,7 @@ def config_command(
         rows = [[key.name, key.type, as_yaml(key.default), key.help] for key in every]
         table.show(["key", "type", "default", "meaning"], rows)
         return
-    print_config(trainer.config.compose(overrides or [], config_file), overrides or [], config_file)
+    print_config(trainer.config.load(overrides or [], config_file), overrides or [], config_file)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def data(
     import trainer.config
     from trainer.view import view
 
-    view(trainer.config.compose(overrides or [], config_file), html, examples, lambda text: print(text, file=sys.stderr))
+    view(trainer.config.load(overrides or [], config_file), html, examples, lambda text: print(text, file=sys.stderr))
 
 
 @app.command()

@@ -73,7 +73,9 @@ def chat(
     folder = find_run(run)
     import trainer.inference.chat
 
-    trainer.inference.chat.chat_run(folder, adapter=not no_adapter, adapters=adapters or [], bits=bits, overrides=overrides or [])
+    trainer.inference.chat.chat_run(
+        folder, adapter=not no_adapter, adapters=adapters or [], bits=bits, overrides=overrides or []
+    )
 
 
 def merge(

@@ -18,12 +18,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.rules import check as rules
-from trainer.config.suggestions import FREE, Leaf, conf_dir, default_of, groups, is_key, leaves, sections, unknown_key
-from trainer.config.overrides import split
 from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_template_file, parts_of
-from trainer.config.schema import TrainConfig
 from trainer.config.messages import HIDDEN, is_secret_key, nearest, one_line, redact, wrong
+from trainer.config.overrides import split
+from trainer.config.rules import check as rules
+from trainer.config.schema import TrainConfig
+from trainer.config.suggestions import FREE, Leaf, conf_dir, default_of, groups, is_key, leaves, sections, unknown_key
 from trainer.errors import ConfigError
 
 PRIMARY = "train"

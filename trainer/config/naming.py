@@ -8,8 +8,8 @@ import json
 import re
 from pathlib import Path
 
-from trainer.config.suggestions import conf_dir
 from trainer.config.schema import TrainConfig
+from trainer.config.suggestions import conf_dir
 
 LONGEST_SLUG = 40
 

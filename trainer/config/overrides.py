@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from trainer.config.suggestions import NULLABLE_GROUPS, groups, is_key, leaves, unknown_key, wrong_option
 from trainer.config.messages import listing, wrong
+from trainer.config.suggestions import NULLABLE_GROUPS, groups, is_key, leaves, unknown_key, wrong_option
 from trainer.errors import ConfigError
 
 

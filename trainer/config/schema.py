@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config.dataset_spec import FORMATS
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
-from trainer.config.dataset_spec import FORMATS
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config.schema import TrainConfig
 from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 
 FREE = "zero.extra"  # the one key whose own keys are DeepSpeed's, not ours

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from trainer.config.dataset_spec import Part, parts_of
 from trainer.config.schema import BatchConfig, TrainConfig
-from trainer.data.prepare import checks
 from trainer.data.batching.batches import total_steps
-from trainer.data.prepare.checks import Finding
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.mixture import Joined, at_most, join, mix
+from trainer.data.prepare import checks
+from trainer.data.prepare.checks import Finding
 from trainer.data.prepare.prepare import Prepared, default_cache, first_refused, prepare
 from trainer.data.split import split_rows
 from trainer.data.templates.template import Template

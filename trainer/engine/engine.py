@@ -16,18 +16,19 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels.trie_attention import along
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
+from trainer.distributed.partition import partition
 from trainer.distributed.process_group import World
-from trainer.kernels.label_loss import LabelLoss
-from trainer.methods import OrthogonalTerm, trainable_parameters
+from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.optimizer import adamw
+from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trie_attention import along
+from trainer.methods import OrthogonalTerm, trainable_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,73 +164,3 @@ class Engine:
             return True
         norms = torch.stack([g.abs().amax().float() for g in gradients if g.numel()])
         return bool(torch.isfinite(norms).all())
-
-
-def partition(model: nn.Module, keys: dict[str, Any], world: World, dtype: torch.dtype) -> None:
-    """Split a model over the ranks as ZeRO-3 wants it, one tensor after the other.
-
-    DeepSpeed does it too, but puts the whole model on the device first, where a model that needs this stage has no
-    room. Here a rank holds its shares and one whole tensor at a time. The weights that loading has left in their files
-    are read by rank 0 alone, and the others receive them; quantised ones are on every rank's device already.
-
-    Args:
-        model: with its trained parameters, wherever it is.
-        keys: DeepSpeed's configuration.
-        world: this process.
-        dtype: of forward and backward; weights that are not quantised are cast to it.
-    """
-    import deepspeed
-
-    first: Any = None
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            wanted = dtype if parameter.is_floating_point() else parameter.dtype
-            if world.is_main:  # a copy: a tensor that lies in its file must not be written to, nor keep the file open
-                parameter.data = parameter.data.to(world.device, wanted, copy=True)
-            else:
-                parameter.data = torch.empty_like(parameter, device=world.device, dtype=wanted)
-        if first is None:
-            first = parameter
-            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=keys, dtype=dtype)
-        else:
-            first.convert_to_zero_parameters([parameter])
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(world.device)
-
-
-def deepspeed_config(config: TrainConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The typed configuration in DeepSpeed's terms, with ``zero.extra`` merged last.
-
-    DeepSpeed's batch arithmetic is told 1 everywhere: the loss is already divided by the label tokens of the global
-    batch, and each step says itself when it ends.
-    """
-    stage = config.zero.stage
-    zero: dict[str, Any] = {"stage": stage}
-    if config.zero.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if config.zero.offload_params == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    out: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
-        "gradient_clipping": config.optim.max_grad_norm if stage else 0.0,  # stage 0 is clipped in Engine.update
-        "zero_optimization": zero,
-        # torch's AdamW under ZeRO, offloaded too: the same arithmetic at every stage, and no C++ compiler needed
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if stage and dtype == torch.bfloat16:
-        out["bf16"] = {"enabled": True}
-    if stage and dtype == torch.float16:
-        out["fp16"] = {"enabled": True}
-    return _merge(out, config.zero.extra)
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
-    return merged

@@ -9,10 +9,11 @@ import re
 
 from torch import Tensor
 
+from trainer.distributed.whole_tensor import whole_shape
 from trainer.engine.engine import Engine, Update
+from trainer.engine.whole_state import set_weight, whole_gradient, whole_weight
 from trainer.errors import CheckpointError
 from trainer.methods import RankAllocator
-from trainer.engine.whole_state import set_weight, whole_gradient, whole_shape, whole_weight
 
 PREFIX = "base_model.model."
 STATE = ("importance", "movement", "kept")

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.kernels.trie_attention import KERNEL, along
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.batches import Limits, global_batch
-from trainer.data.load import Data
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.trie import sort_by_tokens
+from trainer.data.load import Data
 from trainer.errors import ConfigError
-from trainer.models.first_layers import first_layers
 from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trie_attention import KERNEL, along
 from trainer.methods import is_prompt_learning
+from trainer.models.first_layers import first_layers
 
 KEPT = 16  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
@@ -32,8 +32,8 @@ MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cos
 # weight more, for a moment.
 MOST_FP32 = 1_000_000_000
 # Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 5e-6 on random models
-# whose attention is sharp, and every mistake of tests/unit/engine/test_verify_trie.py is beyond 3e-3. In bf16 right tries were
-# within 7e-2 (SmolLM2-135M: 6e-2, where padded rows against rows one by one are 5e-2 apart), and so were small mistakes
+# whose attention is sharp, and every mistake of tests/unit/engine/test_verify_trie.py is beyond 3e-3. In bf16 right
+# tries were within 7e-2 (SmolLM2-135M: 6e-2, where padded rows against rows one by one are 5e-2 apart), and so were small mistakes
 # (one label too many, one key of another row): there the bound only tells what is grossly wrong in this dtype.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

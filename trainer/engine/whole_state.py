@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.distributed.whole_tensor import whole, whole_shape
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError
 
@@ -131,7 +132,7 @@ def gather_live(engine: Engine, only_trained: bool) -> dict[str, Tensor]:
     for name, parameter in engine.model.named_parameters():
         if only_trained and name not in engine.trained:
             continue
-        with _whole(parameter):
+        with whole(parameter):
             if engine.world.is_main:
                 out[name] = parameter.detach().to("cpu", copy=True).contiguous()
     return out
@@ -139,21 +140,8 @@ def gather_live(engine: Engine, only_trained: bool) -> dict[str, Tensor]:
 
 def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
     """The forward's own copy; DeepSpeed would rewrite it from the master only at the next step."""
-    with _whole(parameter, modifier_rank=0):
+    with whole(parameter, modifier_rank=0):
         parameter.data.copy_(value.reshape(parameter.shape))
-
-
-def _whole(parameter: nn.Parameter, modifier_rank: int | None = None) -> Any:
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(
-        [parameter], modifier_rank=modifier_rank, enabled=hasattr(parameter, "ds_id")
-    )
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also where ZeRO-3 has left a part of it."""
-    return torch.Size(getattr(parameter, "ds_shape", None) or parameter.shape)
 
 
 def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tensor:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.batches import Limits, split
-from trainer.data.load import Data, Rows
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.load import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.evaluation.generator import Sampler
+from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
 from trainer.evaluation.text_metrics import SCORES
 
 

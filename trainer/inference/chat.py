@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.formats.turns import Turn
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.template import Template
-from trainer.data.formats.turns import Turn
 from trainer.errors import AfinaError, ConfigError
 from trainer.evaluation.generator import Sampler
 from trainer.inference.run_model import Loaded, load_run

@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.distributed import process_group as distributed
 from trainer.config import TrainConfig, find_adapter, load
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import wrong
+from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
-from trainer.models.embedded import resolve
 from trainer.methods import Switch, is_adapter
+from trainer.models.embedded import resolve
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
 from trainer.silence import quiet
 

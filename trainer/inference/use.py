@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.distributed import process_group as distributed
-from trainer.merge.card import model_card
 from trainer.config import TrainConfig
 from trainer.config.method import MethodConfig
 from trainer.data.batching.batches import Limits
-from trainer.data.load import Data, load_data
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.load import Data, load_data
 from trainer.data.templates.template import Template
+from trainer.distributed import process_group as distributed
 from trainer.errors import DataError
 from trainer.evaluation.evaluate import evaluate
 from trainer.evaluation.generator import Sampler
 from trainer.inference.run_model import Loaded, load_run, run_config
 from trainer.kernels.label_loss import LabelLoss
+from trainer.merge.card import model_card
 from trainer.merge.merge import Merged, answers, check_mergeable, merge
 from trainer.models.loading import load_model, load_tokenizer
 

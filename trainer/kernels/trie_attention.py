@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from trainer.data.batching.micro_batch import Paths
+from trainer.data.batching.trie_paths import Paths
 from trainer.kernels.short_attention import ShortAttention, is_short, summed_back
 
 KERNEL = "afina_trie"

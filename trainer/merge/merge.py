@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
+from trainer.engine.meter import give_back_memory
 from trainer.errors import CheckpointError
 from trainer.merge.fold import fold
-from trainer.engine.meter import give_back_memory
 
 SHARD = "2GB"  # of weights a file
 POSITIONS = 32  # of each prompt whose logits are compared; all its tokens have a part in them

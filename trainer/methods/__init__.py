@@ -2,10 +2,10 @@
 
 from trainer.methods.adalora import OrthogonalTerm, RankAllocator
 from trainer.methods.attach import attach, is_prompt_learning, virtual_tokens
+from trainer.methods.initial_weights import start_in_base
 from trainer.methods.load import is_adapter, load_adapter
 from trainer.methods.parameters import count_parameters, digests, trainable_parameters
 from trainer.methods.save import save_adapter, save_full, verify_adapter
-from trainer.methods.initial_weights import start_in_base
 from trainer.methods.switch import Switch
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch import nn
 
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
-from trainer.methods.warm_start import start_from
 from trainer.methods.peft_configs import peft_config
+from trainer.methods.warm_start import start_from
 
 
 def attach(

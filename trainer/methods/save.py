@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError
 from trainer.methods.attach import is_prompt_learning
 from trainer.methods.bottleneck import save_bottleneck
-from trainer.methods.load import ADAPTER_FILE, read_tensors
 from trainer.methods.initial_weights import for_untouched_base
+from trainer.methods.load import ADAPTER_FILE, read_tensors
 
 
 def save_adapter(
@@ -27,7 +27,7 @@ def save_adapter(
         model: with its adapters attached; under ZeRO-3 its own tensors are empty and are not looked at.
         folder: made if it is not there.
         weights: whole tensors of every trained parameter by its name in ``model``.
-        start: what :func:`~trainer.methods.initial_weights.start_in_base` gave: the adapter is written for the base as it was.
+        start: what :func:`~trainer.methods.initial_weights.start_in_base` gave: it is written for the base as it was.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.

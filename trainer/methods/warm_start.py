@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from trainer.config.method import METHODS, MethodConfig
 from trainer.config.messages import wrong
+from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
 from trainer.methods.bottleneck import KIND, facts_of
 from trainer.methods.load import ADAPTER_FILE, read_facts, read_tensors, start_in_base_of

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.kernels.trie_attention import KERNEL, register
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.rms_norm import lighten
+from trainer.kernels.trie_attention import KERNEL, register
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.files import sync
 from trainer.errors import CheckpointError
+from trainer.files import sync
 
 Record = dict[str, Any]
 

@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.schema import METRICS
 from trainer.data.load import Data
 from trainer.data.templates.template import Template
 from trainer.engine.engine import Engine
-from trainer.errors import TrainingError
-from trainer.training.loop import Outcome
-from trainer.methods import digests, save_adapter, save_full
-from trainer.checkpoint.run_folder import Run
 from trainer.engine.whole_state import gather_live
+from trainer.errors import TrainingError
+from trainer.methods import digests, save_adapter, save_full
 from trainer.tracking import Tracker
+from trainer.training.loop import Outcome
 
 
 def save_final(engine: Engine, folder: Path, tokenizer: Any, config: TrainConfig, started: dict[str, str]) -> None:

@@ -16,22 +16,22 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import checkpointer as checkpoint
-from trainer.engine.rank_allocation import Allocation
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.batches import ends_epoch, global_batch
-from trainer.data.load import Data
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.load import Data
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.engine.engine import Engine, Update
+from trainer.engine.meter import Meter
+from trainer.engine.optimizer import learning_rate, peak_learning_rate
+from trainer.engine.rank_allocation import Allocation
 from trainer.errors import TrainingError
 from trainer.evaluation.evaluate import Scores, evaluate
 from trainer.evaluation.generator import Sampler
-from trainer.engine.optimizer import learning_rate, peak_learning_rate
-from trainer.engine.meter import Meter
-from trainer.training.stop_request import StopRequest
 from trainer.tracking import Tracker
 from trainer.training.monitor import Verdict, Watch
+from trainer.training.stop_request import StopRequest
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.batches import global_batch
-from trainer.data.load import Data, Rows
 from trainer.data.batching.trie import sort_by_tokens
+from trainer.data.load import Data, Rows
 
 EACH = 3  # rows of a kind on the page
 HELD_OUT_SHARE = 0.2

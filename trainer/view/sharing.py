@@ -8,8 +8,8 @@ import numpy as np
 
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.batches import Limits, global_batch, total_steps
-from trainer.data.load import Data
 from trainer.data.batching.packing import Packing
+from trainer.data.load import Data
 
 MOST_STEPS = 32
 MOST_TOKENS, MOST_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second

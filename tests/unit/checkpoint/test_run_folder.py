@@ -10,9 +10,9 @@ import pytest
 
 from tests.helpers.tokenizers import write_rows
 from trainer.checkpoint import run_folder as runs
+from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.errors import ConfigError
-from trainer.checkpoint.run_folder import Run
 
 SUMMARY = {"status": "finished", "steps": 4, "metrics": {"eval_loss": 1.5}, "error": None}
 

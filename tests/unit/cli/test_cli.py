@@ -21,7 +21,8 @@ Capture = pytest.CaptureFixture[str]
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, trainer.cli.app; code = trainer.cli.app.main(['--help']);"
-        "print([name for name in ('torch', 'transformers', 'hydra', 'launch.sweep.sweep') if name in sys.modules], code)"
+        "print([name for name in ('torch', 'transformers', 'hydra', 'launch.sweep.sweep') if name in sys.modules],"
+        " code)"
     )
     begin = time.perf_counter()
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -13,7 +13,7 @@ import pytest
 from trainer.config import expand_sweep, load
 from trainer.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # (overrides, what the message must hold: the value or the rule, and the cure)
 WRONG: list[tuple[str, ...]] = [

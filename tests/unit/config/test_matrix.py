@@ -7,9 +7,9 @@ import pytest
 import trainer.cli.app
 from launch.doctor import WORKS, count, matrix
 from trainer.config import load
-from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, Cell, cells, refusal
 from trainer.config.method import MethodConfig
 from trainer.config.rules.check import check
+from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, Cell, cells, refusal
 from trainer.errors import ConfigError
 
 REFUSED = {

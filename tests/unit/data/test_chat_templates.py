@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.conversations import KYOTO, MADRID, PLAIN, SYSTEM, chat, learnt, stock
-from tests.helpers.tokenizers import LLAMA3_LIKE, LLAMA_LIKE, QWEN_LIKE, adds_bos, llama3_like, sentencepiece_like, with_template
+from tests.helpers.tokenizers import (
+    LLAMA3_LIKE,
+    LLAMA_LIKE,
+    QWEN_LIKE,
+    adds_bos,
+    llama3_like,
+    sentencepiece_like,
+    with_template,
+)
 from trainer.data.formats.formats import Example, Turn, example_of
 from trainer.data.sources.open import Row, RowError
 from trainer.data.templates.template import Template

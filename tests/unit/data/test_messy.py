@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.prepared_data import Asked
 from trainer.data.prepare.prepare import Prepared
 
-MESSY = Path(__file__).parent / "data" / "messy.jsonl"
+MESSY = Path(__file__).with_name("messy.jsonl")
 LONG = b"a b " * 50_000
 # By the words of `expect`; of a line that is no JSON, by its text.
 REASONS = {

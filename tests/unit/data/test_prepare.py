@@ -19,8 +19,8 @@ from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import with_template, write_rows
 from trainer.config.dataset_spec import Part
 from trainer.config.schema import DataConfig
-from trainer.data.prepare.encode import SCHEMA
 from trainer.data.formats.formats import example_of
+from trainer.data.prepare.encode import SCHEMA
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources.rows import Row
 from trainer.data.templates.template import Template

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import adds_bos, write_rows
-from trainer.data.prepare.encode import Recipe, fit
 from trainer.data.formats.formats import example_of
+from trainer.data.prepare.encode import Recipe, fit
 from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError

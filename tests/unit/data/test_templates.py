@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.tokenizers import LLAMA_LIKE, adds_bos, sentencepiece_like, with_template
-from trainer.data.formats.formats import Example, Turn
 from trainer.data.batching.micro_batch import Tokens, padded
+from trainer.data.formats.formats import Example, Turn
 from trainer.data.sources.open import RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers.architectures import MODELS
-from trainer.kernels import trie_attention as attention
-from trainer.kernels.trie_attention import KERNEL, along, register
 from trainer.data.batching import micro_batch as micro
 from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.trie import build
-from trainer.kernels.label_loss import LabelLoss
 from trainer.engine.verify_trie import why_not
+from trainer.kernels import trie_attention as attention
+from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trie_attention import KERNEL, along, register
 
 # Few token ids, so that beginnings are shared by chance; sometimes a long common one.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from trainer.data.prepare.encode import Encoder, Recipe
-from trainer.data.sources.rows import Chunk
 from trainer.data.prepare.workers import encoded
+from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.slow

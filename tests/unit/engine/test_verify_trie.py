@@ -13,16 +13,17 @@ import torch
 import trainer.data.batching.micro_batch as micro
 import trainer.models.first_layers as layers
 from tests.helpers.architectures import MODELS, VOCABULARY, tiny
-from trainer.kernels.trie_attention import KERNEL, register
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
-from trainer.data.load import Data
-from trainer.data.batching.micro_batch import Bucket, Paths, Tokens
+from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.trie import Trie
+from trainer.data.batching.trie_paths import Bucket, Paths
+from trainer.data.load import Data
+from trainer.engine.verify_trie import BOUNDS, choose_packing, proof_rows, prove, smallest_window
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trie_attention import KERNEL, register
 from trainer.methods import attach
-from trainer.engine.verify_trie import BOUNDS, choose_packing, proof_rows, prove, smallest_window
 
 WINDOWED = "mistral, window 8"
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import trainer.cli.app
 from tests.helpers.finished_run import finished, tiny
-from trainer.inference.chat import Chat
 from trainer.config.schema import GenerateConfig
 from trainer.data.templates.template import Template
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.generator import Sampler
+from trainer.inference.chat import Chat
 from trainer.inference.run_model import load_run
 from trainer.methods import load_adapter
 

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 
 import trainer.cli.app
 from tests.helpers.finished_run import LETTERS, finished, tiny
-from trainer.data.templates.template import Template
 from trainer.data.formats.turns import Example, Turn
+from trainer.data.templates.template import Template
 from trainer.errors import AfinaError, ConfigError
-from trainer.inference.use import evaluate_run, generate_run
 from trainer.inference.run_model import load_run, named_adapters
+from trainer.inference.use import evaluate_run, generate_run
 from trainer.methods import load_adapter
 
 Capture = pytest.CaptureFixture[str]
@@ -75,7 +75,8 @@ def test_answers_are_printed_under_their_names_where_there_are_several(work: Pat
     assert trainer.cli.app.main(["generate", run, "hi"]) == 0
     plain = capsys.readouterr().out
     assert (
-        trainer.cli.app.main(["generate", run, "hi", "--adapter", f"b={work / 'runs' / 'two'}", "--adapter", "base"]) == 0
+        trainer.cli.app.main(["generate", run, "hi", "--adapter", f"b={work / 'runs' / 'two'}", "--adapter", "base"])
+        == 0
     )
     shown = capsys.readouterr().out
     assert shown.startswith(f"# one\n{plain}\n# b\n")

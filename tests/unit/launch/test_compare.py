@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launch.compare.compare
-from launch.compare.compare import Entrant, best_rate, compare, next_rate, plan
+from launch.compare.candidates import Entrant
+from launch.compare.compare import best_rate, compare, next_rate, plan
 from launch.trials import Trial
 from trainer.config import load, run_folder, to_yaml
 from trainer.errors import ConfigError

@@ -177,7 +177,8 @@ def test_a_killed_trial_is_a_failed_one(stand_in: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
     (stand_in / "stop").touch()
-    code = "import sys; from launch.sweep.sweep import sweep; sys.exit(sweep(['debug=tiny', 'method.r=4,8', 'run.name=s']))"
+    arguments = ["debug=tiny", "method.r=4,8", "run.name=s"]
+    code = f"import sys; from launch.sweep.sweep import sweep; sys.exit(sweep({arguments}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=stand_in, env=environment, capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr

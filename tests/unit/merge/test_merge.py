@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from tests.helpers.architectures import MODELS, SIZES
 from tests.helpers.processes import ROOT, run
 from tests.unit.methods.test_peft_configs import KINDS, base, learnt
-from tests.helpers.architectures import MODELS, SIZES
-from trainer.merge.card import model_card
 from trainer.config import load
 from trainer.config.method import MethodConfig
 from trainer.errors import CheckpointError
+from trainer.merge.card import model_card
 from trainer.merge.merge import Merged, answers, check_mergeable, digests, merge
 from trainer.methods import attach, load_adapter, save_adapter, trainable_parameters
 

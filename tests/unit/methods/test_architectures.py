@@ -10,17 +10,17 @@ import torch
 import transformers
 from torch import nn
 
-from tests.unit.engine.test_verify_trie import DATA, config
 from tests.helpers.architectures import ARCHITECTURES, SIZES, tiny
+from tests.unit.engine.test_verify_trie import DATA, config
 from trainer.config import load
 from trainer.config.method import MethodConfig
+from trainer.engine.verify_trie import choose_packing
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, trainable_parameters
 from trainer.methods.bottleneck import places
 from trainer.methods.targets import down_names, target_names, unreached
 from trainer.models.loading import load_model, use_trie_kernel
-from trainer.engine.verify_trie import choose_packing
 
 CPU = torch.device("cpu")
 QKVO, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers.architectures import MODELS
-from trainer.config.suggestions import leaves
 from trainer.config.method import METHODS, MethodConfig
 from trainer.config.rules.method import adalora_times
+from trainer.config.suggestions import leaves
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import (
     OrthogonalTerm,

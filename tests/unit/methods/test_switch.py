@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit.methods.test_peft_configs import IDS, KINDS, base, learnt, logits
 from tests.helpers.architectures import SIZES
+from tests.unit.methods.test_peft_configs import IDS, KINDS, base, learnt, logits
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import CheckpointError, ConfigError

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.helpers.architectures import MODELS
 from tests.helpers.processes import afina
 from tests.unit.methods.test_peft_configs import KINDS, adalora_model, base, learnt, logits
-from tests.helpers.architectures import MODELS
 from trainer.config import load, run_folder
 from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base, check_method

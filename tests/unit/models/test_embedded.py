@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError, ModelError
-from trainer.models.embedded import EMBEDDED, MARKER, cache_folder, fetch, resolve
-from trainer.models.embedded import smollm2
+from trainer.models.embedded import EMBEDDED, MARKER, cache_folder, fetch, resolve, smollm2
 from trainer.models.embedded.common import sha256
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BUILD = "from trainer.models.embedded import fetch; print(fetch('tiny', say=lambda text: print('SAID', text)))"
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trainer.config import load
-from trainer.models.embedded import resolve
 from trainer.methods import attach, trainable_parameters
+from trainer.models.embedded import resolve
 from trainer.models.loading import load_model
 
 IDS = torch.arange(5, 45).view(4, 10)

@@ -20,7 +20,7 @@ from trainer.tracking import Tracker, read_metrics, read_summary, redact, write_
 from trainer.tracking.files import MetricsFile
 from trainer.tracking.terminal import clock, step_line
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SUMMARY = {
     "status": "finished",
     "steps": 3,

@@ -20,7 +20,7 @@ from trainer.config.schema import TrainConfig
 from trainer.tracking import Tracker, read_metrics, write_summary
 from trainer.tracking.wandb_run import api_key, wanted_mode
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SUMMARY = {
     "status": "finished",
     "steps": 3,

@@ -21,8 +21,8 @@ import trainer.config
 from tests.helpers import generated_data as made_data
 from tests.helpers.tokenizers import sentencepiece_like
 from trainer.data.batching.batches import global_batch, total_steps
-from trainer.data.prepare.checks import Finding
 from trainer.data.load import Data
+from trainer.data.prepare.checks import Finding
 from trainer.errors import DataError
 from trainer.view import choose, collect, terminal
 from trainer.view.overview import Overview, histogram, refused_rows
@@ -37,7 +37,7 @@ def reader(tokenizer: Any) -> Reader:
 
 
 def config(*overrides: str) -> Any:
-    return trainer.config.compose(["model=tiny", *overrides])
+    return trainer.config.load(["model=tiny", *overrides])
 
 
 def chat(tokenizer: Any, *turns: tuple[str, str]) -> made_data.Row:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
+from trainer.config.messages import listing, nearest, one_line, redact, wrong
 from trainer.config.rules.compare import check_compare
-from trainer.config.suggestions import Leaf, default_of, leaves, slurm_by_hand
+from trainer.config.rules.evaluation import check_watch
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
-from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
 from trainer.config.schema import METRICS, TrainConfig
-from trainer.config.messages import listing, nearest, one_line, redact, wrong
-from trainer.config.rules.evaluation import check_watch
+from trainer.config.suggestions import Leaf, default_of, leaves, slurm_by_hand
 from trainer.errors import ConfigError
 
 LONGEST_NAME = 128

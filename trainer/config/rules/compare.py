@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trainer.config.suggestions import groups, is_key, leaves
-from trainer.config.schema import CompareConfig
 from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.schema import CompareConfig
+from trainer.config.suggestions import groups, is_key, leaves
 
 CHOSEN = ("optim.learning_rate",)  # keys outside of `method` that a method may bring along
 

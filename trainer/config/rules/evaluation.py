@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.config.schema import LOWER_IS_BETTER, METRICS, TrainConfig
 from trainer.config.messages import nearest, one_line, wrong
+from trainer.config.schema import LOWER_IS_BETTER, METRICS, TrainConfig
 
 WATCHABLE = (*LOWER_IS_BETTER, *(name for name in METRICS if name != "loss"))
 

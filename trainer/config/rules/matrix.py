@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.method import MethodConfig
 from trainer.config.messages import wrong
+from trainer.config.method import MethodConfig
 from trainer.errors import ConfigError
 
 # Options of `method` that are methods of their own; those for a quantised base are lora with method.bits.

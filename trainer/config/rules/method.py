@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trainer.config.suggestions import default_of
-from trainer.config.method import METHODS, MethodConfig, given
 from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.method import METHODS, MethodConfig, given
+from trainer.config.suggestions import default_of
 from trainer.errors import ConfigError
 
 TARGET_SETS = ("attention_min", "attention", "all_linear")

@@ -7,8 +7,8 @@ from typing import Any
 
 from trainer.config.messages import nearest
 from trainer.data.formats.fields import strings_in, text_of, wrong_type
-from trainer.data.sources.rows import RowError
 from trainer.data.formats.turns import Turn
+from trainer.data.sources.rows import RowError
 
 ROLES = {
     "system": "system",

@@ -9,8 +9,8 @@ from typing import Any
 from trainer.config.messages import nearest
 from trainer.data.formats.conversations import tools_of, turns_of
 from trainer.data.formats.fields import Fields, text_of, wrong_type
-from trainer.data.sources.rows import Row, RowError
 from trainer.data.formats.turns import Example, Turn
+from trainer.data.sources.rows import Row, RowError
 from trainer.errors import DataError
 
 __all__ = ["Example", "Turn", "example_of", "recognise"]

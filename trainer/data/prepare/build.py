@@ -17,9 +17,9 @@ from datasets import Features
 
 from trainer.data.prepare.checks import RefusedCount, in_table
 from trainer.data.prepare.encode import FACTS, SCHEMA, TRUNCATED, Recipe
-from trainer.data.sources.rows import Refused
-from trainer.data.sources.open import Source
 from trainer.data.prepare.workers import encoded
+from trainer.data.sources.open import Source
+from trainer.data.sources.rows import Refused
 
 TABLE_FILE = "rows.arrow"
 REFUSED_FILE = "refused.jsonl"

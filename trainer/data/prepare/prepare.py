@@ -23,12 +23,12 @@ from datasets import Dataset
 
 from trainer.config.dataset_spec import Part
 from trainer.config.schema import DataConfig
+from trainer.data.formats.formats import recognise
 from trainer.data.prepare.build import REFUSED_FILE, TABLE_FILE, build
 from trainer.data.prepare.checks import Finding
 from trainer.data.prepare.encode import Recipe
-from trainer.data.formats.formats import recognise
-from trainer.data.sources.rows import Row, rows_of
 from trainer.data.sources.open import Source, open_source
+from trainer.data.sources.rows import Row, rows_of
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
 

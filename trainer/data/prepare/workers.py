@@ -29,7 +29,9 @@ from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
 
 WINDOW = 3  # chunks a worker that are read ahead: one it works on, one that waits for it, one that waits for its turn
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trainer.data.prepare.workers import serve; serve({})"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trainer.data.prepare.workers import serve; serve({})"
+)
 _ENDED = (EOFError, ConnectionError)
 
 

@@ -45,7 +45,7 @@ class Source:
         """Hex digest of everything the rows depend on: the bytes of the files, or the hub data set's fingerprint.
 
         Args:
-            memory: a JSON file where the digests of unchanged files are found again, see :mod:`trainer.data.sources.file_hashes`.
+            memory: a JSON file where the hashes of unchanged files are kept, see :mod:`trainer.data.sources.file_hashes`.
 
         Raises:
             DataError: a file cannot be read.

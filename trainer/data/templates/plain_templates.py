@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.data.formats.turns import Turn
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.safe_tokenizer import Rendered
-from trainer.data.formats.turns import Turn
 
 ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

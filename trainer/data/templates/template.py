@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.templates.plain_templates import alpaca, plain, user_text
-from trainer.data.templates.chat_template import ChatTemplate, Message
-from trainer.data.sources.rows import RowError
-from trainer.data.templates.safe_tokenizer import Reader, Rendered
 from trainer.data.formats.turns import Example, Turn, last_assistant
+from trainer.data.sources.rows import RowError
+from trainer.data.templates.chat_template import ChatTemplate, Message
+from trainer.data.templates.plain_templates import alpaca, plain, user_text
+from trainer.data.templates.safe_tokenizer import Reader, Rendered
 from trainer.errors import DataError
 
 NAMES = ("chat", "alpaca", "alpaca_short", "plain")

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.files import sha256, sync
 from trainer.errors import ConfigError, ModelError
+from trainer.files import sha256, sync
 from trainer.models.embedded.common import Say
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny

@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.files import sha256
 from trainer.errors import ModelError
+from trainer.files import sha256
 
 Say = Callable[[str], object]
 

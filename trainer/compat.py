@@ -1,0 +1,1 @@
+"""Every reach past a library's public interface, in one place."""
