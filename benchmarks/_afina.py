@@ -18,12 +18,12 @@ from typing import Any
 import trainer.train
 from trainer.config import load, run_folder
 from trainer.distributed.process_group import from_environment
-from trainer.silence import quiet
+from trainer.silence import silence_libraries
 
 
 def main(result_file: Path, overrides: list[str]) -> None:
     """Train once and write seconds, tokens, losses and the peak of the resident memory."""
-    quiet()
+    silence_libraries()
     begin: list[float] = []
     load_model = trainer.train.load_model
 

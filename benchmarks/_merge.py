@@ -25,7 +25,7 @@ from trainer.inference.use import merge_run
 PARTS = {"fold": ("folding", "digests"), "_write": ("writing", "reading back, its answers")}
 
 
-class Watch(threading.Thread):
+class EvalMonitor(threading.Thread):
     """Peaks of this process's memory by part, in bytes: own, file and both together."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def resident() -> tuple[int, int]:
 
 def main(result_file: Path, run: Path, to: Path) -> None:
     """Merge once and write the peaks, and what was resident before."""
-    before, watch = sum(resident()), Watch()
+    before, watch = sum(resident()), EvalMonitor()
     for name, (part, after) in PARTS.items():
         setattr(trainer.merge.merge, name, watch.during(getattr(trainer.merge.merge, name), part, after))
     watch.start()

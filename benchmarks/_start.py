@@ -16,7 +16,7 @@ BEGIN = time.perf_counter()
 import trainer.train  # noqa: E402  its import is the first part
 from trainer.config import load  # noqa: E402
 from trainer.distributed.process_group import from_environment  # noqa: E402
-from trainer.silence import quiet  # noqa: E402
+from trainer.silence import silence_libraries  # noqa: E402
 from trainer.training.loop import Loop  # noqa: E402
 
 PARTS = {"load_data": "data", "load_model": "model", "choose_packing": "start-up proof"}
@@ -28,7 +28,7 @@ class Reached(Exception):
 
 def main(result_file: Path, overrides: list[str]) -> None:
     """Start once, and stop where the first step begins."""
-    quiet()
+    silence_libraries()
     seconds = {"imports": time.perf_counter() - BEGIN}
     for name, title in PARTS.items():
         setattr(trainer.train, name, timed(getattr(trainer.train, name), title, seconds))

@@ -24,8 +24,8 @@ def matrix() -> tuple[list[str], list[list[str]], list[str]]:
         for bits in BITS:
             found = [refusal(every[variant, bits, zero]) for zero in ZERO]
             rows.append([variant, str(bits), *(WORKS if f is None else f"refused {used.index(f) + 1}" for f in found)])
-    notes = [f"{number}. {each.key}: {each.seen} → {each.cure}" for number, each in enumerate(used, start=1)]
-    notes += [f"*  {each.key}: {each.seen} → {each.cure}" for each in REFUSALS if each not in used]
+    notes = [f"{number}. {each.key}: {each.seen} → {each.hint}" for number, each in enumerate(used, start=1)]
+    notes += [f"*  {each.key}: {each.seen} → {each.hint}" for each in REFUSALS if each not in used]
     return ["method", "bits", *ZERO], rows, notes
 
 

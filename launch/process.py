@@ -78,8 +78,8 @@ def _without_summary(code: int, stopped_by: int | None, folder: Path) -> int:
     if code < 0:
         raise LaunchError(
             f"training process of {folder}",
-            rule=f"was killed by {signal.Signals(-code).name} and left no summary",
-            cure="was it the kernel, out of memory (dmesg)? the same command starts it again",
+            reason=f"was killed by {signal.Signals(-code).name} and left no summary",
+            hint="was it the kernel, out of memory (dmesg)? the same command starts it again",
         )
     return code
 
@@ -110,7 +110,7 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int
             child.send_signal(_gentle(received[0]))
         code = child.wait()
     except OSError as error:
-        raise LaunchError(f"cannot start {command[0]}", rule=str(error)) from error
+        raise LaunchError(f"cannot start {command[0]}", reason=str(error)) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -47,7 +47,7 @@ def run(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
     return code, reason or f"exit code {code}, see {trial.folder / 'log.txt'}"
 
 
-def carry_out(trial: Trial, label: str, config_file: Path | None = None) -> tuple[int, str]:
+def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> tuple[int, str]:
     """Run a trial unless it is finished, and say so. Returns as :func:`run` does."""
     if is_done(trial):
         say(f"{label}: finished before")

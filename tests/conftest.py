@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _skip(on_gpu, "needs a CUDA device and a torch built for CUDA; run `make test` on such a machine")
     missing = [command for command in SLURM_COMMANDS if shutil.which(command) is None]
     if missing:
-        cure = "apt-get install slurmctld slurmd slurm-client munge (`make test` does it as root)"
-        _skip([item for item in items if item.get_closest_marker("slurm")], f"needs {', '.join(missing)}: {cure}")
+        hint = "apt-get install slurmctld slurmd slurm-client munge (`make test` does it as root)"
+        _skip([item for item in items if item.get_closest_marker("slurm")], f"needs {', '.join(missing)}: {hint}")
 
 
 def _cuda() -> bool:

@@ -24,15 +24,15 @@ class AfinaError(Exception):
     rank: int | None = None
     """The rank that met it, when every rank raises it alike: that one alone tells it."""
 
-    def __init__(self, what: str, *, value: object = None, rule: str = "", cure: str = "") -> None:
-        self.what, self.value, self.rule, self.cure = what, value, rule, cure
+    def __init__(self, what: str, *, value: object = None, reason: str = "", hint: str = "") -> None:
+        self.what, self.value, self.reason, self.hint = what, value, reason, hint
         super().__init__(self._message())
 
     def _message(self) -> str:
         head = self.what if self.value is None else f"{self.what}={self.value}"
-        parts = [f"{head}: {self.rule}" if self.rule else head]
-        if self.cure:
-            parts.append(f"→ {self.cure}")
+        parts = [f"{head}: {self.reason}" if self.reason else head]
+        if self.hint:
+            parts.append(f"→ {self.hint}")
         return " ".join(parts)
 
 

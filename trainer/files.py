@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def no_room(error: BaseException) -> CheckpointError | None:
+def explain_full_disk(error: BaseException) -> CheckpointError | None:
     """What to tell of a disk that takes no more; ``None`` for any other error.
 
     Python says it with an ``OSError``, safetensors and tokenizers with classes of their own that quote its number.
@@ -36,8 +36,8 @@ def no_room(error: BaseException) -> CheckpointError | None:
     if number not in FULL:
         return None
     file = error.filename if isinstance(error, OSError) else None
-    rule = f"the disk takes no more: {os.strerror(number)}"
-    return CheckpointError(str(file or "writing"), rule=rule, cure="make room, then the same command again")
+    reason = f"the disk takes no more: {os.strerror(number)}"
+    return CheckpointError(str(file or "writing"), reason=reason, hint="make room, then the same command again")
 
 
 def sha256(file: Path) -> str:

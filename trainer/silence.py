@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Turn off, each for its reason:
 
     - DeepSpeed's and bitsandbytes' notes on kernels that this machine does not need (errors still show);

@@ -10,8 +10,8 @@ from pathlib import Path
 from trainer.config import load
 from trainer.distributed import process_group as distributed
 from trainer.errors import AfinaError
-from trainer.files import no_room
-from trainer.silence import quiet
+from trainer.files import explain_full_disk
+from trainer.silence import silence_libraries
 from trainer.training.run import train
 
 
@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
     known = parser.parse_args(arguments)
     world = distributed.from_environment()
-    quiet()
+    silence_libraries()
     try:
         return train(load(known.overrides, known.config), world)
     except Exception as error:
-        told = error if isinstance(error, AfinaError) else no_room(error)
+        told = error if isinstance(error, AfinaError) else explain_full_disk(error)
         if told is None:
             raise
         if told.rank in (None, world.rank):

@@ -9,7 +9,7 @@ from trainer.config import TrainConfig
 
 
 @dataclass(slots=True)
-class Entrant:
+class Candidate:
     """One method of a comparison.
 
     Attributes:

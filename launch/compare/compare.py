@@ -13,8 +13,8 @@ from pathlib import Path
 import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
-from launch.compare.candidates import Entrant
-from launch.trials import Trial, carry_out, digest, own_name, say
+from launch.compare.candidates import Candidate
+from launch.trials import Trial, digest, own_name, run_if_needed, say
 from trainer.config.method import METHODS
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
@@ -38,31 +38,31 @@ def compare(typed: Sequence[str]) -> int:
     Raises:
         ConfigError: what was typed cannot be used; nothing has been started.
     """
-    folder, entrants = plan(typed)
-    say(f"comparison of {len(entrants)} methods in {folder}")
+    folder, candidates = plan(typed)
+    say(f"comparison of {len(candidates)} methods in {folder}")
     stopped, records = 0, list[comparison.Record]()
-    for number, entrant in enumerate(entrants, 1):
-        label = f"[{number}/{len(entrants)}] {entrant.name}"
-        if entrant.config is None:
-            say(f"{label}: cannot be trained: {entrant.refused}")
+    for number, candidate in enumerate(candidates, 1):
+        label = f"[{number}/{len(candidates)}] {candidate.name}"
+        if candidate.config is None:
+            say(f"{label}: cannot be trained: {candidate.refused}")
             continue
-        keys = entrant.config.compare
-        stopped = _tune(entrant, folder, label)
-        if not stopped and not entrant.error:
+        keys = candidate.config.compare
+        stopped = _tune(candidate, folder, label)
+        if not stopped and not candidate.error:
             rows = [] if keys.rows is None else [f"data.max_rows={keys.rows}"]
-            entrant.trial = _trial(entrant, folder, folder_name(entrant.name), entrant.rate, rows)
-            code, error = carry_out(entrant.trial, label)
+            candidate.trial = _trial(candidate, folder, folder_name(candidate.name), candidate.rate, rows)
+            code, error = run_if_needed(candidate.trial, label)
             stopped = code if code in process.STOPPED else 0
-            entrant.error = error if code and not stopped else None
-        records = comparison.collect(entrants)
+            candidate.error = error if code and not stopped else None
+        records = comparison.collect(candidates)
         comparison.write(folder, records)  # there is something to look at from the first on
         if stopped:
             break
     comparison.show(records)
-    return stopped or int(any(entrant.error for entrant in entrants))
+    return stopped or int(any(candidate.error for candidate in candidates))
 
 
-def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
+def plan(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
     """The comparison's folder and its methods, their configs composed and checked; nothing is started.
 
     Raises:
@@ -71,74 +71,74 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Entrant]]:
     for text in typed:
         group, _, option = text.partition("=")
         if group in ("method", "rank"):
-            cure = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
-            raise ConfigError(text, rule="the methods that are compared are compare.methods", cure=cure)
+            hint = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
+            raise ConfigError(text, reason="the methods that are compared are compare.methods", hint=hint)
     base = trainer.config.load([text for text in typed if not text.startswith("method.")])
     if base.compare.tune and base.data.validation == 0:
-        rule = "judges the tries by held-out rows, and there are none (data.validation=0)"
-        raise ConfigError("compare.tune", value=base.compare.tune, rule=rule, cure="data.validation=0.1")
-    entrants = [_entrant(name, typed) for name in base.compare.methods]
-    able = [entrant for entrant in entrants if entrant.config is not None]
+        reason = "judges the tries by held-out rows, and there are none (data.validation=0)"
+        raise ConfigError("compare.tune", value=base.compare.tune, reason=reason, hint="data.validation=0.1")
+    candidates = [_entrant(name, typed) for name in base.compare.methods]
+    able = [candidate for candidate in candidates if candidate.config is not None]
     if not able:
-        raise ConfigError("compare.methods", rule="none can be trained here", cure=str(entrants[0].refused))
-    for entrant in able[1:]:  # the untrained model scores the same for all
-        entrant.overrides.append("eval.before=false")
+        raise ConfigError("compare.methods", reason="none can be trained here", hint=str(candidates[0].refused))
+    for candidate in able[1:]:  # the untrained model scores the same for all
+        candidate.overrides.append("eval.before=false")
     given = next((text.partition("=")[2] for text in typed if text.startswith("run.name=")), None)
     keys = base.compare
-    parts = [own_name(entrant.config) for entrant in able if entrant.config]
+    parts = [own_name(candidate.config) for candidate in able if candidate.config]
     own = digest([*parts, f"{keys.rows} {keys.tune} {keys.tune_rows}"], "compare-")
-    return Path(base.run.dir) / (given or own), entrants
+    return Path(base.run.dir) / (given or own), candidates
 
 
-def _entrant(name: str, typed: Sequence[str]) -> Entrant:
+def _entrant(name: str, typed: Sequence[str]) -> Candidate:
     """One method with what was typed; a key of ``method`` that it does not have is for the others."""
     option, keys = parse_method(name)
     chosen = [f"method={option}", "rank=null"]
-    entrant = Entrant(name, chosen)
+    candidate = Candidate(name, chosen)
     try:
         kind = trainer.config.load([text for text in typed if not text.startswith("method.")] + chosen).method.name
         foreign = {f"method.{name}" for name in METHOD_KEYS - METHODS[kind].keys}
-        entrant.overrides = [*(text for text in typed if text.partition("=")[0] not in foreign), *chosen, *keys]
-        entrant.fixed = any(text.startswith(f"{RATE}=") for text in entrant.overrides)
-        if not entrant.fixed:  # what an experiment chose suits its own method
-            entrant.overrides.append(f"{RATE}=null")
-        entrant.config = trainer.config.load(entrant.overrides)
-        entrant.rate = entrant.config.optim.learning_rate or METHODS[kind].learning_rate
+        candidate.overrides = [*(text for text in typed if text.partition("=")[0] not in foreign), *chosen, *keys]
+        candidate.fixed = any(text.startswith(f"{RATE}=") for text in candidate.overrides)
+        if not candidate.fixed:  # what an experiment chose suits its own method
+            candidate.overrides.append(f"{RATE}=null")
+        candidate.config = trainer.config.load(candidate.overrides)
+        candidate.rate = candidate.config.optim.learning_rate or METHODS[kind].learning_rate
     except ConfigError as error:
-        entrant.refused = str(error)
-    return entrant
+        candidate.refused = str(error)
+    return candidate
 
 
-def _tune(entrant: Entrant, folder: Path, label: str) -> int:
+def _tune(candidate: Candidate, folder: Path, label: str) -> int:
     """Find the learning rate on fewer rows: the grid, then beyond its edge for as long as the edge is best.
 
     Returns:
         The exit code when it was stopped, else 0.
     """
-    assert entrant.config is not None
-    grid = sorted(entrant.config.compare.tune)
-    if not grid or entrant.fixed:
+    assert candidate.config is not None
+    grid = sorted(candidate.config.compare.tune)
+    if not grid or candidate.fixed:
         return 0
-    fewer = [f"data.max_rows={entrant.config.compare.tune_rows}", "checkpoint.every_steps=0", "eval.metrics=[loss]"]
+    fewer = [f"data.max_rows={candidate.config.compare.tune_rows}", "checkpoint.every_steps=0", "eval.metrics=[loss]"]
     ratio = grid[-1] / grid[-2] if len(grid) > 1 else 3.0
-    rates: list[float] = [_two_digits(entrant.rate * multiple) for multiple in grid]
+    rates: list[float] = [_two_digits(candidate.rate * multiple) for multiple in grid]
     for _ in range(1 + MORE_TRIES):
         for rate in rates:
-            name = f"{folder_name(entrant.name)}-{rate:g}"
-            trial = _trial(entrant, folder / "tries", name, rate, [*fewer, "eval.before=false"])
-            code, error = carry_out(trial, f"{label}, learning rate {rate:g}")
+            name = f"{folder_name(candidate.name)}-{rate:g}"
+            trial = _trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
+            code, error = run_if_needed(trial, f"{label}, learning rate {rate:g}")
             if code in process.STOPPED:
                 return code
             loss = (process.read_summary(trial.folder).get("metrics") or {}).get("eval_loss")
-            entrant.tried[rate] = math.inf if code or loss is None else loss
-        if math.isinf(min(entrant.tried.values())):  # not for the rate's sake, then
-            entrant.error = error
+            candidate.tried[rate] = math.inf if code or loss is None else loss
+        if math.isinf(min(candidate.tried.values())):  # not for the rate's sake, then
+            candidate.error = error
             return 0
-        beyond = next_rate(entrant.tried, ratio)
+        beyond = next_rate(candidate.tried, ratio)
         if beyond is None:
             break
         rates = [beyond]
-    entrant.rate = best_rate(entrant.tried)
+    candidate.rate = best_rate(candidate.tried)
     return 0
 
 
@@ -165,10 +165,10 @@ def _two_digits(rate: float) -> float:
     return float(f"{rate:.1e}")
 
 
-def _trial(entrant: Entrant, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
+def _trial(candidate: Candidate, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
     where = {"run.dir": str(folder), "run.name": name, "log.group": folder.name}
     placed = [f"{key}={torchrun.quote(value)}" for key, value in where.items()]
-    overrides = [*entrant.overrides, *more, f"{RATE}={rate!r}", *placed]
+    overrides = [*candidate.overrides, *more, f"{RATE}={rate!r}", *placed]
     return Trial(name, overrides, {}, trainer.config.load(overrides))
 
 

@@ -13,7 +13,7 @@ from launch.process import read_summary
 from trainer.config import METRICS
 
 if TYPE_CHECKING:
-    from launch.compare.candidates import Entrant
+    from launch.compare.candidates import Candidate
 
 Record = dict[str, Any]
 BASE = "no training"
@@ -32,7 +32,7 @@ HEADS = {
 GIB, MIB = 2**30, 2**20
 
 
-def collect(entrants: Sequence[Entrant]) -> list[Record]:
+def collect(candidates: Sequence[Candidate]) -> list[Record]:
     """One record a method in the order given, after one of the base model where it was scored.
 
     Returns:
@@ -41,34 +41,38 @@ def collect(entrants: Sequence[Entrant]) -> list[Record]:
         (on a GPU: of its device), ``seconds`` the whole run's (of one that was interrupted: since it went on),
         ``useful_tokens_per_second`` that of its steps.
     """
-    summaries = [read_summary(entrant.trial.folder) if entrant.trial else {} for entrant in entrants]
+    summaries = [read_summary(candidate.trial.folder) if candidate.trial else {} for candidate in candidates]
     scores: list[Record] = [summary.get("metrics") or {} for summary in summaries]
     seen = {name.removesuffix("_before") for metrics in scores for name in metrics}
     names = ["eval_loss", *(name for name in METRICS if name in seen)]
-    records = [_record(entrant, summary, names) for entrant, summary in zip(entrants, summaries, strict=True)]
+    records = [_record(candidate, summary, names) for candidate, summary in zip(candidates, summaries, strict=True)]
     before = [{name: metrics.get(f"{name}_before") for name in names} for metrics in scores]
     if base := next((found for found in before if any(value is not None for value in found.values())), None):
         records.insert(0, dict.fromkeys(records[0]) | {"method": BASE, **base, "status": "base"})
     return records
 
 
-def _record(entrant: Entrant, summary: Record, names: Sequence[str]) -> Record:
-    folder = entrant.trial.folder if entrant.trial else None
-    done = summary.get("status") == "finished" and not entrant.error
+def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Record:
+    folder = candidate.trial.folder if candidate.trial else None
+    done = summary.get("status") == "finished" and not candidate.error
     trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     return {
-        "method": entrant.name,
-        "learning_rate": entrant.rate if entrant.trial else None,
+        "method": candidate.name,
+        "learning_rate": candidate.rate if candidate.trial else None,
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / total if trained and total else None,
         "adapter_bytes": _saved_bytes(folder) if folder and done else None,
         **(_cost(folder) if folder and done else dict.fromkeys(("peak_memory_bytes", "useful_tokens_per_second"))),
         "seconds": summary.get("wall_seconds"),
         **{name: summary["metrics"].get(name) if done else None for name in names},
-        "status": "refused" if entrant.refused else "failed" if entrant.error else summary.get("status") or "not run",
-        "tried": {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(entrant.tried.items())},
+        "status": "refused"
+        if candidate.refused
+        else "failed"
+        if candidate.error
+        else summary.get("status") or "not run",
+        "tried": {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(candidate.tried.items())},
         "folder": str(folder) if folder else None,
-        "error": entrant.refused or entrant.error,
+        "error": candidate.refused or candidate.error,
     }
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import trainer.config
 from launch import process, torchrun
 from launch.sweep import report as ranking
-from launch.trials import Trial, carry_out, digest, own_name, say
+from launch.trials import Trial, digest, own_name, run_if_needed, say
 from trainer.errors import ConfigError
 
 # a folder's name may have 255 bytes; the rest is left to the files' own names and to whoever must read it
-LONGEST_NAME = 80
+MAX_NAME_LENGTH = 80
 
 
 def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, list[Trial]]:
@@ -31,7 +31,7 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
         ConfigError: no key has several values, or a combination cannot be used.
     """
     if not trainer.config.is_sweep(typed):
-        raise ConfigError("sweep", rule="no key has several values", cure="separate them by commas: method.r=8,16,32")
+        raise ConfigError("sweep", reason="no key has several values", hint="separate them by commas: method.r=8,16,32")
     combinations = _unique(trainer.config.expand_sweep(typed))
     configs = [trainer.config.load(combination, config_file) for combination in combinations]
     # only a name given here counts: a config file of an old run holds that run's name
@@ -72,7 +72,7 @@ def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     errors: dict[str, str] = {}
     stopped = 0
     for number, trial in enumerate(trials, 1):
-        code, error = carry_out(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
+        code, error = run_if_needed(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
         if code in process.STOPPED:
             stopped = code
             break
@@ -112,7 +112,7 @@ def _trial_names(varied: list[dict[str, str]]) -> list[str]:
     """Folder names that tell the combination: `method.r=4 method.alpha=8` is `r4_alpha8`."""
     labels = ranking.short_labels(list(varied[0]))
     names = ["_".join(_name_part(labels[key], value) for key, value in values.items()) for values in varied]
-    names = [name if len(name) <= LONGEST_NAME else digest([name], name[:LONGEST_NAME] + "-") for name in names]
+    names = [name if len(name) <= MAX_NAME_LENGTH else digest([name], name[:MAX_NAME_LENGTH] + "-") for name in names]
     # values that differ only in signs a folder's name cannot hold
     twice = {name for name, count in Counter(names).items() if count > 1}
     return [digest([str(values)], f"{n}-") if n in twice else n for n, values in zip(names, varied, strict=True)]

@@ -67,7 +67,7 @@ def plain(name: str, folder: str, config: TrainConfig, total_steps: int) -> Any:
     return get_peft_model(base, peft)
 
 
-def folder_of(parent: Path, name: str) -> Path:
+def checkpoint_dir(parent: Path, name: str) -> Path:
     """A comma in a path would be several values to an override."""
     return parent / name.partition(",")[0]
 
@@ -81,8 +81,8 @@ def save_models(bench: Bench, folder: Path) -> None:
     positions = {"gpt2": "n_positions"}
     for name in ARCHITECTURES if bench.world.is_main else ():
         sizes = {"vocab_size": len(tokenizer), positions.get(name, "max_position_embeddings"): 512}
-        tiny(name, **sizes, initializer_range=0.08).save_pretrained(folder_of(folder, name))
-        tokenizer.save_pretrained(folder_of(folder, name))
+        tiny(name, **sizes, initializer_range=0.08).save_pretrained(checkpoint_dir(folder, name))
+        tokenizer.save_pretrained(checkpoint_dir(folder, name))
     distributed.barrier()
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     shared = Path(distributed.from_main(tempfile.mkdtemp()))
     save_models(bench, shared)
     for case, (name, overrides) in cases().items():
-        folder = str(folder_of(shared, name))
+        folder = str(checkpoint_dir(shared, name))
         # Norms of queries and keys make gradients smaller yet than those that the bench's own eps is for.
         config = bench.config(*overrides, f"model.name_or_path={folder}", "batch.max_steps=3", "optim.eps=1e-4")
         loop = bench.loop(config)

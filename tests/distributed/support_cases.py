@@ -13,7 +13,7 @@ from trainer.config import TrainConfig, load
 from trainer.data.batching.batches import global_batch
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking import Tracker
@@ -54,7 +54,7 @@ class Bench:
         data = load_data(config, tokenizer, lambda _: None)
         built = build(config, self.world, base, data, tokenizer)
         lockstep = config.zero.stage == 3
-        sampler = Sampler(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
+        sampler = Generator(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
         who = checkpoint.identity(config, data.fingerprint)
         run = folder or Path(tempfile.gettempdir())
         return Loop(

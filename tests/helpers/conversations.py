@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from trainer.data.formats.formats import Example, example_of
+from trainer.data.formats.formats import Example, parse_example
 from trainer.data.sources.open import Row
 from trainer.data.templates.template import Encoded
 
@@ -28,7 +28,7 @@ PLAIN = [m for m in MADRID if m["role"] in ("user", "assistant")][:2] + MADRID[5
 
 
 def chat(messages: list[dict[str, Any]], **fields: Any) -> Example:
-    return example_of(Row({"messages": messages, **fields}, "chats.jsonl:1", 1), "chat", {})
+    return parse_example(Row({"messages": messages, **fields}, "chats.jsonl:1", 1), "chat", {})
 
 
 def learnt(tokenizer: Any, found: Encoded) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.tokenizers import write_rows
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
 from trainer.data.prepare.prepare import Prepared, prepare
 
@@ -23,7 +23,7 @@ class Asked:
 
     def __call__(self, tokenizer: Any = None, **keys: Any) -> Prepared:
         data = DataConfig(**{"path": str(self.path), **keys})
-        return prepare(Part(str(self.path)), data, tokenizer or self.tokenizer, self.cache, self.said.append)
+        return prepare(DatasetSpec(str(self.path)), data, tokenizer or self.tokenizer, self.cache, self.said.append)
 
     def refused(self, found: Prepared) -> list[dict[str, str]]:
         return [json.loads(line) for line in found.refused_file.read_text().splitlines()]

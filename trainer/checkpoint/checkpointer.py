@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint.commit import complete, delete_old, fault_of, folder_of, seal
+from trainer.checkpoint.commit import checkpoint_dir, commit, complete, delete_old, find_corruption
 from trainer.config.method import METHODS
 from trainer.config.schema import CheckpointConfig, TrainConfig
 from trainer.distributed.process_group import World, from_main, gather_objects
@@ -73,7 +73,7 @@ def save(
     Returns:
         Whether the checkpoint is complete.
     """
-    folder = folder_of(run, step)
+    folder = checkpoint_dir(run, step)
     partial = folder.with_name(folder.name + ".partial")
     if who["method.name"] == "full":
         state, adapter = {}, {}
@@ -132,12 +132,12 @@ def verify(folder: Path, run: Path) -> None:
     Raises:
         CheckpointError: names the file, and the newest other checkpoint that is good.
     """
-    fault = fault_of(folder)
+    fault = find_corruption(folder)
     if fault is None:
         return
-    others = [c for c in complete(run / "checkpoints") if c != folder and fault_of(c) is None]
-    cure = f"checkpoint.resume={others[-1]}" if others else "checkpoint.resume=never run.overwrite=true starts anew"
-    raise CheckpointError(fault, rule="so the checkpoint cannot be used", cure=cure)
+    others = [c for c in complete(run / "checkpoints") if c != folder and find_corruption(c) is None]
+    hint = f"checkpoint.resume={others[-1]}" if others else "checkpoint.resume=never run.overwrite=true starts anew"
+    raise CheckpointError(fault, reason="so the checkpoint cannot be used", hint=hint)
 
 
 def load(
@@ -167,8 +167,8 @@ def load(
             raise CheckpointError(
                 f"{folder}: {key}",
                 value=value,
-                rule=f"was {saved} when the checkpoint was written, and changes what it means",
-                cure=f"{key}={saved}, or another run.name" if key != "data" else "the same data, or another run.name",
+                reason=f"was {saved} when the checkpoint was written, and changes what it means",
+                hint=f"{key}={saved}, or another run.name" if key != "data" else "the same data, or another run.name",
             )
     step = int(facts["step"])
     if (folder / "deepspeed").exists():
@@ -183,11 +183,11 @@ def load(
     return step, facts.get("watch")
 
 
-def of_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:
+def find_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:
     """The run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used. A collective."""
-    folder = folder_of(run, step)
+    folder = checkpoint_dir(run, step)
     try:
-        fault = fault_of(folder) if world.is_main else None
+        fault = find_corruption(folder) if world.is_main else None
     except OSError as error:
         fault = str(error)
     return folder, from_main(fault)
@@ -241,9 +241,9 @@ def _write(
         save_file(state, str(partial / "state.safetensors"))
         reread = load_file(str(partial / "state.safetensors"))
         if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
-            raise CheckpointError(str(partial / "state.safetensors"), rule="does not read back as it was written")
+            raise CheckpointError(str(partial / "state.safetensors"), reason="does not read back as it was written")
     (partial / "state.json").write_text(json.dumps(facts, indent=1))
-    seal(partial, folder)
+    commit(partial, folder)
 
 
 def _delete_old(checkpoints: Path, keep: int, best_step: int | None, say: Callable[[str], None]) -> None:

@@ -12,12 +12,12 @@ from trainer.files import sha256, sync
 MARKER = "COMPLETE"
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_dir(run: Path, step: int) -> Path:
     """Where a run's checkpoint of a step is, or would be."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def seal(partial: Path, folder: Path) -> None:
+def commit(partial: Path, folder: Path) -> None:
     """Sync all of ``partial``, rename it to ``folder``, and last of all write the marker."""
     marker: dict[str, Any] = {}
     for file in sorted(f for f in partial.rglob("*") if f.is_file()):
@@ -41,13 +41,13 @@ def complete(checkpoints: Path) -> list[Path]:
 def delete_old(checkpoints: Path, keep: int, best_step: int | None = None) -> None:
     """Delete all complete ones but the newest ``keep`` and that of ``best_step``."""
     for old in complete(checkpoints)[:-keep]:
-        if best_step is not None and old == folder_of(checkpoints.parent, best_step):
+        if best_step is not None and old == checkpoint_dir(checkpoints.parent, best_step):
             continue
         (old / MARKER).unlink()  # first, so that a half-deleted checkpoint is never taken for a complete one
         shutil.rmtree(old)
 
 
-def fault_of(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; ``None`` when nothing is."""
     try:
         marker = json.loads((folder / MARKER).read_text())
@@ -62,7 +62,7 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def set_aside_later(run: Path, step: int) -> None:
+def archive_after(run: Path, step: int) -> None:
     """Rename the run's checkpoints after ``step``: the run has gone back, so they are no longer its future.
 
     Left in place, they would be the newest, and the next start would go on from them.

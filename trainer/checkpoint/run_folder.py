@@ -108,8 +108,9 @@ def _same_result(config: TrainConfig, folder: Path) -> None:
     if changed:
         raise ConfigError(
             str(folder),
-            rule=f"is a finished run with other settings ({', '.join(changed[:4])}{' …' if len(changed) > 4 else ''})",
-            cure="another run.name, or run.overwrite=true (the old folder is moved aside)",
+            reason="is a finished run with other settings "
+            f"({', '.join(changed[:4])}{' …' if len(changed) > 4 else ''})",
+            hint="another run.name, or run.overwrite=true (the old folder is moved aside)",
         )
 
 

@@ -20,7 +20,7 @@ import typer
 from trainer.cli import runs as verbs
 from trainer.cli.runs import Adapters, Overrides, Run, find_run
 from trainer.errors import AfinaError
-from trainer.files import no_room
+from trainer.files import explain_full_disk
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -56,7 +56,7 @@ def train(
 
     config = trainer.config.load(arguments, config_file)
     if dry_run:
-        print(f"# would run: {shlex.join(command_of(config, arguments, config_file))}")
+        print(f"# would run: {shlex.join(train_command(config, arguments, config_file))}")
         print(f"# in folder: {trainer.config.run_folder(config)}")
         print_config(config, arguments, config_file)
         return 0
@@ -78,7 +78,7 @@ def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: 
         folder, trials = launch.sweep.sweep.plan(overrides or [], config_file)
         print(f"# sweep of {len(trials)} runs in {folder}")
         for trial in trials:
-            print(f"# {trial.name}\n{shlex.join(command_of(trial.config, trial.overrides, config_file))}")
+            print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
         return 0
     return launch.sweep.sweep.sweep(overrides or [], config_file)
 
@@ -90,10 +90,10 @@ def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
 
     if not dry_run:
         return launch.compare.compare.compare(overrides or [])
-    folder, entrants = launch.compare.compare.plan(overrides or [])
-    print(f"# comparison of {len(entrants)} methods in {folder}")
-    for entrant in entrants:
-        print(f"# {entrant.name}: {entrant.refused or f'learning rate {entrant.rate:g}'}")
+    folder, candidates = launch.compare.compare.plan(overrides or [])
+    print(f"# comparison of {len(candidates)} methods in {folder}")
+    for candidate in candidates:
+        print(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
     return 0
 
 
@@ -188,7 +188,7 @@ def version() -> None:
     print("\n".join([lines[0], f"python {platform.python_version()}", *lines[1:]]))
 
 
-def command_of(config: TrainConfig, overrides: list[str], config_file: Path | None) -> list[str]:
+def train_command(config: TrainConfig, overrides: list[str], config_file: Path | None) -> list[str]:
     """The command line of the process (or of torchrun's agent) that would train this config."""
     from launch import torchrun
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        full = no_room(error)
+        full = explain_full_disk(error)
         if full is not None:
             print(f"error: {full}", file=sys.stderr)
             return full.exit_code

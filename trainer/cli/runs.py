@@ -106,13 +106,13 @@ def find_run(run: str) -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     near = get_close_matches(Path(run).name, [path.parent.name for path in Path("runs").glob("*/config.yaml")], n=1)
-    cure = f"did you mean runs/{near[0]}?" if near else "give the folder that `afina train` wrote"
-    raise CheckpointError("run", value=run, rule="is not a run folder (no config.yaml there)", cure=cure)
+    hint = f"did you mean runs/{near[0]}?" if near else "give the folder that `afina train` wrote"
+    raise CheckpointError("run", value=run, reason="is not a run folder (no config.yaml there)", hint=hint)
 
 
 def _check_bits(bits: int | None) -> None:
     if bits not in (None, 16, 8, 4):
-        raise ConfigError("--bits", value=bits, rule="must be 16, 8 or 4", cure="leave it out for the run's own")
+        raise ConfigError("--bits", value=bits, reason="must be 16, 8 or 4", hint="leave it out for the run's own")
 
 
 def _to_stderr(text: str) -> None:

@@ -18,12 +18,22 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_template_file, parts_of
+from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_template_file, parse_dataset_specs
 from trainer.config.messages import HIDDEN, is_secret_key, nearest, one_line, redact, wrong
 from trainer.config.overrides import split
 from trainer.config.rules import check as rules
 from trainer.config.schema import TrainConfig
-from trainer.config.suggestions import FREE, Leaf, conf_dir, default_of, groups, is_key, leaves, sections, unknown_key
+from trainer.config.suggestions import (
+    FREE,
+    ConfigField,
+    conf_dir,
+    config_fields,
+    default_value,
+    groups,
+    is_key,
+    sections,
+    unknown_key,
+)
 from trainer.errors import ConfigError
 
 PRIMARY = "train"
@@ -104,13 +114,13 @@ def find_adapter(name: str, path: str) -> Path:
         if (folder / "adapter_config.json").is_file():
             return folder
     if whole := next((place / "model" for place in places if (place / "model" / "config.json").is_file()), None):
-        rule = "is a run that trained all weights, so it has no adapter"
-        raise wrong(name, path, rule, f"a new run on top of it: model.name_or_path={whole}")
+        reason = "is a run that trained all weights, so it has no adapter"
+        raise wrong(name, path, reason, f"a new run on top of it: model.name_or_path={whole}")
     if any((place / "config.yaml").is_file() for place in places):
         raise wrong(name, path, "is a run that has not finished, so it has no adapter yet", "train it to its end")
     near = nearest(Path(path).name, [run.parent.name for run in Path("runs").glob("*/adapter")], 0.8)
-    rule = f"holds no adapter_config.json (looked from {Path.cwd()})"
-    raise wrong(name, path, rule, f"did you mean runs/{near}?" if near else "the folder of a finished run, runs/NAME")
+    reason = f"holds no adapter_config.json (looked from {Path.cwd()})"
+    raise wrong(name, path, reason, f"did you mean runs/{near}?" if near else "the folder of a finished run, runs/NAME")
 
 
 def _find_template(path: str) -> str:
@@ -126,19 +136,19 @@ def _places(path: str) -> list[str]:
     return [os.path.normpath(place / given) for place in (Path.cwd(), conf_dir().parent)]
 
 
-def _no_file(name: str, path: str, cure: str) -> ConfigError:
+def _no_file(name: str, path: str, hint: str) -> ConfigError:
     """The error for a path where nothing is; a file beside it with nearly that name is proposed."""
     given = Path(path).expanduser()
     beside = os.listdir(given.parent) if os.access(given.parent, os.R_OK) and given.parent.is_dir() else []
     near = nearest(given.name, beside, 0.8)
-    cure = f"{name}={given.parent / near}" if near else cure
-    return wrong(name, path, f"there is no such file (looked from {Path.cwd()})", cure)
+    hint = f"{name}={given.parent / near}" if near else hint
+    return wrong(name, path, f"there is no such file (looked from {Path.cwd()})", hint)
 
 
 def _found(config: TrainConfig) -> Any:
     """``data.path`` in the form it was given, its paths absolute."""
     data = config.data
-    parts = parts_of(data.path, data.format, data.columns, data.split, data.revision, data.subset)
+    parts = parse_dataset_specs(data.path, data.format, data.columns, data.split, data.revision, data.subset)
     if isinstance(data.path, str):
         return find_data("data.path", data.path)
     found = [find_data(f"data.path[{i}]", part.path) for i, part in enumerate(parts)]
@@ -185,9 +195,9 @@ def _composed(typed: tuple[str, ...], with_hydra: bool) -> dict[str, Any]:
 
 def _refuse_groups(choices: Mapping[str, str | None], config_file: Path) -> None:
     for group, option in choices.items():
-        example = next((key for key in leaves() if key.startswith(f"{group}.")), "method.r")
-        rule = f"a group cannot be chosen on top of {config_file}, which is complete"
-        raise wrong(group, option, rule, f"set keys instead, such as {example}=VALUE")
+        example = next((key for key in config_fields() if key.startswith(f"{group}.")), "method.r")
+        reason = f"a group cannot be chosen on top of {config_file}, which is complete"
+        raise wrong(group, option, reason, f"set keys instead, such as {example}=VALUE")
 
 
 def _read(config_file: Path) -> dict[str, Any]:
@@ -208,8 +218,8 @@ def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """``(dotted key, value)`` of every key in ``tree``; a key that the schema lacks is an error."""
     for section, body in tree.items():
         if section not in sections():
-            cure = nearest(str(section), sections()) or f"the sections are {', '.join(sections())}"
-            raise wrong(str(section), ..., "there is no such section", cure)
+            hint = nearest(str(section), sections()) or f"the sections are {', '.join(sections())}"
+            raise wrong(str(section), ..., "there is no such section", hint)
         if not isinstance(body, Mapping):
             raise wrong(section, body, "must be a section with keys", f"write its keys below {section}:")
         for name, value in body.items():
@@ -231,16 +241,16 @@ def _assign(cfg: DictConfig, name: str, value: Any) -> None:
 def _wrong_type(name: str, value: Any) -> ConfigError:
     if name.startswith(FREE):
         return wrong(name, value, "must be keys and values", f"for example {FREE}.zero_optimization.overlap_comm=true")
-    leaf = leaves()[name]
+    leaf = config_fields()[name]
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     other = "keys and values" if typing.get_origin(leaf.base) is dict else "a list such as [a, b]"
     kind = kinds.get(leaf.base, other) + (" or null" if leaf.optional else "")
     return wrong(name, value, f"must be {kind}", f"for example {name}={_example(leaf)}")
 
 
-def _example(leaf: Leaf) -> str:
+def _example(leaf: ConfigField) -> str:
     """A value of the right type: the default where it shows the type."""
-    default = default_of(leaf.field)
+    default = default_value(leaf.field)
     if isinstance(default, list):
         return f"[{','.join(default or ['a', 'b'])}]"
     if default in (None, "???"):
@@ -252,8 +262,8 @@ def _resolve(cfg: DictConfig) -> TrainConfig:
     """Interpolations replaced, nothing missing, as dataclasses."""
     for name, value in _unresolved(OmegaConf.to_container(cfg, resolve=False)):
         if "${now:" in value.replace(" ", ""):
-            rule = "a clock differs between ranks and restarts"
-            raise wrong(name, value, rule, "leave it out: run.name is made from the config")
+            reason = "a clock differs between ranks and restarts"
+            raise wrong(name, value, reason, "leave it out: run.name is made from the config")
         if "${hydra:" in value.replace(" ", ""):
             raise wrong(name, value, "Hydra only composes here; its own settings are not there", f"{name}=VALUE")
         try:
@@ -267,7 +277,7 @@ def _resolve(cfg: DictConfig) -> TrainConfig:
         raise wrong("an interpolation", ..., f"cannot be resolved ({error})", "write the value itself") from error
     for name in sorted(OmegaConf.missing_keys(cfg)):
         example = "my.jsonl" if name == "data.path" else "VALUE"
-        raise wrong(name, ..., f"must be given: {leaves()[name].field.metadata['help']}", f"{name}={example}")
+        raise wrong(name, ..., f"must be given: {config_fields()[name].field.metadata['help']}", f"{name}={example}")
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, TrainConfig), "the schema's root must come back as itself"
     return config

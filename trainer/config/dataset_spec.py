@@ -19,7 +19,7 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 @dataclass(slots=True)
-class Part:
+class DatasetSpec:
     """One part of the training data.
 
     Attributes:
@@ -71,47 +71,47 @@ def check_columns(name: str, columns: Any) -> None:
         if key not in FIELDS:
             near = nearest(str(key), sorted(FIELDS))
             swapped = column if column in FIELDS else None
-            cure = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
-            rule = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
-            raise wrong(name, one_line(columns), rule, cure)
+            hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
+            reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
+            raise wrong(name, one_line(columns), reason, hint)
 
 
-def parts_of(
+def parse_dataset_specs(
     path: Any, format: str, columns: dict[str, str], split: str, revision: str | None, subset: str | None = None
-) -> list[Part]:
+) -> list[DatasetSpec]:
     """``data.path`` as parts; what a part does not say itself, the ``data`` group says for all.
 
     Raises:
         ConfigError: it is not a path, a list of paths, or a list of ``{path: …, weight: …}``.
     """
-    rule = "must be a path, a list of paths, or a list of {path: …, weight: …}"
+    reason = "must be a path, a list of paths, or a list of {path: …, weight: …}"
     listed = path if isinstance(path, list) else [path]
     if not listed:
-        raise wrong("data.path", "[]", rule, "data.path=my.jsonl")
+        raise wrong("data.path", "[]", reason, "data.path=my.jsonl")
     out = []
     for number, item in enumerate(listed):
         name = f"data.path[{number}]" if isinstance(path, list) else "data.path"
         given = {"path": item} if isinstance(item, str) else item
         if not isinstance(given, dict):
-            raise wrong(name, one_line(item), rule, "data.path=my.jsonl")
+            raise wrong(name, one_line(item), reason, "data.path=my.jsonl")
         inherited = {"format": format, "columns": columns, "split": split, "revision": revision, "subset": subset}
         out.append(_part(name, given, inherited))
     return out
 
 
-def _part(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> Part:
-    known = [f.name for f in fields(Part)]
+def _part(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> DatasetSpec:
+    known = [f.name for f in fields(DatasetSpec)]
     for key in given:
         if key not in known:
             near = nearest(str(key), known)
-            cure = f"did you mean {near}" if near else f"one of {', '.join(known)}"
-            raise wrong(f"{name}.{key}", one_line(given[key]), "there is no such key", cure)
-    part = Part(**{**inherited, "path": "", **given})
+            hint = f"did you mean {near}" if near else f"one of {', '.join(known)}"
+            raise wrong(f"{name}.{key}", one_line(given[key]), "there is no such key", hint)
+    part = DatasetSpec(**{**inherited, "path": "", **given})
     if not isinstance(part.path, str) or not part.path.strip():
         raise wrong(f"{name}.path", one_line(part.path), "must be a path", f"{name}.path=my.jsonl")
     if part.format not in FORMATS:
-        cure = nearest(str(part.format), FORMATS) or FORMATS[0]
-        raise wrong(f"{name}.format", part.format, f"must be one of {', '.join(FORMATS)}", f"format: {cure}")
+        hint = nearest(str(part.format), FORMATS) or FORMATS[0]
+        raise wrong(f"{name}.format", part.format, f"must be one of {', '.join(FORMATS)}", f"format: {hint}")
     check_columns(f"{name}.columns", part.columns)
     number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
     if not number or not 0 < part.weight < float("inf"):
@@ -124,7 +124,7 @@ def _part(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> Part:
         value = getattr(part, key)
         if not (isinstance(value, str) and value.strip()) and not (key != "split" and value is None):
             owner = f"{name}.{key}" if key in given else f"data.{key}"
-            cure = f"{owner}={example}"
-            raise wrong(owner, one_line(value) or "''", "must be a name", cure)
+            hint = f"{owner}={example}"
+            raise wrong(owner, one_line(value) or "''", "must be a name", hint)
     part.weight = float(part.weight)
     return part

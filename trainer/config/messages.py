@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from trainer.errors import ConfigError
 
 HIDDEN = "<redacted>"
-LONGEST_VALUE = 160
+MAX_VALUE_LENGTH = 160
 
 # A Hugging Face token: long, or short with a digit or capital in it, so that a folder such as hf_checkpoints is kept.
 _TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,})")
@@ -45,17 +45,17 @@ def one_line(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(one_line(item) for item in value)}]"
     text = " ".join(redact(str(value)).split())
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+    return text if len(text) <= MAX_VALUE_LENGTH else text[:MAX_VALUE_LENGTH] + "…"
 
 
-def wrong(what: str, value: object, rule: str, cure: str) -> ConfigError:
+def wrong(what: str, value: object, reason: str, hint: str) -> ConfigError:
     """A :class:`ConfigError` whose message is one line and holds no secret. ``value`` ``...`` leaves the value out."""
     shown = None if value is ... else one_line(value)
     if shown and is_secret_key(what.rsplit(".", 1)[-1]) and not _NUMBER.fullmatch(shown):
-        cure = cure.replace(shown, HIDDEN)
+        hint = hint.replace(shown, HIDDEN)
         shown = HIDDEN
-    clean = [_redact_pairs(redact(" ".join(part.split()))) for part in (what, rule, cure)]
-    return ConfigError(clean[0], value=shown, rule=clean[1], cure=clean[2])
+    clean = [_redact_pairs(redact(" ".join(part.split()))) for part in (what, reason, hint)]
+    return ConfigError(clean[0], value=shown, reason=clean[1], hint=clean[2])
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import conf_dir
 
-LONGEST_SLUG = 40
+MAX_SLUG_LENGTH = 40
 
 # What does not change the result: where it is written, how it is watched, started and saved.
 _LEFT_OUT_SECTIONS = ("log", "launch", "checkpoint", "compare")
@@ -25,7 +25,7 @@ def run_name(config: TrainConfig) -> str:
     """``run.name``, or ``{model}-{method}-{8 hex digits of the keys that change the result}``."""
     if config.run.name:
         return config.run.name
-    slug = re.sub(r"[^a-z0-9]+", "-", Path(config.model.name_or_path).name.lower()).strip("-")[:LONGEST_SLUG]
+    slug = re.sub(r"[^a-z0-9]+", "-", Path(config.model.name_or_path).name.lower()).strip("-")[:MAX_SLUG_LENGTH]
     return f"{slug or 'model'}-{method_label(config)}-{_digest(config)}"
 
 

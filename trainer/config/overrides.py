@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from trainer.config.messages import listing, wrong
-from trainer.config.suggestions import NULLABLE_GROUPS, groups, is_key, leaves, unknown_key, wrong_option
+from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, wrong_option
 from trainer.errors import ConfigError
 
 
@@ -34,8 +34,8 @@ def parse(text: str) -> Override:
     if text.startswith("-"):
         raise wrong(text, ..., "an override has no dashes", f"{text.lstrip('-')}{'' if equals else '=VALUE'}")
     if not equals:
-        cure = f"{name.strip()}=VALUE" if name.strip() else "remove it"
-        raise wrong(repr(text), ..., "an override is key=value", cure)
+        hint = f"{name.strip()}=VALUE" if name.strip() else "remove it"
+        raise wrong(repr(text), ..., "an override is key=value", hint)
     if not name.strip("+ "):
         raise wrong(text, ..., "an override is key=value", "write the key before the =, such as method.r=16")
     try:
@@ -94,16 +94,19 @@ def _option(group: str, override: Override) -> str | None:
 def _value(name: str, override: Override) -> Any:
     """The value; for a text key what was typed, since the grammar reads a revision such as ``12345e7`` as a number."""
     value = override.value()
-    if name in leaves() and leaves()[name].base is str and isinstance(value, (bool, int, float)):
+    if name in config_fields() and config_fields()[name].base is str and isinstance(value, (bool, int, float)):
         return override.get_value_string().strip()
     return value
 
 
 def _several(text: str, name: str, override: Override) -> ConfigError:
-    cure = f"afina sweep {text}"
-    if name in leaves() and getattr(leaves()[name].base, "__origin__", leaves()[name].base) in (list, Any):
-        cure += f"; for a list: {name}=[{override.get_value_string()}]"
-    return wrong(name, override.get_value_string(), "is several values, and a run has one", cure)
+    hint = f"afina sweep {text}"
+    if name in config_fields() and getattr(config_fields()[name].base, "__origin__", config_fields()[name].base) in (
+        list,
+        Any,
+    ):
+        hint += f"; for a list: {name}=[{override.get_value_string()}]"
+    return wrong(name, override.get_value_string(), "is several values, and a run has one", hint)
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
@@ -128,8 +131,8 @@ def _axis(text: str) -> list[str]:
         return [text]
     key = override.get_key_element()
     if override.is_interval_sweep():
-        cure = f"list them: {key}=A,B, or {key}=range(START,STOP,STEP)"
-        raise wrong(text, ..., "an interval has no end of values", cure)
+        hint = f"list them: {key}=A,B, or {key}=range(START,STOP,STEP)"
+        raise wrong(text, ..., "an interval has no end of values", hint)
     if "glob(" in override.get_value_string():
         every = groups().get(override.key_or_group, ("A", "B"))
         raise wrong(text, ..., "a pattern is not a list of values", f"list them: {key}={','.join(every)}")

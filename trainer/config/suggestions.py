@@ -43,7 +43,7 @@ class Key(NamedTuple):
     help: str
 
 
-class Leaf(NamedTuple):
+class ConfigField(NamedTuple):
     """A key's dataclass field with its resolved type: ``base`` without the ``| None`` that ``optional`` tells."""
 
     field: dataclasses.Field[Any]
@@ -52,9 +52,9 @@ class Leaf(NamedTuple):
 
 
 @cache
-def leaves() -> dict[str, Leaf]:
+def config_fields() -> dict[str, ConfigField]:
     """Every dotted key of the schema, in the schema's order."""
-    found: dict[str, Leaf] = {}
+    found: dict[str, ConfigField] = {}
     sections = typing.get_type_hints(TrainConfig)
     for section in dataclasses.fields(TrainConfig):
         hints = typing.get_type_hints(sections[section.name])
@@ -62,11 +62,11 @@ def leaves() -> dict[str, Leaf]:
             parts = typing.get_args(hints[entry.name])
             optional = isinstance(hints[entry.name], types.UnionType) and type(None) in parts
             base = next(part for part in parts if part is not type(None)) if optional else hints[entry.name]
-            found[f"{section.name}.{entry.name}"] = Leaf(entry, base, optional)
+            found[f"{section.name}.{entry.name}"] = ConfigField(entry, base, optional)
     return found
 
 
-def default_of(entry: dataclasses.Field[Any]) -> Any:
+def default_value(entry: dataclasses.Field[Any]) -> Any:
     """A field's default; lists and dicts are made afresh."""
     if entry.default_factory is not dataclasses.MISSING:
         return entry.default_factory()
@@ -76,11 +76,11 @@ def default_of(entry: dataclasses.Field[Any]) -> Any:
 def keys() -> list[Key]:
     """Every key: dotted name, type, default, help."""
     table = []
-    for name, leaf in leaves().items():
+    for name, leaf in config_fields().items():
         kind = getattr(leaf.base, "__name__", str(leaf.base)) if leaf.base in (int, float, str, bool) else "any"
         kind = {"list": "list", "dict": "dict"}.get(getattr(typing.get_origin(leaf.base), "__name__", ""), kind)
         text = f"{kind} | null" if leaf.optional else kind
-        table.append(Key(name, text, default_of(leaf.field), leaf.field.metadata["help"]))
+        table.append(Key(name, text, default_value(leaf.field), leaf.field.metadata["help"]))
     return table
 
 
@@ -101,7 +101,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 def is_key(name: str) -> bool:
     """Whether ``name`` is a key that can be set; anything below ``zero.extra`` is."""
-    return name in leaves() or name.startswith(FREE + ".")
+    return name in config_fields() or name.startswith(FREE + ".")
 
 
 def sections() -> tuple[str, ...]:
@@ -111,9 +111,9 @@ def sections() -> tuple[str, ...]:
 
 def unknown_key(name: str, value: object) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
-    rule = "there is no such key"
+    reason = "there is no such key"
     if name in sections():
-        first = next(key for key in leaves() if key.startswith(name + "."))
+        first = next(key for key in config_fields() if key.startswith(name + "."))
         return wrong(name, value, "is a section, not a key", f"set its keys one by one, such as {first}=VALUE")
     group, slash, option = name.partition("/")
     if slash and group in groups():
@@ -121,21 +121,21 @@ def unknown_key(name: str, value: object) -> ConfigError:
             name, value, "a group is chosen by its name", f"{group}={nearest(option, groups()[group]) or 'OPTION'}"
         )
     parent, _, entry = name.rpartition(".")
-    if parent in leaves() and typing.get_origin(leaves()[parent].base) is dict:
+    if parent in config_fields() and typing.get_origin(config_fields()[parent].base) is dict:
         return wrong(name, value, f"{parent} is set as a whole", f"'{parent}={{{entry}: {one_line(value)}}}'")
     guesses = _guesses(name)
     if len(guesses) == 1 and guesses[0] in groups():
         chosen = _nearest_option(one_line(value), groups()[guesses[0]])
         return wrong(name, value, "there is no such group", f"{guesses[0]}={chosen or 'OPTION'}")
     if len(guesses) == 1:
-        return wrong(name, value, rule, f"did you mean {guesses[0]}={one_line(value)}")
+        return wrong(name, value, reason, f"did you mean {guesses[0]}={one_line(value)}")
     if guesses:
-        return wrong(name, value, rule, f"did you mean {listing(guesses)}")
+        return wrong(name, value, reason, f"did you mean {listing(guesses)}")
     section = name.split(".")[0]
-    inside = [key for key in leaves() if key.startswith(section + ".")]
+    inside = [key for key in config_fields() if key.startswith(section + ".")]
     if inside:
-        return wrong(name, value, rule, f"the keys of {section} are {listing(inside)}")
-    return wrong(name, value, rule, f"the groups are {', '.join(groups())}; `afina config --keys` lists every key")
+        return wrong(name, value, reason, f"the keys of {section} are {listing(inside)}")
+    return wrong(name, value, reason, f"the groups are {', '.join(groups())}; `afina config --keys` lists every key")
 
 
 def _guesses(name: str) -> list[str]:
@@ -144,21 +144,21 @@ def _guesses(name: str) -> list[str]:
     first, _, rest = name.removeprefix("zero.").partition(".")
     if name.startswith("zero.") and rest and nearest(first, ["extra"], 0.8):
         return [f"{FREE}.{rest}"]
-    close = nearest(name, leaves(), 0.85) if dot else nearest(name, groups(), 0.75)
+    close = nearest(name, config_fields(), 0.85) if dot else nearest(name, groups(), 0.75)
     if close and last not in _ALIASES:
         return [close]
     if last in _ALIASES:
         return [_ALIASES[last]]
     by_last: dict[str, list[str]] = {}
-    for key in leaves():
+    for key in config_fields():
         by_last.setdefault(key.rpartition(".")[2], []).append(key)
     if last.lower() in by_last:
         return by_last[last.lower()]
     if section in sections():
-        inside = {key.rpartition(".")[2]: key for key in leaves() if key.startswith(section + ".")}
+        inside = {key.rpartition(".")[2]: key for key in config_fields() if key.startswith(section + ".")}
         close = nearest(last, inside, 0.5)
         return [inside[close]] if close else []
-    close = nearest(name, leaves())
+    close = nearest(name, config_fields())
     if close:
         return [close]
     close = nearest(last, by_last)
@@ -182,8 +182,8 @@ def wrong_option(group: str, value: object) -> ConfigError:
     if group == "rank" and word.isdigit():
         return wrong("rank", value, f"must be one of {', '.join(options)}", f"a rank as a number is method.r={word}")
     near = _nearest_option(word, options)
-    rule = f"must be one of {', '.join(options)}" + (" or null" if group in NULLABLE_GROUPS else "")
-    return wrong(group, value, rule, f"{group}={near}" if near else f"for example {group}={options[-1]}")
+    reason = f"must be one of {', '.join(options)}" + (" or null" if group in NULLABLE_GROUPS else "")
+    return wrong(group, value, reason, f"{group}={near}" if near else f"for example {group}={options[-1]}")
 
 
 def slurm_by_hand(what: str) -> ConfigError:

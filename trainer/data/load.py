@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.config.dataset_spec import Part, parts_of
+from trainer.config.dataset_spec import DatasetSpec, parse_dataset_specs
 from trainer.config.schema import BatchConfig, TrainConfig
 from trainer.data.batching.batches import total_steps
 from trainer.data.batching.micro_batch import Tokens
@@ -81,7 +81,7 @@ class Rows:
 
     def names(self, which: Sequence[int] | np.ndarray) -> list[str]:
         """``file:line`` of some rows."""
-        return [self.tables.name_of(int(self.indices[i])) for i in which]
+        return [self.tables.row_name(int(self.indices[i])) for i in which]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,8 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
         raise DataError(
             "batch.global_size",
             value=config.batch.global_size,
-            rule=f"is more than the {len(data.train)} training rows",
-            cure=f"batch.global_size={len(data.train)} or less",
+            reason=f"is more than the {len(data.train)} training rows",
+            hint=f"batch.global_size={len(data.train)} or less",
         )
     return data
 
@@ -164,9 +164,9 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
     return lines
 
 
-def _parts(config: TrainConfig) -> list[Part]:
+def _parts(config: TrainConfig) -> list[DatasetSpec]:
     keys = config.data
-    return parts_of(keys.path, keys.format, keys.columns, keys.split, keys.revision, keys.subset)
+    return parse_dataset_specs(keys.path, keys.format, keys.columns, keys.split, keys.revision, keys.subset)
 
 
 def _prepare_all(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> list[Prepared]:
@@ -174,7 +174,7 @@ def _prepare_all(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]
     keys = config.data
     parts = _parts(config)
     if isinstance(keys.validation, str):
-        parts += parts_of(keys.validation, keys.format, keys.columns, keys.split, keys.revision, keys.subset)
+        parts += parse_dataset_specs(keys.validation, keys.format, keys.columns, keys.split, keys.revision, keys.subset)
     cache = Path(keys.cache_dir) if keys.cache_dir else default_cache()
     return [prepare(part, keys, tokenizer, cache, say) for part in parts]
 
@@ -193,9 +193,9 @@ def _check_refused(config: TrainConfig, tables: Sequence[Prepared]) -> None:
     raise DataError(
         "data.max_refused",
         value=keys.max_refused,
-        rule=f"{refused:,} of {rows:,} rows cannot be used: {'; '.join(first[:NAMED_REFUSED])}"
+        reason=f"{refused:,} of {rows:,} rows cannot be used: {'; '.join(first[:NAMED_REFUSED])}"
         f"{'; …' if refused > NAMED_REFUSED else ''} (all of them are in {files})",
-        cure=f"mend them, or data.max_refused={refused} to train without them"
+        hint=f"mend them, or data.max_refused={refused} to train without them"
         + (", or for the too long ones data.max_length or data.on_too_long=drop" if too_long else ""),
     )
 
@@ -218,8 +218,8 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[Prepared], must
         validation = Rows(joined, held_rows)
     train = Rows(joined, at_most(mix(train_rows, joined.begins, parts, seed), keys.max_rows, seed))
     if validation.tables is not joined:
-        found += checks.leak(joined.keys[0][train.indices], validation.tables.keys[0], validation.tables.name_of)
-    found += checks.across_parts(joined.keys[1], joined.begins, joined.name_of) + checks.few_rows(len(train))
+        found += checks.leak(joined.keys[0][train.indices], validation.tables.keys[0], validation.tables.row_name)
+    found += checks.across_parts(joined.keys[1], joined.begins, joined.row_name) + checks.few_rows(len(train))
     digest = hashlib.sha256()
     for rows in (train, validation):
         digest.update("".join(p.fingerprint for p in rows.tables.parts).encode() + rows.indices.tobytes())

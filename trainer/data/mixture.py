@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.prepare.prepare import Prepared
 from trainer.errors import DataError
 
@@ -35,10 +35,10 @@ class Joined:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def name_of(self, row: int) -> str:
+    def row_name(self, row: int) -> str:
         """``file:line`` of a row."""
         number = int(np.searchsorted(self.begins, row, side="right")) - 1
-        return self.parts[number].name_of(int(row) - int(self.begins[number]))
+        return self.parts[number].row_name(int(row) - int(self.begins[number]))
 
 
 def join(parts: Sequence[Prepared]) -> Joined:
@@ -57,7 +57,7 @@ def join(parts: Sequence[Prepared]) -> Joined:
     )
 
 
-def mix(rows: np.ndarray, begins: np.ndarray, parts: Sequence[Part], seed: int) -> np.ndarray:
+def mix(rows: np.ndarray, begins: np.ndarray, parts: Sequence[DatasetSpec], seed: int) -> np.ndarray:
     """Training rows as often as their parts' ``weight`` or ``rows`` say. A pure function.
 
     Args:
@@ -77,7 +77,7 @@ def mix(rows: np.ndarray, begins: np.ndarray, parts: Sequence[Part], seed: int) 
     return np.concatenate(out)
 
 
-def repeated(rows: np.ndarray, part: Part, number: int, seed: int) -> np.ndarray:
+def repeated(rows: np.ndarray, part: DatasetSpec, number: int, seed: int) -> np.ndarray:
     """The training rows of one part, each used ``weight`` times, or so that they are ``rows`` in all; what is not a
     whole time is drawn by (seed, number of the part) without repetition.
 
@@ -88,8 +88,8 @@ def repeated(rows: np.ndarray, part: Part, number: int, seed: int) -> np.ndarray
         raise DataError(
             f"data.path[{number}].rows",
             value=part.rows,
-            rule=f"{part.path} has no row to train on",
-            cure="hold out fewer rows (data.validation)",
+            reason=f"{part.path} has no row to train on",
+            hint="hold out fewer rows (data.validation)",
         )
     if not len(rows) or (part.rows is None and part.weight == 1):
         return rows

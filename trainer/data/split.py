@@ -39,8 +39,8 @@ def split_rows(prompt_keys: np.ndarray, validation: int | float, seed: int) -> t
         raise DataError(
             "data.validation",
             value=validation,
-            rule=f"would hold out all {rows} rows",
-            cure="hold out fewer, or bring more rows",
+            reason=f"would hold out all {rows} rows",
+            hint="hold out fewer, or bring more rows",
         )
     return train, validation_rows
 

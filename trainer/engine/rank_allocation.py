@@ -69,7 +69,7 @@ class Allocation:
         for kind in STATE:
             mine = {n.removeprefix(f"{kind}/"): t for n, t in tensors.items() if n.startswith(f"{kind}/")}
             if odd := sorted(set(mine) - set(self.parts)):
-                raise CheckpointError(odd[0], rule="is no tensor of this run", cure="checkpoint.resume=never")
+                raise CheckpointError(odd[0], reason="is no tensor of this run", hint="checkpoint.resume=never")
             device = self.engine.world.device
             setattr(self.allocator, kind, {name: tensor.to(device) for name, tensor in mine.items()})
         self._tell_peft()

@@ -27,20 +27,21 @@ from trainer.models.first_layers import first_layers
 KEPT = 16  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
 OTHER_TAIL = 16  # of these, how many differ in that row's twin
-MOST_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need
+MAX_ELEMENTS = 20_000_000  # of the gradients that are compared: more would cost memory that training may need
 # A model of at most so many weights is tried in fp32 too, which tells a mistake from rounding. It takes four bytes a
 # weight more, for a moment.
-MOST_FP32 = 1_000_000_000
+MAX_FP32_PARAMETERS = 1_000_000_000
 # Relative Frobenius distance between two orders of the same sums. In fp32 right tries were within 5e-6 on random models
 # whose attention is sharp, and every mistake of tests/unit/engine/test_verify_trie.py is beyond 3e-3. In bf16 right
-# tries were within 7e-2 (SmolLM2-135M: 6e-2, where padded rows against rows one by one are 5e-2 apart), and so were small mistakes
-# (one label too many, one key of another row): there the bound only tells what is grossly wrong in this dtype.
+# tries were within 7e-2 (SmolLM2-135M: 6e-2, where padded rows against rows one by one are 5e-2 apart), and so were
+# small mistakes (one label too many, one key of another row): there the bound only tells what is grossly wrong in
+# this dtype.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.05}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class Verification:
     """Relative distance, trie against padded rows, computed in ``dtype``: of the summed loss, and (Frobenius) of the
     gradients put together."""
 
@@ -82,22 +83,24 @@ def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data,
     padded, trie = Packing(False, limits, pad_id), Packing(True, limits, pad_id)
     if config.batch.packing == "padded":
         return padded, "packing: padded, as asked"
-    reason = why_not(model)
+    reason = trie_obstacle(model)
     if reason is None:
-        groups = proof_rows(config, data, smallest_window(model))
+        groups = verification_rows(config, data, smallest_window(model))
         with first_layers(model) as layers:
-            proofs = [proof for rows in groups for proof in prove_in_each_dtype(model, loss, rows, pad_id)]
+            proofs = [proof for rows in groups for proof in verify_in_each_dtype(model, loss, rows, pad_id)]
         tried = f"{sum(map(len, groups))} rows{layers}"
         worst = max(proofs, key=lambda p: max(p.loss_distance, p.gradient_distance) / p.bound)
         if worst.holds:
             return trie, f"packing: trie, proved on {tried} against padded ({worst})"
         reason = f"on {tried} it differs from padded ({worst})"
     if config.batch.packing == "trie":
-        raise ConfigError("batch.packing", value="trie", rule=f"cannot be used: {reason}", cure="batch.packing=padded")
+        raise ConfigError(
+            "batch.packing", value="trie", reason=f"cannot be used: {reason}", hint="batch.packing=padded"
+        )
     return padded, f"packing: padded. A trie cannot be used: {reason}"
 
 
-def why_not(model: Any) -> str | None:
+def trie_obstacle(model: Any) -> str | None:
     """Why this model cannot be tried on a trie at all; ``None`` when it can."""
     config = model.config
     if config._attn_implementation != KERNEL:
@@ -127,7 +130,7 @@ def smallest_window(model: Any) -> int | None:
     return min((w for w in windows if isinstance(w, int)), default=None)
 
 
-def proof_rows(config: TrainConfig, data: Data, window: int | None) -> list[list[Tokens]]:
+def verification_rows(config: TrainConfig, data: Data, window: int | None) -> list[list[Tokens]]:
     """Real rows of the first step, in groups that are tried one after the other; short, so that a try takes a second.
 
     First the two rows that share most, cut around their fork. They come again with every token learnt, one of them cut
@@ -156,18 +159,18 @@ def _all_learnt(ids: np.ndarray) -> Tokens:
     return Tokens(ids, np.ones(len(ids), dtype=bool))
 
 
-def prove_in_each_dtype(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> list[Proof]:
+def verify_in_each_dtype(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int) -> list[Verification]:
     """:func:`prove` in fp32 when the model is small enough and not quantised, and in its own 16 bits: there without the
     gradients, which say little more, when fp32 has told them."""
     parameters = list(model.parameters())
     if all(p.dtype == torch.float32 for p in parameters):
-        return [prove(model, loss, rows, pad_id)]
+        return [verify(model, loss, rows, pad_id)]
     plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
-    if not plain or sum(p.numel() for p in parameters) > MOST_FP32:
-        return [prove(model, loss, rows, pad_id)]
+    if not plain or sum(p.numel() for p in parameters) > MAX_FP32_PARAMETERS:
+        return [verify(model, loss, rows, pad_id)]
     with _in_fp32(model):
-        exact = prove(model, loss, rows, pad_id)
-    return [exact, prove(model, loss, rows, pad_id, with_gradients=False)]
+        exact = verify(model, loss, rows, pad_id)
+    return [exact, verify(model, loss, rows, pad_id, with_gradients=False)]
 
 
 @contextlib.contextmanager
@@ -184,7 +187,9 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int, with_gradients: bool = True) -> Proof:
+def verify(
+    model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int, with_gradients: bool = True
+) -> Verification:
     """Losses and gradients of some rows in one trie, against padded rows.
 
     Args:
@@ -207,12 +212,12 @@ def prove(model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int
         model.train(was_training)
     loss_distance, gradient_distance = _distance(found, expected)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Proof(loss_distance, gradient_distance, dtype)
+    return Verification(loss_distance, gradient_distance, dtype)
 
 
 def _some(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """First, last and some between, as many as ``MOST_ELEMENTS`` allow; at least one."""
-    step = max(1, sum(p.numel() for p in parameters) // MOST_ELEMENTS)
+    """First, last and some between, as many as ``MAX_ELEMENTS`` allow; at least one."""
+    step = max(1, sum(p.numel() for p in parameters) // MAX_ELEMENTS)
     return parameters[::step]
 
 

@@ -163,6 +163,6 @@ def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
                 what = "is not in the checkpoint" if found is None else f"has shape {tuple(found.shape)}"
                 raise CheckpointError(
                     f"{kind}/{name}",
-                    rule=f"{what}; this run needs {tuple(whole_shape(parameter))}",
-                    cure="resume with the method it was saved with, or checkpoint.resume=never",
+                    reason=f"{what}; this run needs {tuple(whole_shape(parameter))}",
+                    hint="resume with the method it was saved with, or checkpoint.resume=never",
                 )

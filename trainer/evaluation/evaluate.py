@@ -17,7 +17,7 @@ from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.load import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
 from trainer.evaluation.text_metrics import SCORES
 
@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 def evaluate(
     scorer: Scorer,
-    sampler: Sampler,
+    sampler: Generator,
     packing: Packing,
     data: Data,
     config: TrainConfig,
@@ -106,7 +106,7 @@ def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def _answers(sampler: Sampler, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+def _answers(sampler: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
     """Each row that has a prompt, with the answer to it and its reference. Plain text has none: nothing is asked."""
     prompt_lengths = rows.prompt_lengths
     asked = np.flatnonzero(prompt_lengths)

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from trainer.config.schema import GenerateConfig
 
 
-class Sampler:
+class Generator:
     """Answers prompts given as token ids.
 
     Args:
@@ -115,7 +115,7 @@ class Stream(BaseStreamer):
         has_ended: whether an end token has come.
     """
 
-    def __init__(self, sampler: Sampler, write: Callable[[str], None]) -> None:
+    def __init__(self, sampler: Generator, write: Callable[[str], None]) -> None:
         self.sampler, self.write = sampler, write
         self.shown, self.has_ended = "", False
         self._ids: list[int] | None = None

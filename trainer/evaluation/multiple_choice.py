@@ -41,8 +41,8 @@ def choice_accuracy(
     choices, answers = rows.texts("choices"), rows.texts("answer")
     asked = [row for row, letters in enumerate(choices) if letters]
     if not asked:
-        rule = f"none of the {len(rows)} rows that are scored has options"
-        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="a larger eval.max_rows")
+        reason = f"none of the {len(rows)} rows that are scored has options"
+        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="a larger eval.max_rows")
     lengths = rows.prompt_lengths
     prompts = [_prompt(example, lengths[row]) for row, example in zip(asked, rows.tokens(asked), strict=True)]
     packing, right = Packing(False, limits, pad_id), 0
@@ -68,19 +68,19 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
     """
     wanted = set("".join(rows.texts("choices")))
     if not wanted:
-        rule = "needs rows with options (data.format=multiple_choice), and no held-out row has any"
-        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="eval.metrics=[loss,exact_match]")
+        reason = "needs rows with options (data.format=multiple_choice), and no held-out row has any"
+        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="eval.metrics=[loss,exact_match]")
     tokens: dict[str, int] = {}
     lengths, answers = rows.prompt_lengths, rows.texts("answer")
     first = {answer: row for row, answer in enumerate(answers) if answer in wanted}
     for answer, example in zip(first, rows.tokens(list(first.values())), strict=True):
         tokens[answer] = int(example.ids[lengths[first[answer]]])
     if missing := sorted(wanted - set(tokens)):
-        rule = f"{', '.join(missing)} is an option of held-out rows and the answer of none, so its token is not known"
-        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="hold out more rows")
+        reason = f"{', '.join(missing)} is an option of held-out rows and the answer of none, so its token is not known"
+        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="hold out more rows")
     if len(set(tokens.values())) < len(wanted):
-        rule = "the letters begin with one token behind this template's prompt"
-        raise DataError("eval.metrics", value="choice_accuracy", rule=rule, cure="another data.template")
+        reason = "the letters begin with one token behind this template's prompt"
+        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="another data.template")
     return tokens
 
 

@@ -13,7 +13,7 @@ from trainer.data.formats.turns import Turn
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.template import Template
 from trainer.errors import AfinaError, ConfigError
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.inference.run_model import Loaded, load_run
 from trainer.methods import virtual_tokens
 
@@ -53,15 +53,15 @@ class Chat:
     def _use(self, name: str) -> None:
         model = self.loaded.switch.use(name)
         config = self.loaded.config
-        self.sampler = Sampler(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
+        self.sampler = Generator(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         own = positions - virtual_tokens(model) if positions else config.data.max_length
         longest = min(own, config.data.max_length)
         self.room = longest - config.generate.max_new_tokens
         if self.room < 1:
             value = config.generate.max_new_tokens
-            rule = f"leaves no room for a prompt in {longest} tokens (data.max_length, or the model's positions)"
-            raise ConfigError("generate.max_new_tokens", value=value, rule=rule, cure="a smaller one")
+            reason = f"leaves no room for a prompt in {longest} tokens (data.max_length, or the model's positions)"
+            raise ConfigError("generate.max_new_tokens", value=value, reason=reason, hint="a smaller one")
 
     def hear(self, line: str) -> bool:
         """Answer one line of the user, or do what it commands; false when it is the last one."""
@@ -120,8 +120,8 @@ class Chat:
             turns, dropped = turns[2:], dropped + 1
             prompt = self.template.encode_turns(turns)
         if len(prompt) > self.room:
-            cure = "a shorter one, or data.max_length=N"
-            self.say(f"error: that takes {len(prompt)} tokens, and there is room for {self.room} → {cure}")
+            hint = "a shorter one, or data.max_length=N"
+            self.say(f"error: that takes {len(prompt)} tokens, and there is room for {self.room} → {hint}")
             return turns, None
         if dropped:
             self.say(f"(the oldest {dropped} rounds were forgotten: there is room for {self.room} tokens)")

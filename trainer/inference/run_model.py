@@ -15,10 +15,10 @@ from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import wrong
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
-from trainer.methods import Switch, is_adapter
+from trainer.methods import AdapterSwitcher, is_adapter
 from trainer.models.embedded import resolve
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
-from trainer.silence import quiet
+from trainer.silence import silence_libraries
 
 BASE = "base"  # the name of the base alone
 
@@ -37,7 +37,7 @@ class Loaded:
     """
 
     config: TrainConfig
-    switch: Switch
+    switch: AdapterSwitcher
     tokenizer: Any
     world: distributed.World
     asked: list[str]
@@ -74,11 +74,11 @@ def load_run(
         CheckpointError: the run has no final adapter or model, or it does not fit.
         ConfigError: an override or one of ``adapters`` cannot be used.
     """
-    quiet()
+    silence_libraries()
     config = run_config(run, overrides, with_data)
     choices, first = _choices(run, config, adapter, adapters)
     base, place = _load_base(run, config, choices, bits, device_map)
-    switch = Switch(base, choices, place)
+    switch = AdapterSwitcher(base, choices, place)
     switch.use(first)
     asked = [first, *(name for name in named_adapters(adapters, own_name(run)) if name != first)]
     trained = run / ("model" if config.method.name == "full" else "adapter")
@@ -98,13 +98,13 @@ def _choices(
     trained = run / ("model" if is_full else "adapter")
     is_there = (trained / "config.json").exists() or is_adapter(trained)
     if adapter and not is_there:
-        raise CheckpointError(str(trained), rule="is not there: the run has not finished", cure="train it to its end")
+        raise CheckpointError(str(trained), reason="is not there: the run has not finished", hint="train it to its end")
     own = own_name(run)
     others = named_adapters(adapters, own)
     if is_full and adapter:
         if others:
-            rule = f"belongs on a base as it was, and {own} has trained all of its weights"
-            raise wrong("--adapter", adapters[0], rule, "name the run of an adapter as RUN")
+            reason = f"belongs on a base as it was, and {own} has trained all of its weights"
+            raise wrong("--adapter", adapters[0], reason, "name the run of an adapter as RUN")
         return {own: None}, own
     mine: dict[str, Path | None] = {own: trained} if is_there and not is_full else {}
     return {**mine, BASE: None, **others}, own if adapter else BASE
@@ -118,8 +118,8 @@ def run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> T
     """
     for typed in overrides:
         if typed.startswith("method.adapter="):
-            cure = f"--adapter NAME={typed.partition('=')[2]}"
-            raise wrong("method.adapter", typed.partition("=")[2], "is what training starts from", cure)
+            hint = f"--adapter NAME={typed.partition('=')[2]}"
+            raise wrong("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
     past = ["method.adapter=null", "checkpoint.resume=auto", *_own_template(run)]
     return load([*past, *overrides], run / "config.yaml", with_data)
 
@@ -143,12 +143,12 @@ def named_adapters(given: Sequence[str], own: str) -> dict[str, Path | None]:
             found[BASE] = None
             continue
         if not equals or not name.strip() or not folder.strip():
-            rule = f"must be a name and a folder, or {BASE}"
-            raise wrong("--adapter", text, rule, f"--adapter {Path(text).name or 'NAME'}={text or 'DIR'}")
+            reason = f"must be a name and a folder, or {BASE}"
+            raise wrong("--adapter", text, reason, f"--adapter {Path(text).name or 'NAME'}={text or 'DIR'}")
         if name in (BASE, own) or name in found or any(c.isspace() for c in name):
             taken = {BASE: "the base alone", own: "the run's own adapter"}.get(name, "another adapter")
-            rule = "must hold no space" if any(c.isspace() for c in name) else f"is the name of {taken}"
-            raise wrong("--adapter", name, rule, f"--adapter other={folder}")
+            reason = "must hold no space" if any(c.isspace() for c in name) else f"is the name of {taken}"
+            raise wrong("--adapter", name, reason, f"--adapter other={folder}")
         found[name] = find_adapter("--adapter", folder)
     return found
 

@@ -22,7 +22,7 @@ from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed
 from trainer.errors import DataError
 from trainer.evaluation.evaluate import evaluate
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.inference.run_model import Loaded, load_run, run_config
 from trainer.kernels.label_loss import LabelLoss
 from trainer.merge.card import model_card
@@ -32,7 +32,7 @@ from trainer.models.loading import load_model, load_tokenizer
 MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
 
 
-class Bare:
+class PlainScorer:
     """A model without DeepSpeed, to be scored."""
 
     def __init__(self, model: Any) -> None:
@@ -70,8 +70,8 @@ def evaluate_run(
         raise DataError(
             "data.validation",
             value=config.data.validation,
-            rule="holds out no row to score",
-            cure="data.validation=0.1",
+            reason="holds out no row to score",
+            hint="data.validation=0.1",
         )
     distributed.init(world)
     try:
@@ -84,9 +84,9 @@ def _score(loaded: Loaded, name: str, data: Data) -> dict[str, float]:
     """The metrics of one adapter; sampled answers do not depend on what was scored before."""
     config, model = loaded.config, loaded.switch.use(name)
     torch.manual_seed(config.run.seed)
-    sampler = Sampler(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
+    sampler = Generator(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
     packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
-    return evaluate(Bare(model), sampler, packing, data, config, loaded.world).metrics
+    return evaluate(PlainScorer(model), sampler, packing, data, config, loaded.world).metrics
 
 
 def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
@@ -170,5 +170,5 @@ def generate_run(
     for name in loaded.asked:
         model = loaded.switch.use(name)
         torch.manual_seed(config.run.seed)
-        sampler = Sampler(model, loaded.tokenizer, config.generate, end_ids, model.device)
+        sampler = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
         yield name, sampler.decode(sampler.answer([ids])[0]).strip()

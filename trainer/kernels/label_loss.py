@@ -106,7 +106,7 @@ class LabelLoss:
         """How often the output layer is called: as often on every rank."""
         if self._is_trained() and any(hasattr(p, "ds_id") for p in self._head.parameters()):
             return 1
-        return math.ceil(max(batch.most_labels, 1) / self._labels_a_call)
+        return math.ceil(max(batch.max_labels, 1) / self._labels_a_call)
 
     def _is_trained(self) -> bool:
         return any(p.requires_grad for p in self._head.parameters())

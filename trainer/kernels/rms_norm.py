@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-def lighten(model: nn.Module) -> int:
+def patch_rms_norms(model: nn.Module) -> int:
     """Give the model's RMSNorms this forward, where it computes what their own does.
 
     Some models norm otherwise (Gemma scales by one more than the weight): each module is tried, and those that differ

@@ -25,7 +25,7 @@ from trainer.kernels.short_attention import ShortAttention, is_short, summed_bac
 
 KERNEL = "afina_trie"
 # Beyond so many copies a node (a long document under many questions), gathering again costs less than the memory.
-MOST_COPIES = 8.0
+MAX_COPIES = 8.0
 _paths: list[Paths] = []  # of the micro-batch in its forward or backward; recomputation in the backward needs it too
 
 
@@ -98,7 +98,7 @@ def trie_attention(
         else:
             attend = partial(_attend, at, mask, scaling, dropout)
             # The gathered keys and values are kept for the backward; where they are many, they are gathered anew.
-            gather_again = torch.is_grad_enabled() and paths.copies > MOST_COPIES
+            gather_again = torch.is_grad_enabled() and paths.copies > MAX_COPIES
             attended = checkpoint(attend, q, *flat, use_reentrant=False) if gather_again else attend(q, *flat)
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.

@@ -55,8 +55,8 @@ def _fold_layer(name: str, layer: Any) -> None:
         own.copy_(parameter.data)
         parameter.data = own
         if not torch.isfinite(own).all():
-            rule = f"with its adapter holds values that {str(own.dtype).removeprefix('torch.')} has no room for"
-            raise CheckpointError(name, rule=rule, cure="model.dtype=bf16, or serve the adapter beside the base")
+            reason = f"with its adapter holds values that {str(own.dtype).removeprefix('torch.')} has no room for"
+            raise CheckpointError(name, reason=reason, hint="model.dtype=bf16, or serve the adapter beside the base")
 
 
 def _probe(layer: Any) -> Tensor:
@@ -90,9 +90,9 @@ def _check(name: str, before: Tensor, live: Tensor, folded: Tensor) -> None:
     if not apart <= bound:
         raise CheckpointError(
             name,
-            rule=f"folded, it is {apart / max(effect, 1e-30):.1e} of what its adapter does from the layer with its "
+            reason=f"folded, it is {apart / max(effect, 1e-30):.1e} of what its adapter does from the layer with its "
             f"adapter, in fp32 on random inputs; {bound / max(effect, 1e-30):.1e} is allowed",
-            cure="serve the adapter beside the base",
+            hint="serve the adapter beside the base",
         )
 
 

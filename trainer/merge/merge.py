@@ -77,8 +77,8 @@ def check_mergeable(config: TrainConfig) -> None:
     """Raise a :class:`CheckpointError` for a method that cannot be merged, before anything is loaded."""
     if (why := NOT_MERGEABLE.get(config.method.name)) is not None:
         title = METHODS[config.method.name].title
-        cure = "use the folder as it is" if config.method.name == "full" else "serve the adapter beside the base"
-        raise CheckpointError("run", value=title, rule=f"cannot be merged: {why}", cure=cure)
+        hint = "use the folder as it is" if config.method.name == "full" else "serve the adapter beside the base"
+        raise CheckpointError("run", value=title, reason=f"cannot be merged: {why}", hint=hint)
 
 
 def answers(model: Any, prompts: Sequence[list[int]]) -> list[Tensor]:
@@ -167,7 +167,7 @@ def merge(
         CheckpointError: a folded layer, what is on disk, or its answers are not what they were, or ``to`` is there.
     """
     if to.exists():
-        raise CheckpointError(str(to), rule="is there already", cure="another folder")
+        raise CheckpointError(str(to), reason="is there already", hint="another folder")
     model = load_live()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     expected = answers(model, prompts)
@@ -211,11 +211,11 @@ def _check_written(folder: Path, again: nn.Module, known: dict[str, str], held: 
     found = digests(again)
     odd = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
     if odd:
-        rule = f"read back from disk, {len(odd)} of {len(known)} tensors are not what was folded; deleted"
-        raise CheckpointError(f"{folder.name} {odd[0]}", rule=rule, cure="check the disk")
+        reason = f"read back from disk, {len(odd)} of {len(known)} tensors are not what was folded; deleted"
+        raise CheckpointError(f"{folder.name} {odd[0]}", reason=reason, hint="check the disk")
     if (written := bytes_written(folder)) != held:
-        rule = f"holds {_shown(written)} of weights, where {_shown(held)} were folded; deleted"
-        raise CheckpointError(folder.name, rule=rule, cure="check the disk")
+        reason = f"holds {_shown(written)} of weights, where {_shown(held)} were folded; deleted"
+        raise CheckpointError(folder.name, reason=reason, hint="check the disk")
 
 
 def _shown(found: Counter[torch.dtype]) -> str:
@@ -229,6 +229,6 @@ def _allowed(dtype: torch.dtype, of_base: float) -> float:
 
 def _check_answers(to: Path, apart: float, of_base: float, allowed: float) -> None:
     if not apart <= allowed:
-        rule = f"the merged model's logits are {apart:.1e} from the live adapter's, {allowed:.1e} is allowed "
-        rule += f"(the base's without it are {of_base:.1e}); deleted"
-        raise CheckpointError(str(to), rule=rule, cure="model.dtype=fp32, or serve the adapter beside the base")
+        reason = f"the merged model's logits are {apart:.1e} from the live adapter's, {allowed:.1e} is allowed "
+        reason += f"(the base's without it are {of_base:.1e}); deleted"
+        raise CheckpointError(str(to), reason=reason, hint="model.dtype=fp32, or serve the adapter beside the base")

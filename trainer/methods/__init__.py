@@ -2,17 +2,18 @@
 
 from trainer.methods.adalora import OrthogonalTerm, RankAllocator
 from trainer.methods.attach import attach, is_prompt_learning, virtual_tokens
-from trainer.methods.initial_weights import start_in_base
+from trainer.methods.initial_weights import copy_initial_weights
 from trainer.methods.load import is_adapter, load_adapter
 from trainer.methods.parameters import count_parameters, digests, trainable_parameters
 from trainer.methods.save import save_adapter, save_full, verify_adapter
-from trainer.methods.switch import Switch
+from trainer.methods.switch import AdapterSwitcher
 
 __all__ = [
+    "AdapterSwitcher",
     "OrthogonalTerm",
     "RankAllocator",
-    "Switch",
     "attach",
+    "copy_initial_weights",
     "count_parameters",
     "digests",
     "is_adapter",
@@ -20,7 +21,6 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "save_full",
-    "start_in_base",
     "trainable_parameters",
     "verify_adapter",
     "virtual_tokens",

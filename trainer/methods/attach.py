@@ -12,7 +12,7 @@ from torch import nn
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
 from trainer.methods.peft_configs import peft_config
-from trainer.methods.warm_start import start_from
+from trainer.methods.warm_start import warm_start
 
 
 def attach(
@@ -44,7 +44,7 @@ def attach(
     else:
         adapted = _attach_peft(model, method, total_steps, text_ids)
     if method.adapter is not None:
-        start_from(adapted, method, Path(method.adapter))
+        warm_start(adapted, method, Path(method.adapter))
     return adapted
 
 

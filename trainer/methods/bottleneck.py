@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.errors import ConfigError
-from trainer.methods.targets import expert_parameters, layer_of, layers_of
+from trainer.methods.targets import check_layers, expert_parameters, layer_index
 
 KIND = "BOTTLENECK"
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -69,13 +69,13 @@ def attach_bottleneck(model: nn.Module, method: MethodConfig) -> nn.Module:
     """
     factor, activation = given(method.reduction_factor), given(method.activation)
     model.requires_grad_(False)
-    layers = layers_of(model, method.layers)
+    layers = check_layers(model, method.layers)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for full, base in places(model, given(method.placement), layers):
         width = base.out_features if hasattr(base, "out_features") else base.nf
         if width // factor < 1:
-            rule = f"leaves nothing of a width of {width}"
-            raise ConfigError("method.reduction_factor", value=factor, rule=rule, cure="a smaller one")
+            reason = f"leaves nothing of a width of {width}"
+            raise ConfigError("method.reduction_factor", value=factor, reason=reason, hint="a smaller one")
         parent, _, name = full.rpartition(".")
         device = next(base.parameters()).device
         adapter = Bottleneck(base, width, width // factor, activation, dtype, device)
@@ -94,14 +94,14 @@ def places(model: nn.Module, placement: str, layers: list[int] | None) -> list[t
             raise ConfigError(
                 "method.placement",
                 value=placement,
-                rule=f"finds none of {', '.join(ends)} in {type(model).__name__}"
+                reason=f"finds none of {', '.join(ends)} in {type(model).__name__}"
                 + (experts if expert_parameters(model) else ""),
-                cure="method=lora works on any linear layer",
+                hint="method=lora works on any linear layer",
             )
         found += here
     if layers is None:
         return found
-    return [(full, m) for full, m in found if layer_of(full) in layers]
+    return [(full, m) for full, m in found if layer_index(full) in layers]
 
 
 def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -114,15 +114,15 @@ def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> Non
     """
     save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     base = getattr(model.config, "_name_or_path", None)
-    facts = {"peft_type": KIND, "base_model_name_or_path": base, **facts_of(model)}
+    facts = {"peft_type": KIND, "base_model_name_or_path": base, **bottleneck_metadata(model)}
     (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 
-def facts_of(model: Any) -> dict[str, Any]:
+def bottleneck_metadata(model: Any) -> dict[str, Any]:
     """The keys that a model's adapters were made with, read off the adapters."""
     adapters = {full: module for full, module in model.named_modules() if isinstance(module, Bottleneck)}
     one = next(iter(adapters.values()))
-    layers = sorted({number for full in adapters if (number := layer_of(full)) is not None})
+    layers = sorted({number for full in adapters if (number := layer_index(full)) is not None})
     return {
         "reduction_factor": one.width // one.inner,
         "placement": "houlsby" if any(f.endswith(ATTENTION_ENDS) for f in adapters) else "pfeiffer",
@@ -131,7 +131,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     }
 
 
-def method_of(facts: dict[str, Any]) -> MethodConfig:
+def parse_bottleneck_config(facts: dict[str, Any]) -> MethodConfig:
     """The ``method`` group that a saved adapter was made with.
 
     Raises:

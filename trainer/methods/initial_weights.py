@@ -16,7 +16,7 @@ from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base
 
 
-def start_in_base(model: nn.Module, method: MethodConfig) -> dict[str, Tensor]:
+def copy_initial_weights(model: nn.Module, method: MethodConfig) -> dict[str, Tensor]:
     """Copies of A and B as attached, on the CPU, where their product was taken out of the base; else nothing."""
     if not changes_base(method):
         return {}
@@ -24,7 +24,7 @@ def start_in_base(model: nn.Module, method: MethodConfig) -> dict[str, Tensor]:
     return {n: p.detach().to("cpu", copy=True) for n, p in trained.items() if ".lora_A." in n or ".lora_B." in n}
 
 
-def for_untouched_base(weights: dict[str, Tensor], start: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+def convert_to_original_base(weights: dict[str, Tensor], start: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """The same function as an adapter of the base before anything was taken out of it.
 
     Args:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
-from trainer.methods.bottleneck import KIND, attach_bottleneck, method_of
+from trainer.methods.bottleneck import KIND, attach_bottleneck, parse_bottleneck_config
 from trainer.methods.parameters import trainable_parameters
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -34,28 +34,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(file))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(str(file), rule=f"cannot be read ({error})", cure="use an older checkpoint") from error
+        raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration that an adapter was saved with.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     if not is_adapter(folder):
-        raise CheckpointError(str(folder), rule="holds no adapter_config.json", cure="name a run's folder")
+        raise CheckpointError(str(folder), reason="holds no adapter_config.json", hint="name a run's folder")
     file = folder / "adapter_config.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), rule=f"cannot be read ({error})", cure="use an older checkpoint") from error
+        raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
     if not isinstance(facts, dict) or "peft_type" not in facts:
-        raise CheckpointError(str(file), rule="names no peft_type, so it is no adapter's", cure="name a run's folder")
+        raise CheckpointError(str(file), reason="names no peft_type, so it is no adapter's", hint="name a run's folder")
     return facts
 
 
-def start_in_base_of(facts: dict[str, Any]) -> str:
+def base_weight_init(facts: dict[str, Any]) -> str:
     """The start of a saved LoRA that has changed the base's weights and was not converted when it was saved; else
     nothing. Stock PEFT makes the change again on any base that it is loaded on."""
     start = facts.get("init_lora_weights")
@@ -68,7 +68,7 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     Raises:
         CheckpointError: the adapter cannot be read or does not fit the base.
     """
-    facts = read_facts(folder)
+    facts = read_adapter_config(folder)
     saved = read_tensors(folder / ADAPTER_FILE)
     if facts["peft_type"] == KIND:
         return _load_bottleneck(base, folder, facts, saved)
@@ -85,7 +85,7 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
 
 def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
     try:
-        model = attach_bottleneck(base, method_of(facts))
+        model = attach_bottleneck(base, parse_bottleneck_config(facts))
         mine = trainable_parameters(model)
         if odd := sorted(set(saved) ^ set(mine)):
             raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
@@ -98,4 +98,4 @@ def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved
 
 
 def _does_not_fit(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(str(folder), rule=f"does not fit the base model ({reason})", cure="use its own base")
+    return CheckpointError(str(folder), reason=f"does not fit the base model ({reason})", hint="use its own base")

@@ -9,7 +9,7 @@ from torch import nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.config.rules.method import adalora_times
-from trainer.methods.targets import down_names, layer_of, layers_of, target_names
+from trainer.methods.targets import check_layers, down_names, layer_index, target_names
 
 TASK = "CAUSAL_LM"
 
@@ -33,7 +33,7 @@ def peft_config(model: nn.Module, method: MethodConfig, total_steps: int) -> Pef
 def _targets(model: nn.Module, method: MethodConfig) -> dict[str, Any]:
     return {
         "target_modules": target_names(model, method.target_modules),
-        "layers_to_transform": layers_of(model, method.layers),
+        "layers_to_transform": check_layers(model, method.layers),
     }
 
 
@@ -83,7 +83,7 @@ def _ia3(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
     if method.feedforward_modules is not None:
         target_names(model, inner)  # refuses names that do not exist
     names = sorted({*names, *inner})  # PEFT wants the ones among the others
-    if (layers := layers_of(model, method.layers)) is not None:
+    if (layers := check_layers(model, method.layers)) is not None:
         names, inner = (_in_layers(model, some, layers) for some in (names, inner))
     return IA3Config(task_type=TASK, target_modules=names, feedforward_modules=inner)
 
@@ -93,7 +93,7 @@ def _in_layers(model: nn.Module, names: list[str], layers: list[int]) -> list[st
     return [
         full
         for full, _ in model.named_modules()
-        if layer_of(full) in layers and any(full.endswith(f".{name}") for name in names)
+        if layer_index(full) in layers and any(full.endswith(f".{name}") for name in names)
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError
 from trainer.methods.attach import is_prompt_learning
 from trainer.methods.bottleneck import save_bottleneck
-from trainer.methods.initial_weights import for_untouched_base
+from trainer.methods.initial_weights import convert_to_original_base
 from trainer.methods.load import ADAPTER_FILE, read_tensors
 
 
@@ -27,7 +27,7 @@ def save_adapter(
         model: with its adapters attached; under ZeRO-3 its own tensors are empty and are not looked at.
         folder: made if it is not there.
         weights: whole tensors of every trained parameter by its name in ``model``.
-        start: what :func:`~trainer.methods.initial_weights.start_in_base` gave: it is written for the base as it was.
+        start: what ``initial_weights.copy_initial_weights`` gave: the adapter is written for the base as it was.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.
@@ -44,7 +44,7 @@ def save_adapter(
         expected = {"prompt_embeddings": prompt_embeddings(whole)}
     else:
         if start:
-            whole = for_untouched_base(whole, start, config)
+            whole = convert_to_original_base(whole, start, config)
         expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
         if config.peft_type == "ADALORA":
             config.rank_pattern = model.peft_config["default"].rank_pattern
@@ -77,13 +77,13 @@ def verify_adapter(folder: Path, expected: dict[str, Tensor]) -> None:
     found = read_tensors(folder / ADAPTER_FILE)
     if set(found) != set(expected):
         odd = sorted(set(found) ^ set(expected))[:3]
-        raise CheckpointError(str(folder), rule=f"was written with other tensors than meant ({', '.join(odd)} …)")
+        raise CheckpointError(str(folder), reason=f"was written with other tensors than meant ({', '.join(odd)} …)")
     for name, tensor in expected.items():
         if not torch.isfinite(tensor).all():  # first, for NaN is not equal to itself
-            raise CheckpointError(f"{folder} {name}", rule="holds values that are not finite")
+            raise CheckpointError(f"{folder} {name}", reason="holds values that are not finite")
         if found[name].shape != tensor.shape or not torch.equal(found[name], tensor):
             raise CheckpointError(
-                f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
+                f"{folder} {name}", reason="does not read back as it was written", hint="check the disk"
             )
 
 
@@ -106,7 +106,7 @@ def save_full(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if name in found and (found[name].shape != tensor.shape or not torch.equal(found[name], tensor.detach().cpu())):
             raise CheckpointError(
-                f"{folder} {name}", rule="does not read back as it was written", cure="check the disk"
+                f"{folder} {name}", reason="does not read back as it was written", hint="check the disk"
             )
     if not found:
-        raise CheckpointError(str(folder), rule="holds no weights after saving")
+        raise CheckpointError(str(folder), reason="holds no weights after saving")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods.bottleneck import Bottleneck
-from trainer.methods.load import load_adapter, read_facts, start_in_base_of
+from trainer.methods.load import base_weight_init, load_adapter, read_adapter_config
 
 
-class Switch:
+class AdapterSwitcher:
     """A base model and the adapters that may be put on it.
 
     Args:
@@ -51,7 +51,7 @@ class Switch:
         """
         if name not in self.adapters:
             known = ", ".join(self.adapters)
-            raise ConfigError("adapter", value=name, rule="there is none of this name", cure=f"one of {known}")
+            raise ConfigError("adapter", value=name, reason="there is none of this name", hint=f"one of {known}")
         if name == self.name:
             return self.model
         self._clear()
@@ -68,26 +68,26 @@ class Switch:
 
     def _keep(self, folder: Path) -> None:
         """Copies of what this adapter will overwrite in the base."""
-        facts = read_facts(folder)
-        if start := start_in_base_of(facts):
-            rule = f"starts in the base's own weights ({start}), so it would change the base for the others"
-            raise CheckpointError(str(folder), rule=rule, cure="save it converted, for the base as it was")
+        facts = read_adapter_config(folder)
+        if start := base_weight_init(facts):
+            reason = f"starts in the base's own weights ({start}), so it would change the base for the others"
+            raise CheckpointError(str(folder), reason=reason, hint="save it converted, for the base as it was")
         if facts.get("use_dora") and getattr(self._base, "is_loaded_in_8bit", False):
-            rule = "is DoRA, whose first forward loses the scales of a base in 8 bits (peft 0.21)"
-            raise CheckpointError(str(folder), rule=rule, cure="--bits 4 or --bits 16")
+            reason = "is DoRA, whose first forward loses the scales of a base in 8 bits (peft 0.21)"
+            raise CheckpointError(str(folder), reason=reason, hint="--bits 4 or --bits 16")
         if facts.get("bias", "none") != "none":
             biases = {n: p for n, p in self._base.named_parameters() if n.endswith("bias")}
             self._biases = {n: p.detach().clone() for n, p in biases.items()}
 
     def _clear(self) -> None:
-        take_off(self._base)
+        remove_adapters(self._base)
         with torch.no_grad():
             for name, value in self._biases.items():
                 self._base.get_parameter(name).copy_(value)
         self._biases, self.model, self.name = {}, self._base, None
 
 
-def take_off(base: nn.Module) -> None:
+def remove_adapters(base: nn.Module) -> None:
     """Remove every adapter from a base model, also one that was put on in part only."""
     for full, module in list(base.named_modules()):
         under: Any = None

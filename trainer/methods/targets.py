@@ -60,8 +60,8 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
         raise ConfigError(
             "method.target_modules",
             value=", ".join(sorted(moved)),
-            rule=f"is what PEFT calls the experts of {type(model).__name__}, and would not reach its linear layers",
-            cure="method.target_modules=all_linear leaves them out",
+            reason=f"is what PEFT calls the experts of {type(model).__name__}, and would not reach its linear layers",
+            hint="method.target_modules=all_linear leaves them out",
         )
     return sorted(wanted)
 
@@ -74,7 +74,7 @@ def down_names(model: nn.Module, names: list[str]) -> list[str]:
     return found
 
 
-def layers_of(model: nn.Module, layers: list[int] | None) -> list[int] | None:
+def check_layers(model: nn.Module, layers: list[int] | None) -> list[int] | None:
     """``method.layers``, checked against the model.
 
     Raises:
@@ -82,12 +82,12 @@ def layers_of(model: nn.Module, layers: list[int] | None) -> list[int] | None:
     """
     count = int(model.config.get_text_config().num_hidden_layers)
     if layers is not None and max(layers) >= count:
-        rule = f"{type(model).__name__} has {count} layers, numbered from 0 to {count - 1}"
-        raise ConfigError("method.layers", value=layers, rule=rule, cure=f"numbers below {count}, or null for all")
+        reason = f"{type(model).__name__} has {count} layers, numbered from 0 to {count - 1}"
+        raise ConfigError("method.layers", value=layers, reason=reason, hint=f"numbers below {count}, or null for all")
     return layers
 
 
-def layer_of(full: str) -> int | None:
+def layer_index(full: str) -> int | None:
     """The number of the layer that a module of this full name stands in."""
     return next((int(part) for part in full.split(".") if part.isdigit()), None)
 
@@ -123,7 +123,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def unreached(model: nn.Module, bits: int) -> str | None:
+def describe_unreached(model: nn.Module, bits: int) -> str | None:
     """A sentence for the user where a model has experts that adapters pass over; else nothing."""
     experts = expert_parameters(model)
     if not experts:
@@ -161,6 +161,6 @@ def _no_such_module(model: nn.Module, name: str, linear: Counter[str]) -> Config
     return ConfigError(
         "method.target_modules",
         value=name,
-        rule=f"takes no adapters in {type(model).__name__}, whose linear layers are {listed}{also}",
-        cure="method.target_modules=all_linear, or a list of these",
+        reason=f"takes no adapters in {type(model).__name__}, whose linear layers are {listed}{also}",
+        hint="method.target_modules=all_linear, or a list of these",
     )

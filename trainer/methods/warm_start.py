@@ -13,8 +13,8 @@ from torch import Tensor
 from trainer.config.messages import wrong
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
-from trainer.methods.bottleneck import KIND, facts_of
-from trainer.methods.load import ADAPTER_FILE, read_facts, read_tensors, start_in_base_of
+from trainer.methods.bottleneck import KIND, bottleneck_metadata
+from trainer.methods.load import ADAPTER_FILE, base_weight_init, read_adapter_config, read_tensors
 from trainer.methods.parameters import trainable_parameters
 
 NAMES = {
@@ -46,7 +46,7 @@ MEANING: dict[str, dict[str, str]] = {
 PREFIX = "base_model.model."
 
 
-def start_from(model: Any, method: MethodConfig, folder: Path) -> None:
+def warm_start(model: Any, method: MethodConfig, folder: Path) -> None:
     """Give the trained tensors the values of a saved adapter.
 
     Args:
@@ -58,10 +58,12 @@ def start_from(model: Any, method: MethodConfig, folder: Path) -> None:
         ConfigError: the adapter is of another method, shape, scale or base.
         CheckpointError: it cannot be read.
     """
-    facts = read_facts(folder)
+    facts = read_adapter_config(folder)
     is_own = method.name == "bottleneck"  # the one kind that PEFT does not have
     _same_method(facts, method, folder)
-    _same_meaning(facts, facts_of(model) if is_own else model.peft_config["default"].to_dict(), method, folder)
+    _same_meaning(
+        facts, bottleneck_metadata(model) if is_own else model.peft_config["default"].to_dict(), method, folder
+    )
     saved = read_tensors(folder / ADAPTER_FILE)
     if is_own:
         mine = trainable_parameters(model)
@@ -83,14 +85,14 @@ def _same_method(facts: dict[str, Any], method: MethodConfig, folder: Path) -> N
     kind = facts["peft_type"]
     name = NAMES.get(kind)
     if name is None:
-        cure = f"an adapter of {METHODS[method.name].title}"
-        raise _refused(folder, f"is of a kind that is not trained here ({kind})", cure)
+        hint = f"an adapter of {METHODS[method.name].title}"
+        raise _refused(folder, f"is of a kind that is not trained here ({kind})", hint)
     if name != method.name:
-        rule = f"is of {METHODS[name].title}, and this run trains {METHODS[method.name].title}"
-        raise _refused(folder, rule, f"method={name}")
-    if start := start_in_base_of(facts):
-        rule = f"starts in the base's own weights ({start}): on the base as it is, it means something else"
-        raise _refused(folder, rule, "an adapter that was converted when it was saved (afina's are)")
+        reason = f"is of {METHODS[name].title}, and this run trains {METHODS[method.name].title}"
+        raise _refused(folder, reason, f"method={name}")
+    if start := base_weight_init(facts):
+        reason = f"starts in the base's own weights ({start}): on the base as it is, it means something else"
+        raise _refused(folder, reason, "an adapter that was converted when it was saved (afina's are)")
 
 
 def _same_meaning(facts: dict[str, Any], own: dict[str, Any], method: MethodConfig, folder: Path) -> None:
@@ -98,11 +100,11 @@ def _same_meaning(facts: dict[str, Any], own: dict[str, Any], method: MethodConf
         was, now = facts.get(theirs) or None, own.get(theirs) or None  # an adapter of an older PEFT lacks the newest
         if was == now:
             continue
-        cure = f"method.{ours}={_typed(facts.get(theirs))}"
+        hint = f"method.{ours}={_typed(facts.get(theirs))}"
         if theirs in ("r", "init_r"):
-            cure += f" method.alpha={_typed(facts.get('lora_alpha'))}"
-        rule = f"the adapter to start from ({folder}) has {_typed(facts.get(theirs))}"
-        raise wrong(f"method.{ours}", own.get(theirs), rule, cure)
+            hint += f" method.alpha={_typed(facts.get('lora_alpha'))}"
+        reason = f"the adapter to start from ({folder}) has {_typed(facts.get(theirs))}"
+        raise wrong(f"method.{ours}", own.get(theirs), reason, hint)
 
 
 def _with_taken_ranks(
@@ -132,18 +134,20 @@ def _same_shapes(saved: dict[str, Tensor], mine: dict[str, Tensor], facts: dict[
         kinds, own_kinds = ({name.rpartition(".")[2] for name in names} for names in (modules, own))
         if kinds != own_kinds:
             listed = ",".join(sorted(kinds))
-            rule = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"
-            cure = f"method.target_modules=[{listed}]"
-            raise wrong("method.target_modules", sorted(own_kinds), rule, cure)
+            reason = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"
+            hint = f"method.target_modules=[{listed}]"
+            raise wrong("method.target_modules", sorted(own_kinds), reason, hint)
         layers, own_layers = _layers(modules), _layers(own)
-        rule = f"the adapter to start from ({folder}, of {facts.get('base_model_name_or_path')}) is in others: {layers}"
-        raise wrong("method.layers", own_layers, rule, "its layers and its own base")
+        reason = (
+            f"the adapter to start from ({folder}, of {facts.get('base_model_name_or_path')}) is in others: {layers}"
+        )
+        raise wrong("method.layers", own_layers, reason, "its layers and its own base")
     if odd := sorted(set(saved) ^ set(mine)):
         raise _refused(folder, f"has other tensors than this run, {odd[0]} among them", "its own method and base")
     for name, tensor in mine.items():
         if saved[name].shape != tensor.shape:
-            rule = f"has {name} of shape {tuple(saved[name].shape)}, and this run needs {tuple(tensor.shape)}"
-            raise _refused(folder, rule, f"its own base, {facts.get('base_model_name_or_path')}")
+            reason = f"has {name} of shape {tuple(saved[name].shape)}, and this run needs {tuple(tensor.shape)}"
+            raise _refused(folder, reason, f"its own base, {facts.get('base_model_name_or_path')}")
 
 
 def _modules(tensors: dict[str, Tensor]) -> set[str]:
@@ -164,5 +168,5 @@ def _typed(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _refused(folder: Path, rule: str, cure: str) -> ConfigError:
-    return wrong("method.adapter", folder, rule, cure)
+def _refused(folder: Path, reason: str, hint: str) -> ConfigError:
+    return wrong("method.adapter", folder, reason, hint)

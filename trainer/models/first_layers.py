@@ -12,9 +12,9 @@ from trainer.methods import count_parameters
 
 # Beyond so many weights the first layers are tried alone: every layer of a kind runs the same code. Under ZeRO-3 the
 # whole model still lies in its files then, and all of a 70B would run on the CPU. What is cut so far is often small
-# enough to be tried in fp32 (``proof.MOST_FP32``), which says more than all layers in 16 bits.
-MOST_WHOLE = 1_000_000_000
-KEPT_LAYERS = 2  # at least, so that the gradient of one flows through another
+# enough to be tried in fp32 (``proof.MAX_FP32_PARAMETERS``), which says more than all layers in 16 bits.
+MAX_WHOLE_PARAMETERS = 1_000_000_000
+MIN_LAYERS = 2  # at least, so that the gradient of one flows through another
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def first_layers(model: Any) -> Iterator[str]:
     Yields:
         words for the user that say what is tried; none when it is the whole model.
     """
-    stack = _stack(model) if count_parameters(model)[1] > MOST_WHOLE else None
+    stack = _stack(model) if count_parameters(model)[1] > MAX_WHOLE_PARAMETERS else None
     layers = stack[2] if stack else nn.ModuleList()
     count = _layers_of_each_kind(layers)
     if stack is None or count >= len(layers):
@@ -63,7 +63,7 @@ def _layers_of_each_kind(layers: nn.ModuleList) -> int:
     """How many of the first layers hold one of each kind. They are a beginning, because models look up by a layer's
     number what it is."""
     kinds = [_kind(layer) for layer in layers]
-    return max([KEPT_LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    return max([MIN_LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds))])
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

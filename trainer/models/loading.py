@@ -14,7 +14,7 @@ from torch import nn
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
-from trainer.kernels.rms_norm import lighten
+from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.kernels.trie_attention import KERNEL, register
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -41,10 +41,15 @@ def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dty
         dtype = DTYPES[name]
     if dtype == torch.float16 and zero_stage == 0:
         raise ConfigError(
-            "zero.stage", value=0, rule="has no loss scaler, which fp16 needs", cure="zero=stage1, or model.dtype=fp32"
+            "zero.stage",
+            value=0,
+            reason="has no loss scaler, which fp16 needs",
+            hint="zero=stage1, or model.dtype=fp32",
         )
     if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise ConfigError("model.dtype", value="fp16", rule="this CPU has no fp16 arithmetic", cure="model.dtype=fp32")
+        raise ConfigError(
+            "model.dtype", value="fp16", reason="this CPU has no fp16 arithmetic", hint="model.dtype=fp32"
+        )
     return dtype
 
 
@@ -118,7 +123,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
-    lighten(loaded)
+    patch_rms_norms(loaded)
     _keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_contiguous)
@@ -182,7 +187,7 @@ def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
 
 def _not_loadable(folder: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    cure = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
+    hint = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
     if "attention implementation" in reason:
-        cure = "model.attention=auto takes what this model has"
-    return ModelError("model.name_or_path", value=folder, rule=f"cannot be loaded ({reason})", cure=cure)
+        hint = "model.attention=auto takes what this model has"
+    return ModelError("model.name_or_path", value=folder, reason=f"cannot be loaded ({reason})", hint=hint)

@@ -145,7 +145,7 @@ def read_metrics(folder: Path) -> list[Record]:
     lines = content.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         if _record(line) is None:
-            raise CheckpointError(f"{path}:{number}", rule="is not a JSON object with a step")
+            raise CheckpointError(f"{path}:{number}", reason="is not a JSON object with a step")
     return list(_parse(content))
 
 
@@ -180,7 +180,9 @@ def read_summary(folder: Path) -> Record | None:
     except ValueError:
         summary = None
     if not isinstance(summary, dict):
-        raise CheckpointError(str(path), rule="is not a JSON object", cure="move it away; the next run writes it anew")
+        raise CheckpointError(
+            str(path), reason="is not a JSON object", hint="move it away; the next run writes it anew"
+        )
     return summary
 
 
@@ -209,5 +211,5 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            str(path), rule=f"cannot be read ({error.strerror})", cure="name a run folder, e.g. runs/NAME"
+            str(path), reason=f"cannot be read ({error.strerror})", hint="name a run folder, e.g. runs/NAME"
         ) from error

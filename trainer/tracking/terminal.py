@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LOG_FILE = "log.txt"
-MOST_LINES = 200
-LONGEST_SILENCE_SECONDS = 30.0
+MAX_LINES = 200
+MAX_SILENCE_SECONDS = 30.0
 
 # What a step line shows of the record, in this order; evaluations follow with every key that is not of training.
 TRAINING_KEYS = frozenset(
@@ -82,7 +82,7 @@ class Terminal:
 
     def __init__(self, folder: Path, *, total_steps: int, resume_step: int) -> None:
         self._total_steps = total_steps
-        self._every = max(1, math.ceil(total_steps / MOST_LINES))
+        self._every = max(1, math.ceil(total_steps / MAX_LINES))
         self._eta = Eta(total_steps)
         self._last_line_time = -math.inf
         self._log_path = folder / LOG_FILE
@@ -133,13 +133,13 @@ class Terminal:
             self._bar = None
 
     def _is_due(self, record: Mapping[str, Any]) -> bool:
-        """All of few lines; of many about ``MOST_LINES``, yet never silence, and always evaluations and the end."""
+        """All of few lines; of many about ``MAX_LINES``, yet never silence, and always evaluations and the end."""
         step = record["step"]
         return (
             step % self._every == 0
             or step == self._total_steps
             or is_evaluation(record)
-            or time.monotonic() - self._last_line_time >= LONGEST_SILENCE_SECONDS
+            or time.monotonic() - self._last_line_time >= MAX_SILENCE_SECONDS
         )
 
     def _print(self, text: str) -> None:

@@ -20,12 +20,12 @@ from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import (
     OrthogonalTerm,
     attach,
+    copy_initial_weights,
     count_parameters,
     digests,
-    start_in_base,
     trainable_parameters,
 )
-from trainer.methods.targets import unreached
+from trainer.methods.targets import describe_unreached
 from trainer.models.loading import compute_dtype, load_model
 
 
@@ -51,7 +51,7 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer:
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
     model = attach(base, method, config.run.seed, steps, text)
     started = digests(trainable_parameters(model)) if world.is_main and method.name != "full" else {}
-    start = start_in_base(model, method)
+    start = copy_initial_weights(model, method)
     orthogonal = OrthogonalTerm(model, given(method.orth_reg_weight)) if method.name == "adalora" else None
     if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is tried where it will run
@@ -68,7 +68,7 @@ def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer:
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
         "packing": why,
-        "experts": unreached(base, method.bits) if method.name != "full" else None,
+        "experts": describe_unreached(base, method.bits) if method.name != "full" else None,
     }
     meter = Meter(world, model, dtype)
     engine = Engine(model, loss, config, world, dtype, orthogonal, start)

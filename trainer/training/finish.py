@@ -43,8 +43,8 @@ def save_final(engine: Engine, folder: Path, tokenizer: Any, config: TrainConfig
     else:
         save_adapter(engine.model, target, weights, engine.start)
         if digests(weights) == started:
-            rule = "changes nothing: every trained tensor is what it started as"
-            raise TrainingError(str(target), rule=rule, cure="raise optim.learning_rate")
+            reason = "changes nothing: every trained tensor is what it started as"
+            raise TrainingError(str(target), reason=reason, hint="raise optim.learning_rate")
     _with_template(tokenizer, config).save_pretrained(str(target))
 
 
@@ -66,7 +66,7 @@ def copy_refused(data: Data, folder: Path) -> None:
                     shutil.copyfileobj(rows, out)
 
 
-def summarise(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
+def build_summary(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
     """What goes into summary.json. ``metrics`` are those of the weights that the run ends with."""
     before = run.scores_before()
     return {
@@ -83,7 +83,7 @@ def summarise(outcome: Outcome, facts: dict[str, Any], run: Run, seconds: float)
     }
 
 
-def conclude(
+def log_result(
     tracker: Tracker, config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int
 ) -> None:
     """The last lines: how the run ended, which weights it leaves, and their scores beside those before training."""

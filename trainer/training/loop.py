@@ -1,7 +1,7 @@
 """The training loop: one page of plain calls.
 
 Everything that decides what a step does is computed alike on every rank, or carried by the one small all-reduce of
-``_agree``; so the ranks log, evaluate, save and stop at the same steps without asking each other.
+``_reduce_step_status``; so the ranks log, evaluate, save and stop at the same steps without asking each other.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from trainer.engine.optimizer import learning_rate, peak_learning_rate
 from trainer.engine.rank_allocation import Allocation
 from trainer.errors import TrainingError
 from trainer.evaluation.evaluate import Scores, evaluate
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.tracking import Tracker
-from trainer.training.monitor import Verdict, Watch
+from trainer.training.monitor import Decision, EvalMonitor
 from trainer.training.stop_request import StopRequest
 
 
@@ -64,17 +64,17 @@ class Loop:
     data: Data
     packing: Packing
     engine: Engine
-    sampler: Sampler
+    sampler: Generator
     tracker: Tracker
     meter: Meter
     stop: StopRequest
     run: Path
     who: dict[str, Any]
     allocation: Allocation | None = None
-    watch: Watch = field(init=False)
+    watch: EvalMonitor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.config.eval)
+        self.watch = EvalMonitor(self.config.eval)
 
     @property
     def total_steps(self) -> int:
@@ -100,7 +100,7 @@ class Loop:
                 if step > saved:
                     self._save(step)
                 raise
-            done, verdict = step + 1, Verdict()
+            done, verdict = step + 1, Decision()
             outcome.steps, outcome.train_loss = done, record["loss"]
             self.watch.trained(record["loss"])
             ends_pass = ends_epoch(step, rows, keys.batch.global_size)
@@ -140,7 +140,7 @@ class Loop:
         data_seconds = time.perf_counter() - begin
 
         sums, gradients_finite = self.engine.accumulate(batches, self.world.world_size / label_tokens, seeds)
-        loss, stopping = self._agree(step, batches, sums, gradients_finite, label_tokens)
+        loss, stopping = self._reduce_step_status(step, batches, sums, gradients_finite, label_tokens)
         rate = learning_rate(step, self.total_steps, peak_learning_rate(keys), keys.schedule)
         if self.allocation is not None:
             self.allocation.before_update(step + 1)
@@ -163,7 +163,7 @@ class Loop:
             record["loss_scale"] = self.engine.loss_scale
         return record, stopping
 
-    def _agree(
+    def _reduce_step_status(
         self, step: int, batches: list[MicroBatch], sums: list[float], gradients_finite: bool, label_tokens: int
     ) -> tuple[float, bool]:
         """The one all-reduce of a step: the global mean loss, whether to stop, and which ranks met a value that is not
@@ -215,10 +215,10 @@ class Loop:
 
     def _take_up_watch(self, watched: dict[str, Any] | None) -> None:
         """Go on watching. A run that goes back to an older checkpoint may have lost what was the best then."""
-        self.watch = Watch(self.config.eval, watched)
+        self.watch = EvalMonitor(self.config.eval, watched)
         best_step = self.watch.best_step
         if best_step is not None:
-            _, fault = checkpoint.of_step(self.run, best_step, self.world)
+            _, fault = checkpoint.find_step(self.run, best_step, self.world)
             if fault is not None:
                 self.tracker.say(f"warning: the best evaluation so far, of step {best_step}, is given up: {fault}")
                 self.watch.lose_best()
@@ -230,7 +230,7 @@ class Loop:
         best, outcome.best_step = self.watch.best, outcome.steps
         if best is None or best["step"] == outcome.steps:
             return
-        folder, fault = checkpoint.of_step(self.run, best["step"], self.world)
+        folder, fault = checkpoint.find_step(self.run, best["step"], self.world)
         if fault is not None:
             self.tracker.say(f"warning: the best weights cannot be put back, the last ones are kept: {fault}")
             return
@@ -252,8 +252,8 @@ def _not_finite(what: str, step: int, rank: int | None, rows: str) -> TrainingEr
     where = f"step {step + 1}" + ("" if rank is None else f", rank {rank}")
     error = TrainingError(
         f"{where}",
-        rule=f"the {what} is not finite; the update was not made; rows {rows}",
-        cure="look at these rows, lower optim.learning_rate, or model.dtype=fp32",
+        reason=f"the {what} is not finite; the update was not made; rows {rows}",
+        hint="look at these rows, lower optim.learning_rate, or model.dtype=fp32",
     )
     error.rank = rank or 0
     return error

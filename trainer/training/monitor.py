@@ -18,7 +18,7 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """What follows from one evaluation.
 
     Attributes:
@@ -32,7 +32,7 @@ class Verdict:
     stop: str | None = None
 
 
-class Watch:
+class EvalMonitor:
     """The evaluations of a run so far, as far as they decide anything.
 
     Args:
@@ -75,7 +75,7 @@ class Watch:
         self.losses += loss
         self.steps += 1
 
-    def evaluated(self, step: int, scores: Mapping[str, float]) -> Verdict:
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> Decision:
         """The scores after ``step`` updates, by their names in metrics.jsonl. Those of step 0 decide nothing: weights
         that were not trained are not an end.
 
@@ -83,10 +83,10 @@ class Watch:
             ConfigError: the watched metric is not among them: the held-out rows cannot have it.
         """
         if self.metric is not None and self.metric not in scores:
-            rule = "no held-out row can be scored by it"
-            raise ConfigError("eval.best_metric", value=self.metric, rule=rule, cure="eval.best_metric=eval_loss")
+            reason = "no held-out row can be scored by it"
+            raise ConfigError("eval.best_metric", value=self.metric, reason=reason, hint="eval.best_metric=eval_loss")
         if step == 0:
-            return Verdict()
+            return Decision()
         is_best = self._is_best(step, scores)
         gap, was_overfitting = self._gap(scores), self.is_overfitting
         self.is_overfitting = gap is not None
@@ -97,7 +97,7 @@ class Watch:
             if self.keys.best_metric is None:
                 cures += ", or end with the best weights: eval.best_metric=eval_loss"
             warning = f"warning: step {step}: overfitting: {gap} (eval.overfit_gap={self.keys.overfit_gap:g}) → {cures}"
-        return Verdict(is_best and self.keys.best_metric is not None, warning, self._stop(gap))
+        return Decision(is_best and self.keys.best_metric is not None, warning, self._stop(gap))
 
     def not_saved(self) -> None:
         """The new best could not be saved: the one before is the best there is, and may be beaten again."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.checkpoint import checkpointer as checkpoint
-from trainer.checkpoint.commit import set_aside_later
+from trainer.checkpoint.commit import archive_after
 from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig, to_yaml
 from trainer.data.load import Data, describe, load_data
@@ -17,12 +17,12 @@ from trainer.distributed.process_group import World
 from trainer.engine.meter import device_name
 from trainer.engine.rank_allocation import describe as describe_ranks
 from trainer.errors import PREEMPTED_EXIT_CODE, AfinaError
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking import Tracker, write_environment, write_summary
 from trainer.training.build import build
-from trainer.training.finish import conclude, copy_refused, save_final, summarise
+from trainer.training.finish import build_summary, copy_refused, log_result, save_final
 from trainer.training.loop import Loop, Outcome
 from trainer.training.stop_request import StopRequest
 
@@ -64,7 +64,7 @@ def _run(
     built = build(config, world, folder, data, tokenizer)
     who = checkpoint.identity(config, data.fingerprint)
     first_step, watched = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
-    sampler = Sampler(
+    sampler = Generator(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
     engine, packing, meter, ranks = built.engine, built.packing, built.meter, built.allocation
@@ -72,7 +72,7 @@ def _run(
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
-        set_aside_later(run.folder, first_step)
+        archive_after(run.folder, first_step)
         (run.folder / "config.yaml").write_text(to_yaml(config))
         copy_refused(data, run.folder)
         write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
@@ -92,10 +92,10 @@ def _run(
             save_final(built.engine, run.folder, tokenizer, config, built.started)
             if built.allocation is not None:
                 tracker.say(describe_ranks(built.allocation.ranks()))
-        summary = summarise(outcome, built.facts, run, time.perf_counter() - begin)
+        summary = build_summary(outcome, built.facts, run, time.perf_counter() - begin)
         if world.is_main:
             write_summary(run.folder, summary)
-        conclude(tracker, config, outcome, run, summary, loop.total_steps)
+        log_result(tracker, config, outcome, run, summary, loop.total_steps)
         return outcome
     except Exception as error:
         summary |= {"error": _error_facts(error, world)}

@@ -28,11 +28,11 @@ def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[s
         page.check_target(html)
     from trainer.models.embedded import resolve
     from trainer.models.loading import load_tokenizer
-    from trainer.silence import quiet
+    from trainer.silence import silence_libraries
     from trainer.view import collect, terminal
     from trainer.view.pieces import Reader
 
-    quiet()
+    silence_libraries()
     tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision, say), config.model)
     data, refusal = collect.find(config, tokenizer, say)
     facts, reader = collect.facts(data, config, tokenizer, refusal), Reader(tokenizer)

@@ -12,9 +12,9 @@ from trainer.config.schema import TrainConfig
 from trainer.data.load import Data, inspect_data, load_data
 from trainer.errors import DataError
 from trainer.view import choose
-from trainer.view.overview import LONGEST_ROWS, Overview, Shown, Source, refused_rows
+from trainer.view.overview import MAX_LONG_ROWS, Overview, Shown, Source, refused_rows
 from trainer.view.pieces import Reader
-from trainer.view.sharing import sharing_of
+from trainer.view.sharing import measure_sharing
 from trainer.view.words import LEVELS
 
 PAGE_EXAMPLES = 200
@@ -53,7 +53,7 @@ def facts(data: Data, config: TrainConfig, tokenizer: Any, refusal: DataError | 
         lengths=data.train.lengths,
         label_tokens=data.train.label_tokens(np.arange(len(data.train))),
         longest=_longest(data),
-        sharing=sharing_of(data, config, tokenizer.pad_token_id),
+        sharing=measure_sharing(data, config, tokenizer.pad_token_id),
         findings=tuple(findings),
         refused=refused_rows(list(files)),
         error=None if refusal is None else str(refusal),
@@ -73,7 +73,7 @@ def many_examples(data: Data, config: TrainConfig, reader: Reader) -> tuple[Show
 
 def _longest(data: Data) -> tuple[tuple[str, int], ...]:
     """Names and tokens of the longest training rows, each once however often a mixture takes it."""
-    rows = choose.longest(data.train, LONGEST_ROWS)
+    rows = choose.longest(data.train, MAX_LONG_ROWS)
     return tuple(zip(data.train.names(rows), data.train.lengths[rows].tolist(), strict=True)) if rows else ()
 
 

@@ -14,7 +14,7 @@ from trainer.data.prepare.checks import Finding
 from trainer.view.pieces import Piece, visible
 from trainer.view.sharing import Sharing
 
-LONGEST_ROWS = 5
+MAX_LONG_ROWS = 5
 OVERFLOW = 3.0  # rows over so many times the 95 % length share the last bar, or the others would be a few pixels
 RAW_SHOWN = 400  # characters of a refused row
 REFUSED_A_REASON = 3

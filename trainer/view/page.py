@@ -65,7 +65,9 @@ def write(overview: Overview, path: Path) -> None:
     except OSError as error:
         if partial is not None:
             partial.unlink(missing_ok=True)
-        raise DataError("--html", value=path, rule=f"cannot be written ({error.strerror})", cure="make room") from error
+        raise DataError(
+            "--html", value=path, reason=f"cannot be written ({error.strerror})", hint="make room"
+        ) from error
 
 
 def render(overview: Overview) -> str:
@@ -76,7 +78,7 @@ def render(overview: Overview) -> str:
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
-        "title": markup.text(words.title_of(overview)),
+        "title": markup.text(words.data_title(overview)),
         "subtitle": markup.subtitle(overview),
         "verdict": markup.verdict(overview),
         "tiles": markup.tiles(overview),

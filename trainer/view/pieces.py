@@ -9,7 +9,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-MOST_MERGED = 8  # tokens of one piece: a character has at most four bytes, yet a token may end one and begin another
+MAX_MERGED = 8  # tokens of one piece: a character has at most four bytes, yet a token may end one and begin another
 JOINERS = "\u200c\u200d"  # between letters and in emoji they are part of the word
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -69,7 +69,7 @@ class Reader:
         """Cut into the shortest groups that are whole characters; a token that never becomes whole stands alone."""
         groups, at = [], 0
         while at < len(stretch):
-            ends = range(at + 1, min(at + MOST_MERGED, len(stretch)) + 1)
+            ends = range(at + 1, min(at + MAX_MERGED, len(stretch)) + 1)
             end = next((e for e in ends if BROKEN not in self._text(stretch[at:e])), at + 1)
             groups.append(stretch[at:end])
             at = end
@@ -98,8 +98,8 @@ class Reader:
                 names.append(f"⟨{' '.join(map(str, group))}⟩")
             elif token.startswith("<0x") and token.endswith(">"):
                 names.append(f"⟨{token[3:-1]}⟩")
-            elif all(letter in _byte_of() for letter in token):
-                names.append(f"⟨{' '.join(f'{_byte_of()[letter]:02X}' for letter in token)}⟩")
+            elif all(letter in _byte_letters() for letter in token):
+                names.append(f"⟨{' '.join(f'{_byte_letters()[letter]:02X}' for letter in token)}⟩")
             else:
                 names.append(visible(token))
         return "".join(names)
@@ -120,7 +120,7 @@ def _visible(letter: str) -> str:
 
 
 @cache
-def _byte_of() -> dict[str, int]:
+def _byte_letters() -> dict[str, int]:
     """The letters that byte-level vocabularies write bytes with (Radford et al., 2019)."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

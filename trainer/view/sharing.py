@@ -11,7 +11,7 @@ from trainer.data.batching.batches import Limits, global_batch, total_steps
 from trainer.data.batching.packing import Packing
 from trainer.data.load import Data
 
-MOST_STEPS = 32
+MAX_STEPS = 32
 MOST_TOKENS, MOST_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second
 
 
@@ -51,8 +51,8 @@ class Sharing:
         return 1 - self.useful_tokens / self.padded_tokens
 
 
-def sharing_of(data: Data, config: TrainConfig, pad_id: int) -> Sharing | None:
-    """Lay out up to ``MOST_STEPS`` steps, evenly spread over the run, as one device would; ``None`` without rows."""
+def measure_sharing(data: Data, config: TrainConfig, pad_id: int) -> Sharing | None:
+    """Lay out up to ``MAX_STEPS`` steps, evenly spread over the run, as one device would; ``None`` without rows."""
     rows = len(data.train)
     if not rows:
         return None
@@ -61,7 +61,7 @@ def sharing_of(data: Data, config: TrainConfig, pad_id: int) -> Sharing | None:
     steps = total_steps(rows, examples, batch.epochs, batch.max_steps)
     laid = min(examples, MOST_ROWS)
     mean = max(1.0, float(np.mean(data.train.lengths)))
-    affordable = max(1, min(MOST_STEPS, MOST_ROWS // laid, int(MOST_TOKENS / (mean * laid))))
+    affordable = max(1, min(MAX_STEPS, MOST_ROWS // laid, int(MOST_TOKENS / (mean * laid))))
     sampled = np.unique(np.linspace(0, steps - 1, min(affordable, steps)).astype(np.int64))
     limits = Limits(batch.micro_size, batch.micro_tokens)
     useful, computed = 0, {True: 0, False: 0}

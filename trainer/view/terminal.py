@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BARS = 14
 BAR_WIDTH = 40
-MOST_OF_A_STRETCH = 240  # tokens of one stretch of the mask: more than a screen of one row helps nobody
+MAX_STRETCH = 240  # tokens of one stretch of the mask: more than a screen of one row helps nobody
 GREENS = ("color(114)", "color(151)")
 CONTROL = "cyan"
 LEVEL_STYLES = {"refused": "bold red", "left_out": "red", "warning": "yellow", "note": ""}
@@ -85,7 +85,7 @@ def _facts(overview: Overview) -> list[tuple[str, str]]:
     """``(label, sentence)`` of everything that is one sentence."""
     facts = [("data", words.rows_line(overview))]
     for source in overview.sources:
-        facts.append(("from", f"{words.names_of(source)}: {words.count(source.rows, 'row')} as {source.format}"))
+        facts.append(("from", f"{words.file_names(source)}: {words.count(source.rows, 'row')} as {source.format}"))
     facts.append(("template", words.template_line(overview)))
     facts.append(("tokenizer", overview.tokenizer))
     if lost := words.lost_line(overview):
@@ -144,8 +144,8 @@ def _stretches(pieces: Iterable[Piece]) -> Iterator[tuple[bool, list[Piece | int
     """Runs of equal mask; an int stands for so many tokens that are not shown."""
     for learnt, run in groupby(pieces, key=lambda p: p.learnt):
         stretch = list(run)
-        half = MOST_OF_A_STRETCH // 2
-        if len(stretch) <= MOST_OF_A_STRETCH:
+        half = MAX_STRETCH // 2
+        if len(stretch) <= MAX_STRETCH:
             yield learnt, [*stretch]
         else:
             yield learnt, [*stretch[:half], sum(len(p.ids) for p in stretch[half:-half]), *stretch[-half:]]

@@ -30,16 +30,16 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
 
 
-def names_of(source: Source) -> str:
+def file_names(source: Source) -> str:
     """The files of a source, the first few by name."""
     shown = ", ".join(visible(name) for name in source.names[:NAMES_SHOWN])
     more = len(source.names) - NAMES_SHOWN
     return f"{shown} and {more:,} more" if more > 0 else shown
 
 
-def title_of(overview: Overview) -> str:
+def data_title(overview: Overview) -> str:
     """What the data is called as a whole."""
-    names = [names_of(source) for source in overview.sources]
+    names = [file_names(source) for source in overview.sources]
     return names[0] + (f" + {len(names) - 1} more" if len(names) > 1 else "") if names else "no data"
 
 

@@ -189,7 +189,7 @@ def test_a_broken_newest_one_names_the_best_as_a_good_one(run: Run) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint.find(run.folder, "auto")
     assert str(caught.value).endswith(f"checkpoint.resume={folders[1]}")
-    seal.set_aside_later(run.folder, 1)
+    seal.archive_after(run.folder, 1)
     assert checkpoint.find(run.folder, "auto") == folders[1]
 
 
@@ -238,7 +238,7 @@ def test_a_kill_while_writing_leaves_the_one_before(
         found = checkpoint.find(run.folder, "auto")
         # the marker's own folder entry may be synced last: by then the new one is whole
         assert found is not None
-        assert found == good or seal.fault_of(found) is None
+        assert found == good or seal.find_corruption(found) is None
         shutil.rmtree(run.checkpoints / "step-00000002", ignore_errors=True)
     assert survived >= 1
     assert checkpoint.find(run.folder, "auto") == run.checkpoints / "step-00000002"
@@ -264,7 +264,7 @@ def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
     folders = {step: run.write(step) for step in (2, 4, 6)}
     named = str(folders[2])
     assert checkpoint.find(run.folder, named) == folders[2]
-    seal.set_aside_later(run.folder, 2)
+    seal.archive_after(run.folder, 2)
     assert checkpoint.find(run.folder, "auto") == folders[2]
     assert len(list(run.checkpoints.glob("superseded-0-step-*/COMPLETE"))) == 2
     run.resume = named
@@ -272,5 +272,5 @@ def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
     assert checkpoint.find(run.folder, named) == again, "the same command goes on, it does not go back once more"
     run.resume = "auto"
     run.write(6)
-    seal.set_aside_later(run.folder, 4)
+    seal.archive_after(run.folder, 4)
     assert len(list(run.checkpoints.glob("superseded-*/COMPLETE"))) == 3

@@ -210,8 +210,8 @@ def test_wrong_input_is_told_in_one_line(typed: str, fragments: tuple[str, ...])
         load(_arguments(typed))
     message = str(caught.value)
     assert "\n" not in message
-    assert caught.value.rule, f"no rule in {message!r}"
-    assert caught.value.cure, f"no cure in {message!r}"
+    assert caught.value.reason, f"no rule in {message!r}"
+    assert caught.value.hint, f"no cure in {message!r}"
     assert caught.value.exit_code == 2
     for fragment in fragments:
         assert fragment in message, f"{fragment!r} is not in {message!r}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import load, run_name, to_yaml
-from trainer.config.dataset_spec import FIELDS, FORMATS, Part, is_hub_id, parts_of
+from trainer.config.dataset_spec import FIELDS, FORMATS, DatasetSpec, is_hub_id, parse_dataset_specs
 from trainer.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def parts(path: Any, **group: Any) -> list[Part]:
-    return parts_of(path, **{"format": "auto", "columns": {}, "split": "train", "revision": None, **group})
+def parts(path: Any, **group: Any) -> list[DatasetSpec]:
+    return parse_dataset_specs(path, **{"format": "auto", "columns": {}, "split": "train", "revision": None, **group})
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_a_part_takes_from_the_group_what_it_does_not_say() -> None:
     group = {"format": "chat", "columns": {"messages": "m"}, "split": "test", "revision": "r"}
     own = {"path": "b", "format": "text", "columns": {}, "split": "s", "revision": None, "weight": 2}
     assert parts(["a", own], **group) == [
-        Part("a", "chat", {"messages": "m"}, 1.0, None, "test", "r"),
-        Part("b", "text", {}, 2.0, None, "s", None),
+        DatasetSpec("a", "chat", {"messages": "m"}, 1.0, None, "test", "r"),
+        DatasetSpec("b", "text", {}, 2.0, None, "s", None),
     ]
-    assert parts("a", **group) == parts(["a"], **group) == [Part("a", **group)]
+    assert parts("a", **group) == parts(["a"], **group) == [DatasetSpec("a", **group)]
 
 
 VALUES = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just({"text": "t"})
-GIVEN = st.dictionaries(st.sampled_from([*Part.__slots__, "wieght"]) | st.text(max_size=3), VALUES, max_size=4)
+GIVEN = st.dictionaries(st.sampled_from([*DatasetSpec.__slots__, "wieght"]) | st.text(max_size=3), VALUES, max_size=4)
 
 
 @settings(max_examples=300, deadline=None)

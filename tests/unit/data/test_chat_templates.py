@@ -20,7 +20,7 @@ from tests.helpers.tokenizers import (
     sentencepiece_like,
     with_template,
 )
-from trainer.data.formats.formats import Example, Turn, example_of
+from trainer.data.formats.formats import Example, Turn, parse_example
 from trainer.data.sources.open import Row, RowError
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
@@ -127,7 +127,7 @@ def test_a_row_of_weight_0_teaches_nothing(tokenizer: Any, train_on: str) -> Non
     row = chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}])
     with pytest.raises(RowError) as caught:
         Template(tokenizer, "chat", train_on=train_on).encode(row)
-    assert caught.value.reason == "nothing_learnt"
+    assert caught.value.code == "empty_loss_mask"
 
 
 def test_a_last_answer_of_weight_0_is_neither_learnt_nor_scored(tokenizer: Any) -> None:
@@ -198,7 +198,7 @@ def test_many_turns_of_spaces_are_placed_quickly(tokenizer: Any) -> None:
 
 def test_alpaca_history_and_system(tokenizer: Any) -> None:
     fields = {"instruction": "c", "input": "d", "output": "e", "system": "S", "history": [["a", "b"]]}
-    row = example_of(Row(fields, "x:1", 1), "alpaca", {})
+    row = parse_example(Row(fields, "x:1", 1), "alpaca", {})
     begins = adds_bos(tokenizer, "<|endoftext|>")
     for name, preamble in (("alpaca", "Below is an instruction"), ("alpaca_short", "### Instruction")):
         found = Template(begins, name, train_on="assistant").encode(row)
@@ -221,7 +221,7 @@ def test_alpaca_history_and_system(tokenizer: Any) -> None:
 
 def test_plain(tokenizer: Any) -> None:
     begins = adds_bos(tokenizer, "<|endoftext|>")
-    row = example_of(Row({"prompt": "2 + 2 =", "completion": " 4"}, "x:1", 1), "prompt_completion", {})
+    row = parse_example(Row({"prompt": "2 + 2 =", "completion": " 4"}, "x:1", 1), "prompt_completion", {})
     found = Template(begins, "plain").encode(row)
     assert begins.decode(found.ids) == "<|endoftext|>2 + 2 = 4<|im_end|>"
     assert learnt(begins, found) == [" 4<|im_end|>"]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.prepare.checks import REASONS, Finding, RefusedCount, across_parts, few_rows, in_table, leak, repeats
+from trainer.data.prepare.checks import REASONS, Finding, RejectedCount, across_parts, few_rows, in_table, leak, repeats
 from trainer.data.prepare.encode import DOUBLE_BOS, FACTS, NO_END, TRUNCATED
-from trainer.data.sources.rows import Refused
+from trainer.data.sources.rows import RejectedRow
 
 
 def facts(rows: int, **columns: Any) -> np.ndarray:
@@ -86,9 +86,9 @@ def test_one_class_is_found_by_file_and_only_in_short_answers() -> None:
 
 
 def test_refused_rows_are_counted_by_reason() -> None:
-    rows = [Refused(f"a:{i}", "null" if i % 3 else "too_long", "is", "raw") for i in range(12)]
+    rows = [RejectedRow(f"a:{i}", "null" if i % 3 else "too_long", "is", "raw") for i in range(12)]
     for on_too_long, level, numbers in (("error", "refused", (12, 0)), ("drop", "left_out", (8, 4))):
-        count = RefusedCount(on_too_long)
+        count = RejectedCount(on_too_long)
         count.add(rows[:5])
         count.add(rows[5:])
         assert (count.refused, count.dropped) == numbers

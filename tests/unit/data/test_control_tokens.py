@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.tokenizers import LLAMA_LIKE, QWEN_LIKE, llama3_like, sentencepiece_like, with_template
-from trainer.data.formats.formats import Example, Turn, example_of
+from trainer.data.formats.formats import Example, Turn, parse_example
 from trainer.data.sources.open import Row, RowError
 from trainer.data.templates.template import Template
 
@@ -118,8 +118,8 @@ def test_in_tools_they_are_refused(tokenizer: Any, where: str, text: str) -> Non
             message["reasoning_content"] = hostile
     row = Row({"messages": [{"role": "user", "content": "a"}, message], "tools": tools}, "chats.jsonl:3", 3)
     with pytest.raises(RowError, match=r"chats\.jsonl:3: holds the control token <\|.* in its tools") as caught:
-        Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(example_of(row, "chat", {}))
-    assert caught.value.reason == "control_token"
+        Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(parse_example(row, "chat", {}))
+    assert caught.value.code == "control_token"
 
 
 def test_markers_that_are_not_called_special() -> None:
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_cannot_read_them_as_text() -> None:
     assert used.decode(template.encode(Example(turns, "x:1", 1)).ids).replace(" ", "") == "ab</s>"
     with pytest.raises(RowError, match="x:1: holds the text of the control token </s>") as caught:
         template.encode(Example((Turn("user", "a</s>"), turns[1]), "x:1", 1))
-    assert caught.value.reason == "control_token"
+    assert caught.value.code == "control_token"
 
 
 def test_a_control_token_that_swallows_spaces_is_not_learnt() -> None:

@@ -64,7 +64,7 @@ def assistant(**message: Any) -> dict[str, Any]:
     ("fields", "reason", "told"),
     [
         ({"messages": []}, "bad_turns", "messages: is an empty list"),
-        ({"messages": CHAT[:1]}, "nothing_learnt", "no assistant turn"),
+        ({"messages": CHAT[:1]}, "empty_loss_mask", "no assistant turn"),
         ({"messages": None}, "null", "messages"),
         ({"messages": "q"}, "wrong_type", "a list of messages"),
         ({"messages": ["q"]}, "wrong_type", "messages[0]"),
@@ -93,5 +93,5 @@ def assistant(**message: Any) -> dict[str, Any]:
 )
 def test_chat_refuses(fields: dict[str, Any], reason: str, told: str) -> None:
     found = refused(fields)
-    assert found.reason == reason
+    assert found.code == reason
     assert told in str(found)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.metrics import CHAT, read, refused, row, said
-from trainer.data.formats.formats import Turn, example_of, recognise
+from trainer.data.formats.formats import Turn, parse_example, recognise
 from trainer.data.sources.open import RowError
 from trainer.errors import DataError
 
@@ -37,7 +37,7 @@ def test_formats_are_told_apart_by_their_fields(fields: dict[str, Any], name: st
 def test_unknown_fields_are_answered_with_columns() -> None:
     columns = {"instruction": "Frage", "output": "Antwort"}
     assert recognise(row({"Frage": "a", "Antwort": "b"}), "auto", columns) == "alpaca"
-    for fields, cure in (
+    for fields, hint in (
         ({"question": "a", "reply": "b"}, "data.columns={prompt: question, completion: reply}"),
         ({"instruction": "a", "response": "b", "context": "c"}, "data.columns={output: response}"),
         ({"Instruction": "a", "Output": "b"}, "data.columns={instruction: Instruction, output: Output}"),
@@ -48,18 +48,18 @@ def test_unknown_fields_are_answered_with_columns() -> None:
             recognise(row(fields), "auto", {})
         assert not isinstance(caught.value, RowError)  # it is about the file
         assert "alpaca needs instruction, output" in str(caught.value)
-        assert str(caught.value).endswith(cure)
+        assert str(caught.value).endswith(hint)
     with pytest.raises(DataError, match=r"data\.columns\.instructions=x: is no field .* did you mean instruction$"):
         recognise(row({"x": "a"}), "alpaca", {"instructions": "x"})
 
 
 def test_a_column_that_a_row_lacks() -> None:
     found = refused({"q": "a"}, "alpaca", {"instruction": "q", "output": "answer"})
-    assert found.reason == "missing_field"
+    assert found.code == "missing_field"
     assert "answer" in str(found)
     assert "data.columns.output" in str(found)
     assert (
-        refused({"q": "a", "output": "b"}, "alpaca", {"instruction": "q", "input": "context"}).reason == "missing_field"
+        refused({"q": "a", "output": "b"}, "alpaca", {"instruction": "q", "input": "context"}).code == "missing_field"
     )
     renamed = read({"q": "a", "instruction": "not this", "output": "b"}, "alpaca", {"instruction": "q"})
     assert renamed.turns[0].text == "a"
@@ -107,7 +107,7 @@ def test_alpaca() -> None:
 def test_alpaca_refuses(change: dict[str, Any], reason: str) -> None:
     fields = {"instruction": "x", "input": "", "output": "y", **change}
     found = refused({k: v for k, v in fields.items() if v is not ...}, "alpaca")
-    assert found.reason == reason
+    assert found.code == reason
     assert next(iter(change)) in str(found)
     assert "→" in str(found)
 
@@ -123,18 +123,18 @@ def test_prompt_and_completion() -> None:
         ("user", "q", False),
         ("assistant", " b", True),
     ]
-    assert refused({"prompt": "", "completion": "a"}).reason == "empty_prompt"
-    assert refused({"prompt": "q", "completion": " "}).reason == "empty_answer"
-    assert refused({"prompt": CHAT, "completion": CHAT[:1]}).reason == "nothing_learnt"
-    assert refused({"prompt": "q", "completion": None}).reason == "null"
-    assert refused({"prompt": "q"}, "prompt_completion").reason == "missing_field"
+    assert refused({"prompt": "", "completion": "a"}).code == "empty_prompt"
+    assert refused({"prompt": "q", "completion": " "}).code == "empty_answer"
+    assert refused({"prompt": CHAT, "completion": CHAT[:1]}).code == "empty_loss_mask"
+    assert refused({"prompt": "q", "completion": None}).code == "null"
+    assert refused({"prompt": "q"}, "prompt_completion").code == "missing_field"
 
 
 def test_text() -> None:
     found = read({"text": " kept\r\n"})
     assert (found.turns, found.text, found.answer) == ((), " kept\r\n", "")
-    assert refused({"text": "\n"}).reason == "empty_answer"
-    assert refused({"text": 1}).reason == "wrong_type"
+    assert refused({"text": "\n"}).code == "empty_answer"
+    assert refused({"text": 1}).code == "wrong_type"
 
 
 def test_multiple_choice() -> None:
@@ -170,7 +170,7 @@ def test_multiple_choice() -> None:
     ],
 )
 def test_multiple_choice_refuses(change: dict[str, Any], reason: str) -> None:
-    assert refused({**MC, **change}).reason == reason
+    assert refused({**MC, **change}).code == reason
 
 
 words = st.sampled_from(
@@ -198,7 +198,7 @@ def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(data: st.DataObj
     fields = {name: data.draw(value) for name in fields_of[format]}
     told = ""
     try:
-        found = example_of(row(fields), format, {})
+        found = parse_example(row(fields), format, {})
         assert found.text or found.answer.strip() or any(turn.extra for turn in found.turns)
     except RowError as error:
         told = str(error)

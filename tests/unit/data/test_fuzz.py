@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
-from trainer.data.prepare.encode import Encoder, Recipe
+from trainer.data.prepare.encode import Encoder, EncodingSpec
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources.open import open_source
 from trainer.errors import DataError
@@ -111,10 +111,10 @@ def test_no_row_is_lost_and_nothing_is_raised(tmp_path: Path, tokenizer: Any, fo
     path = tmp_path / "fuzz.jsonl"
     lines = lines_of(format)[:: 1 if ends == b"\n" else 10]
     path.write_bytes(ends.join(lines))
-    encoder = Encoder(Recipe(tokenizer, format, {}, "chat", "user", "assistant", 256, "truncate"))
+    encoder = Encoder(EncodingSpec(tokenizer, format, {}, "chat", "user", "assistant", 256, "truncate"))
     kept: list[int] = []
     refused: list[int] = []
-    for chunk in open_source(Part(str(path), format=format)).chunks():
+    for chunk in open_source(DatasetSpec(str(path), format=format)).chunks():
         batch = encoder.batch(chunk)
         kept += batch.facts["line"].tolist()
         refused += [int(row.where.removeprefix("fuzz.jsonl:")) for row in batch.refused]
@@ -136,7 +136,7 @@ def test_a_file_of_any_bytes_is_prepared_or_told(tmp_path: Path, tokenizer: Any,
     path.write_bytes(b"\n".join(mutated(row, rng) if rng.random() < 0.5 else row for _ in range(rng.randrange(4))))
     told = ""
     try:
-        kept = len(prepare(Part(str(path)), DataConfig(path=str(path)), tokenizer, tmp_path / "cache"))
+        kept = len(prepare(DatasetSpec(str(path)), DataConfig(path=str(path)), tokenizer, tmp_path / "cache"))
     except DataError as error:
         kept, told = 0, str(error)
     assert kept or "fuzz.jsonl" in told

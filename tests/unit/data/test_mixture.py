@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.tokenizers import write_rows
 from trainer.config import load
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.load import Data, load_data
 from trainer.data.mixture import at_most, mix, repeated
 from trainer.errors import DataError
@@ -29,7 +29,7 @@ ROWS = np.asarray([2, 3, 5, 8, 13, 21])
     st.integers(0, 9),
 )
 def test_each_row_as_often_as_its_share(rows: list[int], use: float, seed: int) -> None:
-    part = Part("a", rows=use) if isinstance(use, int) else Part("a", weight=use)
+    part = DatasetSpec("a", rows=use) if isinstance(use, int) else DatasetSpec("a", weight=use)
     given_rows = np.asarray(rows)
     found = repeated(given_rows, part, 0, seed)
     wanted = use if isinstance(use, int) else max(1, round(use * len(rows)))
@@ -45,22 +45,22 @@ def test_each_row_as_often_as_its_share(rows: list[int], use: float, seed: int) 
 
 
 def test_weights_in_words() -> None:
-    assert repeated(ROWS, Part("a"), 0, 0) is ROWS
-    assert list(repeated(ROWS, Part("a", weight=2.0), 0, 0)) == sorted([*ROWS, *ROWS])
-    half = repeated(ROWS, Part("a", weight=0.5), 0, 0)
+    assert repeated(ROWS, DatasetSpec("a"), 0, 0) is ROWS
+    assert list(repeated(ROWS, DatasetSpec("a", weight=2.0), 0, 0)) == sorted([*ROWS, *ROWS])
+    half = repeated(ROWS, DatasetSpec("a", weight=0.5), 0, 0)
     assert len(set(half)) == 3
-    more = Counter(repeated(ROWS, Part("a", weight=1.5), 0, 0).tolist())
+    more = Counter(repeated(ROWS, DatasetSpec("a", weight=1.5), 0, 0).tolist())
     assert sorted(more.values()) == [1, 1, 1, 2, 2, 2]
-    draws = {tuple(repeated(np.arange(40), Part("a", weight=0.5), n, s)) for n in range(3) for s in range(3)}
+    draws = {tuple(repeated(np.arange(40), DatasetSpec("a", weight=0.5), n, s)) for n in range(3) for s in range(3)}
     assert len(draws) == 9, "the seed and the part's number both decide"
     with pytest.raises(DataError, match=r"data\.path\[1\]\.rows=3: b has no row to train on"):
-        repeated(ROWS[:0], Part("b", rows=3), 1, 0)
-    assert len(repeated(ROWS[:0], Part("b", weight=2.0), 1, 0)) == 0
+        repeated(ROWS[:0], DatasetSpec("b", rows=3), 1, 0)
+    assert len(repeated(ROWS[:0], DatasetSpec("b", weight=2.0), 1, 0)) == 0
 
 
 def test_parts_are_told_apart_by_where_they_begin() -> None:
     begins = np.asarray([0, 4, 4, 30])  # the second part has no row at all
-    found = mix(ROWS, begins, [Part("a", weight=2.0), Part("b"), Part("c", rows=2)], 0)
+    found = mix(ROWS, begins, [DatasetSpec("a", weight=2.0), DatasetSpec("b"), DatasetSpec("c", rows=2)], 0)
     assert list(found[:4]) == [2, 2, 3, 3]
     assert len(found) == 6
     assert set(found[4:]) <= {5, 8, 13, 21}

@@ -17,9 +17,9 @@ import pytest
 
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import with_template, write_rows
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
-from trainer.data.formats.formats import example_of
+from trainer.data.formats.formats import parse_example
 from trainer.data.prepare.encode import SCHEMA
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources.rows import Row
@@ -34,12 +34,12 @@ def test_the_table_holds_what_the_template_makes(asked: Asked) -> None:
     found, template = asked(), Template(asked.tokenizer, "chat")
     assert len(found) == len(ROWS)
     for i, (row, record) in enumerate(zip(ROWS, found.table, strict=True)):
-        encoded = template.encode(example_of(Row(row, "", 0), "alpaca", {}))
+        encoded = template.encode(parse_example(Row(row, "", 0), "alpaca", {}))
         assert record["input_ids"] == encoded.ids
         assert record["labels"] == encoded.labels
         assert (record["prompt_length"], record["answer"]) == (encoded.prompt_length, row["output"])
         assert (found.lengths[i], found.label_counts[i]) == (len(encoded.ids), sum(encoded.labels))
-        assert (record["file"], record["line"], found.name_of(i)) == (0, i + 1, f"rows.jsonl:{i + 1}")
+        assert (record["file"], record["line"], found.row_name(i)) == (0, i + 1, f"rows.jsonl:{i + 1}")
     assert (found.refused, found.dropped, found.truncated) == (0, 0, 0)
     assert (found.format, found.names, asked.refused(found)) == ("alpaca", ("rows.jsonl",), [])
     assert found.lengths.dtype == found.label_counts.dtype == np.int32
@@ -178,7 +178,7 @@ def test_processes_at_once_build_once(asked: Asked, tmp_path: Path) -> None:
 
         start.wait()
         data = DataConfig(path=str(asked.path))
-        assert len(prepare(Part(str(asked.path)), data, asked.tokenizer, asked.cache, say)) == len(ROWS)
+        assert len(prepare(DatasetSpec(str(asked.path)), data, asked.tokenizer, asked.cache, say)) == len(ROWS)
 
     children = [context.Process(target=child) for _ in range(4)]
     for process in children:

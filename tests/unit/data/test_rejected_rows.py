@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import adds_bos, write_rows
-from trainer.data.formats.formats import example_of
-from trainer.data.prepare.encode import Recipe, fit
+from trainer.data.formats.formats import parse_example
+from trainer.data.prepare.encode import EncodingSpec, fit
 from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError
@@ -23,7 +23,7 @@ def test_too_long_is_refused(asked: Asked) -> None:
     found = asked(max_length=longest - 1)
     (finding,) = (f for f in found.findings if f.level == "refused")
     assert (found.refused, found.dropped) == (finding.count, 0) == (len(ROWS) - len(found), 0)
-    assert finding.where[0] == asked.refused(found)[0]["where"] == every.name_of(int(np.argmax(every.lengths)))
+    assert finding.where[0] == asked.refused(found)[0]["where"] == every.row_name(int(np.argmax(every.lengths)))
     assert f"is {longest} tokens long, over data.max_length={longest - 1}" in asked.refused(found)[0]["message"]
 
 
@@ -33,7 +33,7 @@ def test_too_long_is_left_out(asked: Asked) -> None:
     found = asked(max_length=limit, on_too_long="drop")
     kept = [i for i, length in enumerate(every.lengths) if length <= limit]
     assert [r["input_ids"] for r in found.table] == [every.table[i]["input_ids"] for i in kept]
-    assert [found.name_of(k) for k in range(len(kept))] == [every.name_of(i) for i in kept]
+    assert [found.row_name(k) for k in range(len(kept))] == [every.row_name(i) for i in kept]
     assert found.dropped == len(ROWS) - len(kept) > 0
     assert found.refused == 0
     assert [row["reason"] for row in asked.refused(found)] == ["too_long"] * found.dropped
@@ -67,21 +67,21 @@ def test_an_answer_is_never_cut(asked: Asked) -> None:
     assert f"has an answer of {answer} tokens" in row["message"]
 
 
-def recipe(tokenizer: Any, **keys: Any) -> Recipe:
+def recipe(tokenizer: Any, **keys: Any) -> EncodingSpec:
     given = {"template": "chat", "alpaca_role": "user", "train_on": "completion", "on_too_long": "truncate"}
-    return Recipe(tokenizer, "alpaca", {}, **{**given, **keys})
+    return EncodingSpec(tokenizer, "alpaca", {}, **{**given, **keys})
 
 
 def test_a_cut_keeps_the_begin_token_and_cuts_text_at_its_end(tokenizer: Any) -> None:
     begins = adds_bos(tokenizer, "<|endoftext|>")
     template = Template(begins, "alpaca_short")
-    whole = template.encode(example_of(Row({"instruction": "word " * 9, "output": "yes"}, "", 0), "alpaca", {}))
+    whole = template.encode(parse_example(Row({"instruction": "word " * 9, "output": "yes"}, "", 0), "alpaca", {}))
     limit = len(whole.ids) - 4
     cut = fit(whole, recipe(begins, max_length=limit), "", False, template.bos_id)
     assert cut.ids == [template.bos_id, *whole.ids[5:]]
     assert cut.labels == [False, *whole.labels[5:]]
     assert (cut.prompt_length, len(cut.ids)) == (whole.prompt_length - 4, limit)
-    text = template.encode(example_of(Row({"text": "word " * 9}, "", 0), "text", {}))
+    text = template.encode(parse_example(Row({"text": "word " * 9}, "", 0), "text", {}))
     cut = fit(text, recipe(begins, max_length=12), "", True, template.bos_id)
     assert (cut.ids, cut.labels, cut.prompt_length) == (text.ids[:12], text.labels[:12], 0)
 
@@ -89,12 +89,12 @@ def test_a_cut_keeps_the_begin_token_and_cuts_text_at_its_end(tokenizer: Any) ->
 def test_a_cut_never_takes_every_label(tokenizer: Any) -> None:
     said = ("user", "q"), ("assistant", "first"), ("user", "long " * 20), ("assistant", "the second")
     chat = {"messages": [{"role": role, "content": text} for role, text in said]}
-    whole = Template(tokenizer, "chat", train_on="assistant").encode(example_of(Row(chat, "", 0), "chat", {}))
+    whole = Template(tokenizer, "chat", train_on="assistant").encode(parse_example(Row(chat, "", 0), "chat", {}))
     short = len(whole.ids) - whole.prompt_length
     for length in range(8, short + 1):
         with pytest.raises(RowError, match="answer of") as caught:
             fit(whole, recipe(tokenizer, max_length=length), "a:1", False, None)
-        assert caught.value.reason == "too_long"
+        assert caught.value.code == "too_long"
     for length in range(short + 1, len(whole.ids)):
         cut = fit(whole, recipe(tokenizer, max_length=length), "a:1", False, None)
         assert any(cut.labels[1:])

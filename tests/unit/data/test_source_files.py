@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.sources import hf_datasets as hub
-from trainer.data.sources.file_hashes import digests_of
-from trainer.data.sources.open import CHUNK_LINES, Refused, Row, Source, open_source, rows_of
+from trainer.data.sources.file_hashes import hash_files
+from trainer.data.sources.open import CHUNK_LINES, RejectedRow, Row, Source, open_source, parse_rows
 from trainer.errors import DataError
 
 ROWS = [{"messages": [{"role": "user", "content": f"q {i}"}], "n": i, "none": None} for i in range(5)]
@@ -26,11 +26,11 @@ LONG_AGO = 1_000_000_000
 
 
 def source(path: Path | str, **keys: Any) -> Source:
-    return open_source(Part(str(path), **keys))
+    return open_source(DatasetSpec(str(path), **keys))
 
 
-def read(found: Source) -> list[Row | Refused]:
-    return [row for chunk in found.chunks() for row in rows_of(chunk)]
+def read(found: Source) -> list[Row | RejectedRow]:
+    return [row for chunk in found.chunks() for row in parse_rows(chunk)]
 
 
 def fields(path: Path | str, **keys: Any) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def test_a_glob_is_sorted_and_recursive(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("path", "rule"),
+    ("path", "reason"),
     [
         ("none.jsonl", "there is no such file"),
         ("*.nothing", "matches no file"),
@@ -82,14 +82,14 @@ def test_a_glob_is_sorted_and_recursive(tmp_path: Path, monkeypatch: pytest.Monk
         ("a.jsonl.zip", "is of no known kind"),
     ],
 )
-def test_what_cannot_be_opened_is_told(tmp_path: Path, path: str, rule: str) -> None:
+def test_what_cannot_be_opened_is_told(tmp_path: Path, path: str, reason: str) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("code/a.py", "a.gz", "a.parquet.gz", "a.jsonl.zip"):
         put(tmp_path, name)
     with pytest.raises(DataError) as caught:
         source(tmp_path / path)
-    assert rule in str(caught.value)
-    assert caught.value.cure
+    assert reason in str(caught.value)
+    assert caught.value.hint
     assert "\n" not in str(caught.value)
 
 
@@ -146,14 +146,14 @@ def test_a_hub_data_set_is_read_like_any(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     digests = set()
     for split, rows in (("train", ROWS), ("test", ROWS[::-1])):
-        part = Part("owner/name", split=split)
+        part = DatasetSpec("owner/name", split=split)
         found = Source(part, (), (f"owner/name/{split}",), hub.load_hub(part))
         assert [row.fields for row in read(found) if isinstance(row, Row)] == rows
         assert read(found)[4].where == f"owner/name/{split}:5"
         digests |= {found.digest(), found.digest()}
     assert len(digests) == 2
     with pytest.raises(DataError, match=r"data\.split=no: owner/name: .*train.*test"):
-        hub.load_hub(Part("owner/name", split="no"))
+        hub.load_hub(DatasetSpec("owner/name", split="no"))
 
 
 def test_arrow_streams_big_batches_and_texts_that_are_none(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_arrow_streams_big_batches_and_texts_that_are_none(tmp_path: Path) -> No
     texts = pa.array([b"good", b"\xff", b"end"]).view(pa.string())
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     first, bad, last = read(source(tmp_path / "a.parquet"))
-    assert isinstance(bad, Refused)
+    assert isinstance(bad, RejectedRow)
     assert (bad.where, bad.reason, bad.raw) == ("a.parquet:2", "not_utf8", "\\xff")
     assert [r.where for r in (first, last)] == ["a.parquet:1", "a.parquet:3"]
     pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "twice.parquet")
@@ -206,28 +206,28 @@ def test_the_digest_holds_all_that_rows_depend_on(tmp_path: Path) -> None:
 
 def test_digests_are_remembered_and_never_wrong(tmp_path: Path) -> None:
     path, memory = put(tmp_path, "a.jsonl", "old"), tmp_path / "cache" / "digests.json"
-    true = digests_of([path])
-    assert digests_of([path], memory) == true
+    true = hash_files([path])
+    assert hash_files([path], memory) == true
     assert not memory.exists(), "a file written a moment ago may be written again within the same tick"
     os.utime(path, (LONG_AGO, LONG_AGO))
-    assert digests_of([path], memory) == true
+    assert hash_files([path], memory) == true
     known = json.loads(memory.read_text())
     assert known[str(path)][-1] == true[0]
     memory.write_text(json.dumps({str(path): [*known[str(path)][:-1], "f" * 64]}))
-    assert digests_of([path], memory) == ["f" * 64], "it is the memory that answers, not the file"
+    assert hash_files([path], memory) == ["f" * 64], "it is the memory that answers, not the file"
     path.write_text("new")
     os.utime(path, (LONG_AGO, LONG_AGO))
-    assert digests_of([path], memory) == digests_of([path]) != true
+    assert hash_files([path], memory) == hash_files([path]) != true
     for broken in (b"", b"{", b"[]", b"\xff", b"3", json.dumps({str(path): [1, 2, 3, 4, "x"]}).encode()):
         memory.write_bytes(broken)
-        assert digests_of([path], memory) == digests_of([path])
-    assert digests_of([path], path / "under" / "a-file.json") == digests_of([path])
+        assert hash_files([path], memory) == hash_files([path])
+    assert hash_files([path], path / "under" / "a-file.json") == hash_files([path])
     assert sorted(file.name for file in memory.parent.iterdir()) == ["digests.json"]
 
 
 def _digest_often(path: Path, memory: Path) -> None:
     for _ in range(50):
-        assert digests_of([path], memory) == digests_of([path])
+        assert hash_files([path], memory) == hash_files([path])
         memory.unlink(missing_ok=True)
 
 
@@ -242,5 +242,5 @@ def test_many_processes_share_a_memory(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    digests_of(paths, memory)
+    hash_files(paths, memory)
     assert set(json.loads(memory.read_text())) == {str(path) for path in paths}

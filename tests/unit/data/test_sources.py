@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.sources import readers
-from trainer.data.sources.open import Chunk, Refused, Row, open_source, rows_of
+from trainer.data.sources.open import Chunk, RejectedRow, Row, open_source, parse_rows
 from trainer.errors import DataError
 
 ROWS = [{"instruction": f'q {i}, "so"\nand é 😀', "output": f" a {i}\t" * (i + 1)} for i in range(7)]
@@ -27,8 +27,8 @@ GOOD = b'{"instruction": "a", "output": "b"}'
 files = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
-def read(path: Path, **keys: Any) -> list[Row | Refused]:
-    return [row for chunk in open_source(Part(str(path), **keys)).chunks() for row in rows_of(chunk)]
+def read(path: Path, **keys: Any) -> list[Row | RejectedRow]:
+    return [row for chunk in open_source(DatasetSpec(str(path), **keys)).chunks() for row in parse_rows(chunk)]
 
 
 def fields(path: Path, **keys: Any) -> list[dict[str, Any]]:
@@ -37,8 +37,8 @@ def fields(path: Path, **keys: Any) -> list[dict[str, Any]]:
     return [row.fields for row in found if isinstance(row, Row)]
 
 
-def refused(path: Path) -> list[Refused]:
-    return [row for row in read(path) if isinstance(row, Refused)]
+def refused(path: Path) -> list[RejectedRow]:
+    return [row for row in read(path) if isinstance(row, RejectedRow)]
 
 
 def put(folder: Path, name: str, content: bytes | str) -> Path:
@@ -57,7 +57,7 @@ def zstd(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("line", "reason", "rule"),
+    ("line", "code", "reason"),
     [
         (b"{", "broken_json", "is not JSON"),
         (b'{"a": 1,}', "broken_json", "is not JSON"),
@@ -73,14 +73,14 @@ def zstd(content: bytes) -> bytes:
         (b'{"a": "\0"}', "broken_json", "control character"),
     ],
 )
-def test_a_bad_line_is_refused_in_its_place(tmp_path: Path, line: bytes, reason: str, rule: str) -> None:
+def test_a_bad_line_is_refused_in_its_place(tmp_path: Path, line: bytes, code: str, reason: str) -> None:
     first, bad, last = read(put(tmp_path, "rows.jsonl", b"\n".join([GOOD, b"", line, GOOD])))
     assert isinstance(first, Row)
     assert isinstance(last, Row)
     assert (first.where, last.where) == ("rows.jsonl:1", "rows.jsonl:4")
-    assert isinstance(bad, Refused)
-    assert (bad.where, bad.reason) == ("rows.jsonl:3", reason)
-    assert rule in bad.message
+    assert isinstance(bad, RejectedRow)
+    assert (bad.where, bad.reason) == ("rows.jsonl:3", code)
+    assert reason in bad.message
     assert " → " in bad.message
     assert len(bad.message) < 250
     assert bad.raw == line.decode(errors="backslashreplace")[:2000]
@@ -166,13 +166,13 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
         {"a": "9", "b": ""},
         "wrong_type",
     ]
-    texts = [r.raw for r in found if isinstance(r, Refused)]
+    texts = [r.raw for r in found if isinstance(r, RejectedRow)]
     assert texts == ["3", "4,5,6", "7,\\xff", '8,"x"y', '10,"open\r\n11,12']
-    assert "line 7, byte 2" in found[3].message if isinstance(found[3], Refused) else False
+    assert "line 7, byte 2" in found[3].message if isinstance(found[3], RejectedRow) else False
 
 
 @pytest.mark.parametrize(
-    ("content", "rule"),
+    ("content", "reason"),
     [
         ("a,b,a\n1,2,3\n", "names a column twice (a)"),
         ("a;b\n1;2\n", "separated by ';'"),
@@ -180,10 +180,10 @@ def test_csv_rows_that_do_not_fit(tmp_path: Path) -> None:
         ("\xff".encode("latin-1"), "no header that can be read"),
     ],
 )
-def test_a_header_that_cannot_be_used(tmp_path: Path, content: bytes | str, rule: str) -> None:
+def test_a_header_that_cannot_be_used(tmp_path: Path, content: bytes | str, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         read(put(tmp_path, "a.csv", content))
-    assert rule in str(caught.value)
+    assert reason in str(caught.value)
     assert str(caught.value).startswith("a.csv:1:")
 
 
@@ -224,7 +224,7 @@ def test_json_files(tmp_path: Path, content: bytes | str, expected: list[Any]) -
 
 
 @pytest.mark.parametrize(
-    ("content", "rule"),
+    ("content", "reason"),
     [
         ('[{"a": 1},\n{"a": 2]', "a.json:2: is not JSON (Expecting ',' delimiter)"),
         ('[{"a": 1},\n{"a": 2}', "a.json:2: is not JSON (Expecting ',')"),
@@ -235,10 +235,10 @@ def test_json_files(tmp_path: Path, content: bytes | str, expected: list[Any]) -
         ('[\n{"a": ' + "9" * 5000 + "}]", "a.json:2: is not JSON (a number has too many digits)"),
     ],
 )
-def test_broken_json_files_name_the_line(tmp_path: Path, content: str, rule: str) -> None:
+def test_broken_json_files_name_the_line(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         read(put(tmp_path, "a.json", content))
-    assert str(caught.value).startswith(rule)
+    assert str(caught.value).startswith(reason)
     assert "→" in str(caught.value)
 
 
@@ -279,7 +279,7 @@ def test_any_bytes_end_as_rows_refused_or_blank(tmp_path: Path, content: bytes) 
     for row, place in zip(found, places, strict=True):
         if isinstance(row, Row):
             assert row.fields == json.loads(lines[place - 1].decode("utf-8-sig").strip())
-        json.dumps(row.raw if isinstance(row, Refused) else 0, ensure_ascii=False).encode()
+        json.dumps(row.raw if isinstance(row, RejectedRow) else 0, ensure_ascii=False).encode()
 
 
 @files
@@ -307,7 +307,7 @@ def test_any_rows_come_back_and_chunks_do_not_matter(tmp_path: Path, rows: list[
         for lines, size in ((1, 1 << 20), (2, 1 << 20), (1000, 1), (1000, 30)):
             patch.setattr(readers, "CHUNK_LINES", lines)
             patch.setattr(readers, "CHUNK_BYTES", size)
-            chunks = list(open_source(Part(str(path))).chunks())
+            chunks = list(open_source(DatasetSpec(str(path))).chunks())
             assert all(0 < len(chunk.lines) <= lines for chunk in chunks)
             again: Iterator[Chunk] = iter(pickle.loads(pickle.dumps(chunks)))
-            assert [row for chunk in again for row in rows_of(chunk)] == expected
+            assert [row for chunk in again for row in parse_rows(chunk)] == expected

@@ -195,11 +195,11 @@ def test_alpaca_role(tokenizer: Any, role: str) -> None:
 
 @pytest.mark.parametrize("trimmed", ["all", "user", "assistant"])
 def test_a_template_that_trims(tokenizer: Any, trimmed: str) -> None:
-    rule = {"all": "true", "user": "message.role == 'user'", "assistant": "message.role == 'assistant'"}[trimmed]
+    reason = {"all": "true", "user": "message.role == 'user'", "assistant": "message.role == 'assistant'"}[trimmed]
     trims = with_template(
         tokenizer,
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{{ message.content | trim if " + rule + " else message.content }}<|im_end|>\n{% endfor %}"
+        "{{ message.content | trim if " + reason + " else message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     )
     template = Template(trims, "chat")

@@ -51,7 +51,7 @@ def test_arguments_as_a_string(tokenizer: Any) -> None:
     assert both.encode(rows[0]) == both.encode(rows[1])
     with pytest.raises(RowError, match="quotes the arguments of weather twice") as caught:
         Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(rows[1])
-    assert caught.value.reason == "template"
+    assert caught.value.code == "template"
 
 
 def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_template_that_loses_tools_is_refused(tokenizer: Any, how: str, templa
     messages = [KYOTO[1], {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, *KYOTO[3:]]
     with pytest.raises(RowError, match=told) as caught:
         Template(with_template(tokenizer, template), "chat").encode(chat(messages, tools=[WEATHER]))
-    assert caught.value.reason == "template"
+    assert caught.value.code == "template"
     assert "→" in str(caught.value)
     assert "\n" not in str(caught.value)
     for name in ("alpaca", "alpaca_short", "plain"):

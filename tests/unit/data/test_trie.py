@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers.architectures import MODELS
-from trainer.data.batching import micro_batch as micro
+from trainer.data.batching import trie_paths
 from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.trie import build
-from trainer.engine.verify_trie import why_not
+from trainer.engine.verify_trie import trie_obstacle
 from trainer.kernels import trie_attention as attention
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, along, register
@@ -89,17 +89,17 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(examples(), st.integers(1, 8), st.integers(3, 60), st.one_of(st.none(), st.integers(1, 4)))
 def test_split_lays_every_example_once_within_the_limits(
-    rows: list[Tokens], world_size: int, tokens: int, most_rows: int | None
+    rows: list[Tokens], world_size: int, tokens: int, max_rows: int | None
 ) -> None:
-    layout = Packing(True, Limits(most_rows, tokens), 0).split(rows, world_size)
+    layout = Packing(True, Limits(max_rows, tokens), 0).split(rows, world_size)
     assert sorted(i for rank in layout.micros for micro in rank for i in micro) == list(range(len(rows)))
     assert len({len(rank) for rank in layout.micros}) == 1
     computed = 0
     for laid in (m for rank in layout.micros for m in rank if m):
         nodes = len(build([rows[i].ids for i in laid], [rows[i].labels for i in laid]).ids)
         computed += nodes
-        assert len(laid) <= (most_rows or len(rows))
-        assert most_rows is not None or nodes <= tokens or len(laid) == 1
+        assert len(laid) <= (max_rows or len(rows))
+        assert max_rows is not None or nodes <= tokens or len(laid) == 1
     assert computed == layout.computed_tokens
 
 
@@ -115,7 +115,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, LabelLoss]:
     model = MODELS[request.param]().double()
     register()
     model.set_attn_implementation(KERNEL)
-    assert why_not(model) is None
+    assert trie_obstacle(model) is None
     return model, LabelLoss(model)
 
 
@@ -182,10 +182,10 @@ def test_long_stretches_are_cut_and_keys_gathered_again(
     """What only long rows meet, on short ones: the limits of a row of queries, of a bucket, and of copies kept."""
     expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
     with (
-        patch.object(micro, "LEAST_QUERIES", 1),
-        patch.object(micro, "MOST_QUERIES", most_queries),
-        patch.object(micro, "MOST_KEYS", most_keys),
-        patch.object(attention, "MOST_COPIES", copies),
+        patch.object(trie_paths, "MIN_QUERIES", 1),
+        patch.object(trie_paths, "MAX_QUERIES", most_queries),
+        patch.object(trie_paths, "MAX_KEYS", most_keys),
+        patch.object(attention, "MAX_COPIES", copies),
     ):
         found, others = loss_and_gradients(case, Packing(True, Limits(None, 4096), 0), rows)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -197,9 +197,9 @@ def test_copies_of_a_long_document_are_bounded() -> None:
     """Fifty questions about one document: it is cut into few rows of queries, and no bucket holds many keys."""
     document = np.arange(3000, dtype=np.int32)
     rows = [np.concatenate([document, np.full(20, 5000 + k, np.int32)]) for k in range(50)]
-    paths = micro.paths_of(build(rows, [np.ones(len(r), dtype=bool) for r in rows]))
+    paths = trie_paths.build_paths(build(rows, [np.ones(len(r), dtype=bool) for r in rows]))
     assert len(paths.place) == 3000 + 50 * 20
-    assert max(b.keys.numel() for b in paths.buckets) <= micro.MOST_KEYS
+    assert max(b.keys.numel() for b in paths.buckets) <= trie_paths.MAX_KEYS
     gathered = sum(b.keys.numel() for b in paths.buckets)
     assert gathered <= 50 * 3020 + 6 * 3020
-    assert paths.copies > attention.MOST_COPIES
+    assert paths.copies > attention.MAX_COPIES

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from trainer.data.prepare.encode import Encoder, Recipe
+from trainer.data.prepare.encode import Encoder, EncodingSpec
 from trainer.data.prepare.workers import encoded
 from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
@@ -29,8 +29,8 @@ def chunks(number: int, rows: int = 20) -> Iterator[Chunk]:
 
 
 @pytest.fixture
-def recipe(tokenizer: Any) -> Recipe:
-    return Recipe(tokenizer, "alpaca", {}, "chat", "user", "completion", 200, "error")
+def recipe(tokenizer: Any) -> EncodingSpec:
+    return EncodingSpec(tokenizer, "alpaca", {}, "chat", "user", "completion", 200, "error")
 
 
 def serving(parent: int | None = None) -> list[psutil.Process]:
@@ -43,7 +43,7 @@ def gone(processes: list[psutil.Process], seconds: float = 60) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-def test_workers_are_light_and_work_ahead_a_little_only(recipe: Recipe) -> None:
+def test_workers_are_light_and_work_ahead_a_little_only(recipe: EncodingSpec) -> None:
     read: list[int] = []
 
     def watched() -> Iterator[Chunk]:
@@ -63,7 +63,7 @@ def test_workers_are_light_and_work_ahead_a_little_only(recipe: Recipe) -> None:
     assert gone(workers)
 
 
-def test_leaving_early_leaves_no_worker(recipe: Recipe) -> None:
+def test_leaving_early_leaves_no_worker(recipe: EncodingSpec) -> None:
     batches = encoded(chunks(1000), recipe, 2)
     next(batches)
     workers = serving()
@@ -72,7 +72,7 @@ def test_leaving_early_leaves_no_worker(recipe: Recipe) -> None:
     assert gone(workers)
 
 
-def test_a_worker_that_dies_is_told(recipe: Recipe) -> None:
+def test_a_worker_that_dies_is_told(recipe: EncodingSpec) -> None:
     batches = encoded(chunks(1000), recipe, 2)
     next(batches)
     workers = serving()
@@ -82,18 +82,18 @@ def test_a_worker_that_dies_is_told(recipe: Recipe) -> None:
     assert gone(workers)
 
 
-def test_what_is_wrong_with_the_template_is_told_as_in_one_process(recipe: Recipe) -> None:
+def test_what_is_wrong_with_the_template_is_told_as_in_one_process(recipe: EncodingSpec) -> None:
     bare = dataclasses.replace(recipe, template="no/such.jinja")
     told = []
     for workers in (1, 2):
         with pytest.raises(DataError) as caught:
             next(encoded(chunks(3), bare, workers))
-        told.append((str(caught.value), caught.value.what, caught.value.cure))
+        told.append((str(caught.value), caught.value.what, caught.value.hint))
     assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_its_parent(recipe: Recipe, number: signal.Signals) -> None:
+def test_no_worker_outlives_its_parent(recipe: EncodingSpec, number: signal.Signals) -> None:
     def parent() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
         for _ in encoded(chunks(10**9), recipe, 2):
@@ -113,7 +113,7 @@ def test_no_worker_outlives_its_parent(recipe: Recipe, number: signal.Signals) -
     assert gone(workers, 30), f"{time.monotonic() - begin:.0f} s later"
 
 
-def test_a_scheduler_that_signals_every_process_stops_no_worker(recipe: Recipe) -> None:
+def test_a_scheduler_that_signals_every_process_stops_no_worker(recipe: EncodingSpec) -> None:
     batches = encoded(chunks(30), recipe, 2)
     next(batches)
     for worker in serving():

@@ -19,7 +19,7 @@ from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.trie import Trie
 from trainer.data.batching.trie_paths import Bucket, Paths
 from trainer.data.load import Data
-from trainer.engine.verify_trie import BOUNDS, choose_packing, proof_rows, prove, smallest_window
+from trainer.engine.verify_trie import BOUNDS, choose_packing, smallest_window, verification_rows, verify
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register
@@ -112,14 +112,14 @@ def _change_trie(patch: pytest.MonkeyPatch, change: Callable[[Trie], None]) -> N
 
 
 def _change_paths(patch: pytest.MonkeyPatch, change: Callable[[Paths], None]) -> None:
-    right = micro.paths_of
+    right = micro.build_paths
 
     def wrong(trie: Trie) -> Paths:
         paths = right(trie)
         change(paths)
         return paths
 
-    patch.setattr(micro, "paths_of", wrong)
+    patch.setattr(micro, "build_paths", wrong)
 
 
 def sees_a_sibling(patch: pytest.MonkeyPatch) -> None:
@@ -199,8 +199,8 @@ def test_no_mistake_gets_past(name: str, mistake: Any, dtype: torch.dtype, monke
     mistake(monkeypatch)
     model, loss = made(name, dtype)
     if dtype == torch.float32:
-        for rows in proof_rows(config(), DATA, smallest_window(model))[:1]:
-            proof = prove(model, loss, rows, 0)
+        for rows in verification_rows(config(), DATA, smallest_window(model))[:1]:
+            proof = verify(model, loss, rows, 0)
             assert max(proof.loss_distance, proof.gradient_distance) > 30 * BOUNDS[torch.float32]
     packing, why = choose_packing(model, loss, config("auto"), DATA, 0)
     assert not packing.shares
@@ -243,7 +243,7 @@ def test_smallest_window(name: str, window: int | None) -> None:
 
 
 def test_rows_of_the_proof_hold_the_hard_cases() -> None:
-    (rows,) = proof_rows(config(), DATA, None)
+    (rows,) = verification_rows(config(), DATA, None)
     words = [tuple(r.ids.tolist()) for r in rows]
     assert len(set(words[:-2])) == len(words) - 2
     assert words[-2] in words[:-2]
@@ -289,7 +289,7 @@ def stack(model: Any) -> Any:
 
 @pytest.fixture
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "MOST_WHOLE", 0)
+    monkeypatch.setattr(layers, "MAX_WHOLE_PARAMETERS", 0)
 
 
 @pytest.mark.usefixtures("everything_is_large")
@@ -342,9 +342,9 @@ def test_no_mistake_gets_past_the_first_layers_of_an_adapted_model(
         with monkeypatch.context() as patch:
             mistake(patch)
             model, loss = deep("llama", adapter=True, layers=adapted)
-            rows = proof_rows(config(), DATA, None)[0]
+            rows = verification_rows(config(), DATA, None)[0]
             with layers.first_layers(model):
-                proof = prove(model, loss, rows, 0)
+                proof = verify(model, loss, rows, 0)
             assert proof.gradient_distance > 30 * BOUNDS[torch.float32]
 
 
@@ -353,7 +353,7 @@ def test_a_large_model_in_16_bits_is_tried_in_fp32_where_its_beginning_is_small(
     model, loss = deep("llama")
     model = model.to(torch.bfloat16)
     beginning = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stack(model)[2:].parameters())
-    monkeypatch.setattr("trainer.engine.verify_trie.MOST_FP32", beginning)
+    monkeypatch.setattr("trainer.engine.verify_trie.MAX_FP32_PARAMETERS", beginning)
     one_label_too_many(monkeypatch)  # small enough to be lost in 16 bits
     assert "in float32; 1.0e-04 is allowed" in choose_packing(model, loss, config(), DATA, 0)[1]
 
@@ -362,6 +362,6 @@ def test_small_models_and_those_with_few_layers_are_tried_whole(monkeypatch: pyt
     model, _ = deep("llama")
     with layers.first_layers(model) as words:
         assert (words, len(stack(model))) == ("", 6)
-    monkeypatch.setattr(layers, "MOST_WHOLE", 0)
+    monkeypatch.setattr(layers, "MAX_WHOLE_PARAMETERS", 0)
     with layers.first_layers(made("llama", torch.float32)[0]) as words:
         assert words == ""

@@ -10,7 +10,7 @@ import torch
 
 from trainer.config.schema import GenerateConfig, MethodConfig, ModelConfig
 from trainer.data.templates.template import Template
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [template.encode_prompt(text) for text in PROMPTS]
 
 
-def sampler(model: Any, tokenizer: Any, end_ids: tuple[int, ...] = (), **keys: Any) -> Sampler:
-    return Sampler(model, tokenizer, GenerateConfig(**keys), end_ids, CPU)
+def sampler(model: Any, tokenizer: Any, end_ids: tuple[int, ...] = (), **keys: Any) -> Generator:
+    return Generator(model, tokenizer, GenerateConfig(**keys), end_ids, CPU)
 
 
 def stock_greedy(model: Any, prompt: list[int], tokens: int, end_ids: set[int]) -> list[int]:

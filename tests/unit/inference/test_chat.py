@@ -17,7 +17,7 @@ from tests.helpers.finished_run import finished, tiny
 from trainer.config.schema import GenerateConfig
 from trainer.data.templates.template import Template
 from trainer.errors import ConfigError, DataError
-from trainer.evaluation.generator import Sampler
+from trainer.evaluation.generator import Generator
 from trainer.inference.chat import Chat
 from trainer.inference.run_model import load_run
 from trainer.methods import load_adapter
@@ -106,7 +106,7 @@ def test_an_answer_comes_piece_by_piece_and_whole_letters_only(tokenizer: Any, m
             return out
 
     pieces: list[str] = []
-    sampler = Sampler(model, tokenizer, GenerateConfig(max_new_tokens=len(wanted) + 5), [], torch.device("cpu"))
+    sampler = Generator(model, tokenizer, GenerateConfig(max_new_tokens=len(wanted) + 5), [], torch.device("cpu"))
     sampler.options["logits_processor"] = [Says()]
     assert sampler.stream(prompt, pieces.append) == (text, "end")
     assert "".join(pieces) == text

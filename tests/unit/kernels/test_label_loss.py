@@ -239,7 +239,8 @@ def test_in_chunks_under_a_frozen_output_layer(model: Any) -> None:
     assert sum(met[1:]) == len(batch.source) + 1, "each label once, and one look at what follows the layer"
     torch.testing.assert_close(found[1][0], found[0][0])
     for whole, chunked in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-7)
+        # relative to the whole tensor: single entries near zero differ by more, machine by machine
+        assert (chunked - whole).norm() <= 1e-5 * whole.norm()
 
 
 def test_a_rank_with_fewer_labels_calls_the_output_layer_as_often(model: Any) -> None:
@@ -251,7 +252,7 @@ def test_a_rank_with_fewer_labels_calls_the_output_layer_as_often(model: Any) ->
     model.get_output_embeddings().register_forward_hook(lambda _, args, out: met.append(args[0].shape[-2]))
     for batch in (padded(rows, range(2), pad_id=0), padded([], [], pad_id=0)):
         met.clear()
-        found = loss(model, dataclasses.replace(batch, most_labels=12))
+        found = loss(model, dataclasses.replace(batch, max_labels=12))
         found.backward()
         assert len(met) in (12 + 11, 12 + 11 + 1)
         torch.testing.assert_close(found, stock_loss_sum(model, rows if batch.rows else []), rtol=1e-5, atol=1e-6)

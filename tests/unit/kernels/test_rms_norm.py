@@ -13,14 +13,14 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.helpers.architectures import MODELS
-from trainer.kernels.rms_norm import lighten
+from trainer.kernels.rms_norm import patch_rms_norms
 
 
 def pair(width: int, dtype: torch.dtype, eps: float = 1e-6) -> tuple[Any, Any]:
     stock = LlamaRMSNorm(width, eps).to(dtype)
     nn.init.normal_(stock.weight)
     light = copy.deepcopy(stock)
-    assert lighten(nn.ModuleList([light])) == 1
+    assert patch_rms_norms(nn.ModuleList([light])) == 1
     return stock, light
 
 
@@ -67,5 +67,5 @@ def test_only_where_it_is_the_same_formula(name: str, changed: int) -> None:
     model = MODELS[name]()
     tokens = torch.arange(12)[None]
     expected = model(tokens).logits
-    assert lighten(model) == changed
+    assert patch_rms_norms(model) == changed
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)

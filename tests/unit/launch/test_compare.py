@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launch.compare.compare
-from launch.compare.candidates import Entrant
+from launch.compare.candidates import Candidate
 from launch.compare.compare import best_rate, compare, next_rate, plan
 from launch.trials import Trial
 from trainer.config import load, run_folder, to_yaml
@@ -34,7 +34,7 @@ class Runs:
         self.diverges = math.inf
         self.stop_at: str | None = None
 
-    def carry_out(self, trial: Trial, label: str, _: Any = None) -> tuple[int, str]:
+    def run_if_needed(self, trial: Trial, label: str, _: Any = None) -> tuple[int, str]:
         assert label
         folder = trial.folder
         rate = trial.config.optim.learning_rate
@@ -65,7 +65,7 @@ class Runs:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.compare.compare, "carry_out", made.carry_out)
+    monkeypatch.setattr(launch.compare.compare, "run_if_needed", made.run_if_needed)
     return made
 
 
@@ -74,14 +74,14 @@ def methods(*names: str) -> str:
 
 
 def configs(*overrides: str) -> list[Any]:
-    return [entrant.config for entrant in plan([*TINY, *overrides])[1]]
+    return [candidate.config for candidate in plan([*TINY, *overrides])[1]]
 
 
 def test_the_default_list_is_every_method() -> None:
-    folder, entrants = plan(["debug=tiny", "run.dir=there"])
+    folder, candidates = plan(["debug=tiny", "run.dir=there"])
     assert folder.parent == Path("there")
-    assert [entrant.refused for entrant in entrants] == [None] * 13
-    kinds = [(e.config.method.name, e.config.method.r, e.config.method.bits, e.config.method.dora) for e in entrants]
+    assert [candidate.refused for candidate in candidates] == [None] * 13
+    kinds = [(e.config.method.name, e.config.method.r, e.config.method.bits, e.config.method.dora) for e in candidates]
     assert kinds[:8] == [
         ("full", None, 16, False),
         *(("lora", r, 16, False) for r in (8, 16, 32, 64)),
@@ -90,7 +90,7 @@ def test_the_default_list_is_every_method() -> None:
         ("lora", 16, 16, True),
     ]
     assert [kind[0] for kind in kinds[8:]] == ["adalora", "prefix", "prompt", "ia3", "bottleneck"]
-    assert len({str(entrant.config.data) for entrant in entrants}) == 1
+    assert len({str(candidate.config.data) for candidate in candidates}) == 1
 
 
 def test_each_has_its_own_learning_rate_unless_one_is_typed() -> None:
@@ -107,8 +107,8 @@ def test_a_key_of_method_is_for_the_methods_that_have_it() -> None:
 
 
 def test_the_untrained_model_is_scored_once() -> None:
-    folder, entrants = plan([*TINY, methods("full", "lora r=8", "ia3")])
-    assert ["eval.before=false" in entrant.overrides for entrant in entrants] == [False, True, True]
+    folder, candidates = plan([*TINY, methods("full", "lora r=8", "ia3")])
+    assert ["eval.before=false" in candidate.overrides for candidate in candidates] == [False, True, True]
     assert folder == Path("there/c")
 
 
@@ -240,7 +240,7 @@ def test_equal_losses_take_the_lower_rate() -> None:
 def test_an_entrant_says_nothing_that_it_does_not_have() -> None:
     from launch.compare.report import collect
 
-    records = collect([Entrant("lora", []), Entrant("full", [], refused="why")])
+    records = collect([Candidate("lora", []), Candidate("full", [], refused="why")])
     assert [record["status"] for record in records] == ["not run", "refused"]
     assert {key for record in records for key, value in record.items() if value not in (None, {})} == {
         "method",

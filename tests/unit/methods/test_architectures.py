@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, trainable_parameters
 from trainer.methods.bottleneck import places
-from trainer.methods.targets import down_names, target_names, unreached
+from trainer.methods.targets import describe_unreached, down_names, target_names
 from trainer.models.loading import load_model, use_trie_kernel
 
 CPU = torch.device("cpu")
@@ -170,13 +170,13 @@ def test_a_router_is_trained_only_when_it_is_named() -> None:
 def test_what_no_adapter_reaches_is_said(bits: int) -> None:
     model = tiny("mixtral")
     experts = [p for layer in model.model.layers for p in layer.mlp.experts.parameters()]
-    said = unreached(model, bits)
+    said = describe_unreached(model, bits)
     assert said is not None
     assert said.startswith(f"experts: {sum(p.numel() for p in experts):,} weights (experts.down_proj, experts.gate_up_")
     assert ("are not quantised" in said) == (bits < 16)
-    assert unreached(tiny("llama"), bits) is None
+    assert describe_unreached(tiny("llama"), bits) is None
     conv = nn.Conv1d(4, 4, 3)
-    assert unreached(nn.Sequential(conv), bits) is None, "a convolution is no expert"
+    assert describe_unreached(nn.Sequential(conv), bits) is None, "a convolution is no expert"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -187,4 +187,4 @@ def test_quantising_passes_over_experts(bits: int, tmp_path: Path) -> None:
     layer = model.model.layers[0]
     assert layer.self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
     assert {p.dtype for p in layer.mlp.experts.parameters()} == {torch.bfloat16}
-    assert "are not quantised" in (unreached(model, bits) or "")
+    assert "are not quantised" in (describe_unreached(model, bits) or "")

@@ -219,14 +219,14 @@ def test_verify_finds_any_changed_byte(saved: Saved) -> None:
 def test_verify_finds_missing_extra_and_misshapen_tensors(saved: Saved) -> None:
     tensors = load_file(saved.file)
     name = sorted(tensors)[3]
-    for changed, rule in (
+    for changed, reason in (
         ({n: t for n, t in tensors.items() if n != name}, "other tensors than meant"),
         ({**tensors, "odd": torch.ones(1)}, "other tensors than meant"),
         ({**tensors, name: tensors[name].T.contiguous()}, "does not read back"),
         ({**tensors, name: torch.zeros(0)}, "does not read back"),  # what a naive save under ZeRO-3 leaves
     ):
         save_file(changed, saved.file)
-        with pytest.raises(CheckpointError, match=rule):
+        with pytest.raises(CheckpointError, match=reason):
             verify_adapter(saved.folder, saved.expected)
 
 

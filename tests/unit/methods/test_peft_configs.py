@@ -15,15 +15,15 @@ from torch import Tensor
 from tests.helpers.architectures import MODELS
 from trainer.config.method import METHODS, MethodConfig
 from trainer.config.rules.method import adalora_times
-from trainer.config.suggestions import leaves
+from trainer.config.suggestions import config_fields
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import (
     OrthogonalTerm,
     RankAllocator,
     attach,
+    copy_initial_weights,
     load_adapter,
     save_adapter,
-    start_in_base,
     trainable_parameters,
 )
 from trainer.methods.adalora import orthogonal_gradient
@@ -79,7 +79,7 @@ def kind(request: pytest.FixtureRequest) -> MethodConfig:
 def learnt(kind: MethodConfig) -> tuple[Any, dict[str, Tensor]]:
     """A model some steps after its start, and what its adapters started as in the base."""
     model = attach(base(), kind, seed=0, total_steps=10)
-    start = start_in_base(model, kind)
+    start = copy_initial_weights(model, kind)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
     for _ in range(3):
         out = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
@@ -232,6 +232,6 @@ def test_what_adalora_trains_on_a_16_bit_base() -> None:
 
 
 def test_every_activation_of_the_schema_is_one() -> None:
-    for name in leaves()["method.activation"].field.metadata["choices"]:
+    for name in config_fields()["method.activation"].field.metadata["choices"]:
         model = attach(base(), MethodConfig(**{**KINDS["bottleneck"], "activation": name}), seed=0)
         assert torch.isfinite(logits(model)).all()

@@ -17,7 +17,7 @@ from tests.unit.methods.test_peft_configs import IDS, KINDS, base, learnt, logit
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.methods import Switch, load_adapter, save_adapter, trainable_parameters, virtual_tokens
+from trainer.methods import AdapterSwitcher, load_adapter, save_adapter, trainable_parameters, virtual_tokens
 from trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def load(folder: Path, bits: int = 16) -> Any:
 
 
 def test_every_kind_after_every_other_is_what_a_fresh_load_gives(folders: dict[str, Path], base_folder: Path) -> None:
-    switch = Switch(load(base_folder), {**folders, "base": None})
+    switch = AdapterSwitcher(load(base_folder), {**folders, "base": None})
     before = {n: p.clone() for n, p in switch.model.state_dict().items()}
     alone = logits(load(base_folder))
     expected = {n: logits(load_adapter(load(base_folder), f).eval()) for n, f in folders.items()}
@@ -71,7 +71,7 @@ def test_every_kind_after_every_other_is_what_a_fresh_load_gives(folders: dict[s
 @pytest.mark.parametrize("bits", [8, 4])
 def test_on_a_quantised_base(bits: int, folders: dict[str, Path], base_folder: Path) -> None:
     names = ["lora", "ia3", "prompt", "prefix", "bottleneck", "adalora", *(["dora"] if bits == 4 else [])]
-    switch = Switch(load(base_folder, bits), {**{n: folders[n] for n in names}, "base": None})
+    switch = AdapterSwitcher(load(base_folder, bits), {**{n: folders[n] for n in names}, "base": None})
     alone = logits(switch.model)
     for one, other in zip(names, [*names[3:], *names[:3]], strict=True):
         first, _, again = (logits(switch.use(name)) for name in (one, other, one))
@@ -99,7 +99,7 @@ def test_biases_that_were_trained_are_given_back(tmp_path: Path) -> None:
                 parameter.data.normal_()
         model.save_pretrained(str(tmp_path / name))
     folders = {name: tmp_path / name for name in ("all", "lora_only")}
-    switch = Switch(biased(), {**folders, "base": None})
+    switch = AdapterSwitcher(biased(), {**folders, "base": None})
     for name in ("all", "base", "lora_only", "all", "lora_only", "base"):
         fresh = load_adapter(biased(), folders[name]).eval() if name != "base" else biased()
         assert torch.equal(logits(switch.use(name)), logits(fresh)), name
@@ -113,7 +113,7 @@ def answers(model: Any) -> Tensor:
 def test_answers_are_those_of_a_fresh_load(folders: dict[str, Path], base_folder: Path) -> None:
     """PEFT's wrapper leaves its own way to prepare inputs on the base when it has generated."""
     names = ["prompt", "base", "prefix", "lora", "prompt", "bottleneck"]
-    switch = Switch(load(base_folder), {**folders, "base": None})
+    switch = AdapterSwitcher(load(base_folder), {**folders, "base": None})
     for name in names:
         fresh = load(base_folder) if name == "base" else load_adapter(load(base_folder), folders[name]).eval()
         assert torch.equal(answers(switch.use(name)), answers(fresh)), name
@@ -130,7 +130,7 @@ def test_what_fails_leaves_the_base_alone(folders: dict[str, Path], base_folder:
     pissa.mkdir()
     (pissa / "adapter_config.json").write_text(json.dumps({**facts, "init_lora_weights": "pissa"}))
     every = {"torn": torn, "pissa": pissa, "lora": folders["lora"], "base": None}
-    switch = Switch(load(base_folder), every)
+    switch = AdapterSwitcher(load(base_folder), every)
     expected = logits(switch.use("lora"))
     for name, told in (("torn", "does not fit"), ("pissa", "would change the base")):
         with pytest.raises(CheckpointError, match=told):
@@ -144,6 +144,6 @@ def test_what_fails_leaves_the_base_alone(folders: dict[str, Path], base_folder:
 
 
 def test_virtual_tokens_are_counted(folders: dict[str, Path], base_folder: Path) -> None:
-    switch = Switch(load(base_folder), {**folders, "base": None})
+    switch = AdapterSwitcher(load(base_folder), {**folders, "base": None})
     found = {name: virtual_tokens(switch.use(name)) for name in ("base", "lora", "prompt", "prefix", "bottleneck")}
     assert found == {"base": 0, "lora": 0, "prompt": 3, "prefix": 3, "bottleneck": 0}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainer.config import load
 from trainer.config.schema import LOWER_IS_BETTER, EvalConfig
 from trainer.errors import ConfigError
-from trainer.training.monitor import Verdict, Watch
+from trainer.training.monitor import Decision, EvalMonitor
 
 METRICS = ("eval_loss", "eval_perplexity", "exact_match", "chrf")
 
@@ -22,7 +22,7 @@ def keys(**given: Any) -> EvalConfig:
     return EvalConfig(**{"overfit_gap": None, "every_steps": 1, **given})
 
 
-def evaluations(watch: Watch, values: list[float], metric: str = "eval_loss") -> list[Verdict]:
+def evaluations(watch: EvalMonitor, values: list[float], metric: str = "eval_loss") -> list[Decision]:
     return [watch.evaluated(step, {metric: value}) for step, value in enumerate(values, 1)]
 
 
@@ -36,7 +36,7 @@ def evaluations(watch: Watch, values: list[float], metric: str = "eval_loss") ->
     ],
 )
 def test_new_bests(metric: str, values: list[float], best: list[int]) -> None:
-    watch = Watch(keys(best_metric=metric))
+    watch = EvalMonitor(keys(best_metric=metric))
     verdicts = evaluations(watch, values, metric)
     assert [step for step, verdict in enumerate(verdicts, 1) if verdict.is_best] == best
     assert watch.best_step == best[-1]
@@ -45,19 +45,19 @@ def test_new_bests(metric: str, values: list[float], best: list[int]) -> None:
 
 
 def test_the_evaluation_before_training_is_no_best() -> None:
-    watch = Watch(keys(best_metric="eval_loss", patience=1))
-    assert watch.evaluated(0, {"eval_loss": 0.1}) == Verdict()
+    watch = EvalMonitor(keys(best_metric="eval_loss", patience=1))
+    assert watch.evaluated(0, {"eval_loss": 0.1}) == Decision()
     assert watch.evaluated(2, {"eval_loss": 5.0}).is_best
 
 
 def test_patience_counts_evaluations_in_a_row() -> None:
-    watch = Watch(keys(best_metric="eval_loss", patience=2))
+    watch = EvalMonitor(keys(best_metric="eval_loss", patience=2))
     stops = [verdict.stop for verdict in evaluations(watch, [3.0, 3.5, 2.0, 2.5, 2.1])]
     assert stops == [None] * 4 + ["2 evaluations in a row without a new best eval_loss"]
 
 
 def test_patience_alone_keeps_the_last_weights() -> None:
-    watch = Watch(keys(patience=1))
+    watch = EvalMonitor(keys(patience=1))
     verdicts = evaluations(watch, [3.0, 2.0, 2.5])
     assert not any(verdict.is_best for verdict in verdicts), "no checkpoint is to be saved"
     assert watch.best_step is None
@@ -65,12 +65,12 @@ def test_patience_alone_keeps_the_last_weights() -> None:
 
 
 def test_nothing_asked_nothing_said() -> None:
-    watch = Watch(keys())
-    assert evaluations(watch, [1.0, 2.0, 3.0]) == [Verdict()] * 3
+    watch = EvalMonitor(keys())
+    assert evaluations(watch, [1.0, 2.0, 3.0]) == [Decision()] * 3
 
 
 def test_what_could_not_be_saved_may_be_beaten() -> None:
-    watch = Watch(keys(best_metric="eval_loss"))
+    watch = EvalMonitor(keys(best_metric="eval_loss"))
     evaluations(watch, [3.0, 1.0])
     watch.not_saved()
     assert watch.best_step == 1
@@ -78,7 +78,7 @@ def test_what_could_not_be_saved_may_be_beaten() -> None:
     assert watch.best_step == 3
 
 
-def overfit(watch: Watch, *rounds: tuple[list[float], float]) -> list[Verdict]:
+def overfit(watch: EvalMonitor, *rounds: tuple[list[float], float]) -> list[Decision]:
     verdicts = []
     for step, (losses, eval_loss) in enumerate(rounds, 1):
         for loss in losses:
@@ -88,7 +88,7 @@ def overfit(watch: Watch, *rounds: tuple[list[float], float]) -> list[Verdict]:
 
 
 def test_the_warning_comes_once_a_crossing_with_both_numbers() -> None:
-    watch = Watch(keys(overfit_gap=0.5))
+    watch = EvalMonitor(keys(overfit_gap=0.5))
     rounds = ([9.0, 3.0], 3.0), ([2.0, 1.0], 2.25), ([1.0], 2.0), ([1.0], 1.5), ([1.0, 0.5], 1.5)
     first, second, third, fourth, fifth = (verdict.warning for verdict in overfit(watch, *rounds))
     assert first is third is fourth is None, "a gap of 0.5 is not more than 0.5"
@@ -98,32 +98,32 @@ def test_the_warning_comes_once_a_crossing_with_both_numbers() -> None:
     assert "eval.best_metric=eval_loss" in second
     assert fifth is not None
     assert "0.7500 above" in fifth
-    chosen = overfit(Watch(keys(overfit_gap=0.5, best_metric="eval_loss")), ([1.0], 2.0))[0].warning
+    chosen = overfit(EvalMonitor(keys(overfit_gap=0.5, best_metric="eval_loss")), ([1.0], 2.0))[0].warning
     assert chosen is not None
     assert "eval.best_metric" not in chosen, "it is set already"
 
 
 def test_the_run_stops_where_the_gap_is_too_wide() -> None:
     rounds = [([1.0], 1.25), ([1.0], 1.75)]
-    verdicts = overfit(Watch(keys(overfit_gap=0.5, stop_on_overfit=True, patience=1)), *rounds)
+    verdicts = overfit(EvalMonitor(keys(overfit_gap=0.5, stop_on_overfit=True, patience=1)), *rounds)
     expected = "overfitting: eval_loss 1.7500 is 0.7500 above the mean training loss 1.0000"
     assert [verdict.stop for verdict in verdicts] == [None, expected]
     # asked for in a run that is over the gap already: the next evaluation stops it, without a second warning
-    warned = Watch(keys(overfit_gap=0.5))
+    warned = EvalMonitor(keys(overfit_gap=0.5))
     overfit(warned, *rounds)
-    (later,) = overfit(Watch(keys(overfit_gap=0.5, stop_on_overfit=True), warned.state()), ([1.0], 1.75))
+    (later,) = overfit(EvalMonitor(keys(overfit_gap=0.5, stop_on_overfit=True), warned.state()), ([1.0], 1.75))
     assert (later.stop, later.warning) == (expected, None)
 
 
 def test_without_a_loss_there_is_no_gap() -> None:
-    watch = Watch(EvalConfig())
+    watch = EvalMonitor(EvalConfig())
     watch.trained(1.0)
-    assert watch.evaluated(1, {"exact_match": 0.5}) == Verdict()
+    assert watch.evaluated(1, {"exact_match": 0.5}) == Decision()
 
 
 def test_a_metric_that_no_row_has_is_told() -> None:
     with pytest.raises(ConfigError, match=r"eval\.best_metric=exact_match: no held-out row"):
-        Watch(keys(best_metric="exact_match")).evaluated(0, {"eval_loss": 1.0})
+        EvalMonitor(keys(best_metric="exact_match")).evaluated(0, {"eval_loss": 1.0})
 
 
 ROUNDS = st.lists(
@@ -144,14 +144,14 @@ ASKED = st.builds(
 )
 
 
-def play(asked: EvalConfig, rounds: list[Any], cut: int | None) -> tuple[list[Verdict], Any]:
+def play(asked: EvalConfig, rounds: list[Any], cut: int | None) -> tuple[list[Decision], Any]:
     """All verdicts and the last state; saved and restored, as JSON, after so many events."""
-    watch, events, verdicts = Watch(asked), 0, []
+    watch, events, verdicts = EvalMonitor(asked), 0, []
 
-    def restored(watch: Watch) -> Watch:
+    def restored(watch: EvalMonitor) -> EvalMonitor:
         nonlocal events
         events += 1
-        return Watch(asked, json.loads(json.dumps(watch.state()))) if events == cut else watch
+        return EvalMonitor(asked, json.loads(json.dumps(watch.state()))) if events == cut else watch
 
     for step, (losses, scores, saved) in enumerate(rounds, 1):
         for loss in losses:
@@ -191,17 +191,19 @@ def test_verdicts_are_those_of_the_whole_history(asked: EvalConfig, rounds: list
 
 
 def test_the_state_of_another_question_starts_fresh() -> None:
-    watch = Watch(keys(best_metric="eval_loss"))
+    watch = EvalMonitor(keys(best_metric="eval_loss"))
     watch.trained(2.0)
     watch.evaluated(1, {"eval_loss": 1.0, "chrf": 0.5})
     watch.trained(3.0)
     state = watch.state()
-    assert Watch(keys(best_metric="eval_loss", patience=3), state).best_step == 1
+    assert EvalMonitor(keys(best_metric="eval_loss", patience=3), state).best_step == 1
     for other in (keys(best_metric="chrf"), keys(best_metric="eval_loss", max_rows=4), keys()):
-        again = Watch(other, state)
+        again = EvalMonitor(other, state)
         assert again.best is None
         assert (again.losses, again.steps) == (3.0, 1)
-    assert Watch(keys(best_metric="eval_loss"), None).state() == Watch(keys(best_metric="eval_loss")).state()
+    assert (
+        EvalMonitor(keys(best_metric="eval_loss"), None).state() == EvalMonitor(keys(best_metric="eval_loss")).state()
+    )
 
 
 HELD_OUT = ["debug=tiny", "eval.every_steps=2"]
@@ -219,11 +221,11 @@ HELD_OUT = ["debug=tiny", "eval.every_steps=2"]
     ],
 )
 def test_keys_that_go_together(overrides: list[str], watched: str | None) -> None:
-    assert Watch(load([*HELD_OUT, *overrides]).eval).metric == watched
+    assert EvalMonitor(load([*HELD_OUT, *overrides]).eval).metric == watched
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told", "cure"),
+    ("overrides", "told", "hint"),
     [
         (["eval.best_metric=loss"], "must be among eval_loss", "eval.best_metric=eval_loss"),
         (["eval.best_metric=exact"], "must be among", "eval.best_metric=exact_match"),
@@ -240,9 +242,9 @@ def test_keys_that_go_together(overrides: list[str], watched: str | None) -> Non
         (["eval.overfit_gap=-1"], "greater than 0", "eval.overfit_gap=0.5"),
     ],
 )
-def test_keys_that_could_do_nothing_are_refused(overrides: list[str], told: str, cure: str) -> None:
+def test_keys_that_could_do_nothing_are_refused(overrides: list[str], told: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load([*HELD_OUT, *overrides])
     message = str(caught.value)
     assert told in message
-    assert cure in message.partition("→")[2]
+    assert hint in message.partition("→")[2]

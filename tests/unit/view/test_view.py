@@ -244,5 +244,5 @@ def test_refused_rows_are_read_by_reason(tmp_path: Path) -> None:
 
 
 def test_the_refusal_is_told_in_the_overview(data: Data, tokenizer: Any) -> None:
-    refusal = DataError("data.max_refused", value=0, rule="no", cure="yes")
+    refusal = DataError("data.max_refused", value=0, reason="no", hint="yes")
     assert collect.facts(data, config(), tokenizer, refusal).error == "data.max_refused=0: no → yes"

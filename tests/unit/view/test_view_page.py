@@ -106,7 +106,7 @@ def test_nothing_of_the_data_becomes_markup() -> None:
 def test_the_policy_allows_our_script_and_style_alone() -> None:
     read = Read(page.render(evil()))
     (policy,) = [a["content"] for tag, a in read.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    rules = dict(reason.strip().split(" ", 1) for reason in str(policy).split(";"))
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for _, text in read.raw]
     assert rules["default-src"] == "'none'"
     assert (rules["style-src"], rules["script-src"]) == (f"'sha256-{hashes[0]}'", f"'sha256-{hashes[2]}'")

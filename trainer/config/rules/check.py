@@ -20,10 +20,10 @@ from trainer.config.rules.evaluation import check_watch
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
 from trainer.config.schema import METRICS, TrainConfig
-from trainer.config.suggestions import Leaf, default_of, leaves, slurm_by_hand
+from trainer.config.suggestions import ConfigField, config_fields, default_value, slurm_by_hand
 from trainer.errors import ConfigError
 
-LONGEST_NAME = 128
+MAX_NAME_LENGTH = 128
 
 # DeepSpeed keys that afina writes, and the key of ours that decides each.
 _OURS = {
@@ -58,14 +58,14 @@ def check(config: TrainConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that ``config`` breaks."""
     _limits(config)
     check_compare(config.compare)
-    for rule in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
-        rule(config)
-    for rule in (_evaluation, _generation, _launch, _run):
-        rule(config)
+    for reason in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
+        reason(config)
+    for reason in (_evaluation, _generation, _launch, _run):
+        reason(config)
 
 
 def _limits(config: TrainConfig) -> None:
-    for name, leaf in leaves().items():
+    for name, leaf in config_fields().items():
         section, _, entry = name.partition(".")
         value = getattr(getattr(config, section), entry)
         if isinstance(value, float) and not math.isfinite(value):
@@ -74,7 +74,7 @@ def _limits(config: TrainConfig) -> None:
             _within(name, value, leaf)
 
 
-def _within(name: str, value: Any, leaf: Leaf) -> None:
+def _within(name: str, value: Any, leaf: ConfigField) -> None:
     limits: Mapping[str, Any] = leaf.field.metadata
     if "choices" in limits and value not in limits["choices"]:
         if (name, value) == ("launch.kind", "slurm"):
@@ -84,13 +84,13 @@ def _within(name: str, value: Any, leaf: Leaf) -> None:
     for limit, (words, holds) in _BOUNDS.items():
         if limit in limits and not holds(value, limits[limit]):
             # An open bound is not itself allowed, so the default is shown instead.
-            cure = limits[limit] if limit in ("ge", "le") else _example(leaf)
-            raise wrong(name, value, f"must be {words} {limits[limit]}", f"{name}={one_line(cure)}")
+            hint = limits[limit] if limit in ("ge", "le") else _example(leaf)
+            raise wrong(name, value, f"must be {words} {limits[limit]}", f"{name}={one_line(hint)}")
 
 
-def _example(leaf: Leaf) -> str:
+def _example(leaf: ConfigField) -> str:
     """The default; it keeps every limit of its own key."""
-    return one_line(default_of(leaf.field))
+    return one_line(default_value(leaf.field))
 
 
 def _nearest_choice(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -104,11 +104,11 @@ def _model(config: TrainConfig) -> None:
     if not model.name_or_path.strip():
         raise wrong("model.name_or_path", repr(model.name_or_path), "must not be empty", "model=smollm2_135m")
     if model.dtype == "fp32" and model.attention == "flash_attention_2":
-        rule = "flash attention computes in 16 bits, and model.dtype is fp32"
-        raise wrong("model.attention", model.attention, rule, "model.attention=sdpa or model.dtype=bf16")
+        reason = "flash attention computes in 16 bits, and model.dtype is fp32"
+        raise wrong("model.attention", model.attention, reason, "model.attention=sdpa or model.dtype=bf16")
     if model.dtype == "fp16" and config.zero.stage == 0:
-        rule = "fp16 needs a loss scaler, which DeepSpeed has in ZeRO stage 1 and up; zero.stage is 0"
-        raise wrong("model.dtype", model.dtype, rule, "zero=stage1 or model.dtype=bf16")
+        reason = "fp16 needs a loss scaler, which DeepSpeed has in ZeRO stage 1 and up; zero.stage is 0"
+        raise wrong("model.dtype", model.dtype, reason, "zero=stage1 or model.dtype=bf16")
 
 
 def _method(config: TrainConfig) -> None:
@@ -121,12 +121,12 @@ def _data(config: TrainConfig) -> None:
     data = config.data
     own = is_template_file(data.template)
     if data.template not in TEMPLATES and not own:
-        rule = f"must be {', '.join(TEMPLATES)}, or a file ending in {listing(TEMPLATE_SUFFIXES)}"
-        cure = f"data.template={nearest(data.template, TEMPLATES) or TEMPLATES[0]}"
-        raise wrong("data.template", data.template or "''", rule, cure)
+        reason = f"must be {', '.join(TEMPLATES)}, or a file ending in {listing(TEMPLATE_SUFFIXES)}"
+        hint = f"data.template={nearest(data.template, TEMPLATES) or TEMPLATES[0]}"
+        raise wrong("data.template", data.template or "''", reason, hint)
     if data.alpaca_role == "system" and data.template != "chat" and not own:
-        rule = f"needs a chat template, and data.template is {data.template}"
-        raise wrong("data.alpaca_role", data.alpaca_role, rule, "data.template=chat or data.alpaca_role=user")
+        reason = f"needs a chat template, and data.template is {data.template}"
+        raise wrong("data.alpaca_role", data.alpaca_role, reason, "data.template=chat or data.alpaca_role=user")
     check_columns("data.columns", data.columns)
     _max_refused(data.max_refused)
     _validation(data.validation)
@@ -135,64 +135,64 @@ def _data(config: TrainConfig) -> None:
 def _max_refused(value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or value < 0 or (isinstance(value, float) and not 0 < value < 1):
-        rule = "must be a whole number of rows, at least 0, or a share between 0 and 1"
+        reason = "must be a whole number of rows, at least 0, or a share between 0 and 1"
         whole = round(value) if number and value > 0 else 0
-        raise wrong("data.max_refused", value, rule, f"data.max_refused={whole} for rows, or 0.01 for a share")
+        raise wrong("data.max_refused", value, reason, f"data.max_refused={whole} for rows, or 0.01 for a share")
 
 
 def _validation(held_out: Any) -> None:
-    rule = "must be a whole number of rows, a share between 0 and 1, or a path"
+    reason = "must be a whole number of rows, a share between 0 and 1, or a path"
     if isinstance(held_out, bool) or not isinstance(held_out, (int, float, str)) or held_out == "":
-        raise wrong("data.validation", held_out, rule, "data.validation=0.1, or 0 to hold out none")
+        raise wrong("data.validation", held_out, reason, "data.validation=0.1, or 0 to hold out none")
     if isinstance(held_out, int) and held_out < 0:
-        raise wrong("data.validation", held_out, rule, "data.validation=0 holds out none")
+        raise wrong("data.validation", held_out, reason, "data.validation=0 holds out none")
     if isinstance(held_out, float) and not 0 < held_out < 1:
         whole = abs(round(held_out)) if math.isfinite(held_out) else 0
-        raise wrong("data.validation", held_out, rule, f"data.validation={whole} for rows, or 0.1 for a share")
+        raise wrong("data.validation", held_out, reason, f"data.validation={whole} for rows, or 0.1 for a share")
 
 
 def _batch(config: TrainConfig) -> None:
     batch = config.batch
     if batch.micro_size is not None and batch.micro_size > batch.global_size:
-        rule = f"cannot be more than batch.global_size, which is {batch.global_size}"
-        raise wrong("batch.micro_size", batch.micro_size, rule, f"batch.micro_size={batch.global_size}")
+        reason = f"cannot be more than batch.global_size, which is {batch.global_size}"
+        raise wrong("batch.micro_size", batch.micro_size, reason, f"batch.micro_size={batch.global_size}")
     if batch.micro_size is None and batch.micro_tokens < config.data.max_length:
-        rule = f"cannot hold one example of data.max_length={config.data.max_length} tokens"
-        cure = f"batch.micro_tokens={config.data.max_length}, a smaller data.max_length, or batch.micro_size=1"
-        raise wrong("batch.micro_tokens", batch.micro_tokens, rule, cure)
+        reason = f"cannot hold one example of data.max_length={config.data.max_length} tokens"
+        hint = f"batch.micro_tokens={config.data.max_length}, a smaller data.max_length, or batch.micro_size=1"
+        raise wrong("batch.micro_tokens", batch.micro_tokens, reason, hint)
 
 
 def _schedule(config: TrainConfig) -> None:
     warmup, total = config.schedule.warmup_steps, config.batch.max_steps
     if warmup is not None and total is not None and warmup > total:
-        rule = f"cannot be more than batch.max_steps, which is {total}"
-        raise wrong("schedule.warmup_steps", warmup, rule, f"schedule.warmup_steps={total // 10}")
+        reason = f"cannot be more than batch.max_steps, which is {total}"
+        raise wrong("schedule.warmup_steps", warmup, reason, f"schedule.warmup_steps={total // 10}")
 
 
 def _zero(config: TrainConfig) -> None:
     zero = config.zero
     if zero.offload_params == "cpu" and zero.stage != 3:
-        rule = f"parameters can wait in host memory at stage 3 only; zero.stage is {zero.stage}"
-        raise wrong("zero.offload_params", "cpu", rule, "zero=stage3_offload or zero.offload_params=none")
+        reason = f"parameters can wait in host memory at stage 3 only; zero.stage is {zero.stage}"
+        raise wrong("zero.offload_params", "cpu", reason, "zero=stage3_offload or zero.offload_params=none")
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
-        rule = "needs split optimizer states, stage 1 or higher; zero.stage is 0"
-        raise wrong("zero.offload_optimizer", "cpu", rule, "zero=stage2_offload or zero.offload_optimizer=none")
+        reason = "needs split optimizer states, stage 1 or higher; zero.stage is 0"
+        raise wrong("zero.offload_optimizer", "cpu", reason, "zero=stage2_offload or zero.offload_optimizer=none")
 
 
 def _zero_extra(config: TrainConfig) -> None:
     """A raw DeepSpeed key may add to what afina sets, never overrule it: not whole, not in part, not from above."""
-    for name, value in _leaves_of(config.zero.extra):
+    for name, value in _flatten_tree(config.zero.extra):
         for ours, decided_by in _OURS.items():
             if name == ours or name.startswith(ours + ".") or ours.startswith(name + "."):
-                cure = f"remove it; it is decided by {decided_by}"
-                raise wrong(f"zero.extra.{name}", value, f"conflicts with {ours}, which afina sets itself", cure)
+                hint = f"remove it; it is decided by {decided_by}"
+                raise wrong(f"zero.extra.{name}", value, f"conflicts with {ours}, which afina sets itself", hint)
 
 
-def _leaves_of(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_tree(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{above}.{key}" if above else str(key)
         if isinstance(value, Mapping) and value:
-            yield from _leaves_of(value, name)
+            yield from _flatten_tree(value, name)
         else:
             yield name, value
 
@@ -214,9 +214,9 @@ def _evaluation(config: TrainConfig) -> None:
         ("metrics", scores.metrics, ["loss"]),
     ):
         if value != neutral:
-            rule = "there are no held-out rows to score (data.validation=0)"
+            reason = "there are no held-out rows to score (data.validation=0)"
             shown = "[loss]" if name == "metrics" else one_line(neutral)
-            raise wrong(f"eval.{name}", value, rule, f"data.validation=0.1 or eval.{name}={shown}")
+            raise wrong(f"eval.{name}", value, reason, f"data.validation=0.1 or eval.{name}={shown}")
 
 
 def _generation(config: TrainConfig) -> None:
@@ -225,8 +225,8 @@ def _generation(config: TrainConfig) -> None:
         return
     for name, value in (("temperature", generate.temperature), ("top_p", generate.top_p)):
         if value != 1.0:
-            rule = "has no effect while generate.do_sample is false (greedy)"
-            raise wrong(f"generate.{name}", value, rule, f"generate.do_sample=true or generate.{name}=1.0")
+            reason = "has no effect while generate.do_sample is false (greedy)"
+            raise wrong(f"generate.{name}", value, reason, f"generate.do_sample=true or generate.{name}=1.0")
 
 
 def _launch(config: TrainConfig) -> None:
@@ -234,22 +234,24 @@ def _launch(config: TrainConfig) -> None:
     if launch.kind == "here":
         for name, value in (("nodes", launch.nodes), ("nproc_per_node", launch.nproc_per_node)):
             if value is not None and value > 1:
-                rule = "launch=here is one process"
-                raise wrong(f"launch.{name}", value, rule, f"launch=torchrun launch.{name}={value}")
+                reason = "launch=here is one process"
+                raise wrong(f"launch.{name}", value, reason, f"launch=torchrun launch.{name}={value}")
     if launch.node_rank >= launch.nodes:
-        rule = f"nodes are numbered from 0, and launch.nodes is {launch.nodes}"
-        raise wrong("launch.node_rank", launch.node_rank, rule, f"launch.node_rank={launch.nodes - 1}")
+        reason = f"nodes are numbered from 0, and launch.nodes is {launch.nodes}"
+        raise wrong("launch.node_rank", launch.node_rank, reason, f"launch.node_rank={launch.nodes - 1}")
     if launch.nodes > 1 and launch.master_port == 0:
-        rule = f"a free port cannot be agreed on by {launch.nodes} nodes"
-        raise wrong("launch.master_port", 0, rule, "launch.master_port=29500")
+        reason = f"a free port cannot be agreed on by {launch.nodes} nodes"
+        raise wrong("launch.master_port", 0, reason, "launch.master_port=29500")
 
 
 def _run(config: TrainConfig) -> None:
     name, resume = config.run.name, config.checkpoint.resume
-    if name is not None and (not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or len(name) > LONGEST_NAME):
-        rule = f"must be a plain folder name: letters, digits, . _ -, at most {LONGEST_NAME}, not starting with . or -"
-        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", redact(name)).lstrip(".-")[:LONGEST_NAME]
-        raise wrong("run.name", name if name else "''", rule, f"run.name={plain or 'my-run'}")
+    if name is not None and (not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or len(name) > MAX_NAME_LENGTH):
+        reason = (
+            f"must be a plain folder name: letters, digits, . _ -, at most {MAX_NAME_LENGTH}, not starting with . or -"
+        )
+        plain = re.sub(r"[^A-Za-z0-9._-]+", "-", redact(name)).lstrip(".-")[:MAX_NAME_LENGTH]
+        raise wrong("run.name", name if name else "''", reason, f"run.name={plain or 'my-run'}")
     if not config.run.dir.strip():
         raise wrong("run.dir", "''", "must be a folder", "run.dir=runs")
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
@@ -258,5 +260,5 @@ def _run(config: TrainConfig) -> None:
 
 def _no_checkpoint(resume: str) -> ConfigError:
     near = nearest(resume, ("auto", "never"))
-    cure = f"checkpoint.resume={near}" if near else "checkpoint.resume=runs/NAME/checkpoints/step-NNNNNNNN"
-    return wrong("checkpoint.resume", resume, "must be auto, never or a checkpoint folder that exists", cure)
+    hint = f"checkpoint.resume={near}" if near else "checkpoint.resume=runs/NAME/checkpoints/step-NNNNNNNN"
+    return wrong("checkpoint.resume", resume, "must be auto, never or a checkpoint folder that exists", hint)

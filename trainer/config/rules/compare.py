@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainer.config.messages import listing, nearest, one_line, wrong
 from trainer.config.schema import CompareConfig
-from trainer.config.suggestions import groups, is_key, leaves
+from trainer.config.suggestions import config_fields, groups, is_key
 
 CHOSEN = ("optim.learning_rate",)  # keys outside of `method` that a method may bring along
 
@@ -26,9 +26,9 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
         key, equals, value = text.partition("=")
         whole = key if "." in key else f"method.{key}"
         if not equals or not is_key(whole) or not (whole.startswith("method.") or whole in CHOSEN):
-            inside = [leaf.removeprefix("method.") for leaf in leaves() if leaf.startswith("method.")]
-            rule = f"{text} is not a key of method with its value, nor {listing(CHOSEN)}=RATE"
-            raise wrong(name, entry, rule, f"\"{name}=['{option} {nearest(key, inside) or 'r'}={value or 8}']\"")
+            inside = [leaf.removeprefix("method.") for leaf in config_fields() if leaf.startswith("method.")]
+            reason = f"{text} is not a key of method with its value, nor {listing(CHOSEN)}=RATE"
+            raise wrong(name, entry, reason, f"\"{name}=['{option} {nearest(key, inside) or 'r'}={value or 8}']\"")
         overrides.append(f"{whole}={value}")
     return option, overrides
 
@@ -43,5 +43,5 @@ def check_compare(compare: CompareConfig) -> None:
             raise wrong("compare.methods", entry, "is there twice", "name each method once")
     for multiple in compare.tune:
         if not multiple > 0:
-            rule = "must be multiples of the method's own learning rate, greater than 0"
-            raise wrong("compare.tune", one_line(multiple), rule, "compare.tune=[0.3,1,3]")
+            reason = "must be multiples of the method's own learning rate, greater than 0"
+            raise wrong("compare.tune", one_line(multiple), reason, "compare.tune=[0.3,1,3]")

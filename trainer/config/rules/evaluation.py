@@ -13,8 +13,8 @@ def check_watch(config: TrainConfig) -> None:
     keys = config.eval
     best = keys.best_metric
     if best is not None and best not in WATCHABLE:
-        cure = f"eval.best_metric={nearest(best, WATCHABLE) or WATCHABLE[0]}"
-        raise wrong("eval.best_metric", best, f"must be among {', '.join(WATCHABLE)}", cure)
+        hint = f"eval.best_metric={nearest(best, WATCHABLE) or WATCHABLE[0]}"
+        raise wrong("eval.best_metric", best, f"must be among {', '.join(WATCHABLE)}", hint)
     _something_to_watch(config)
     if best is not None:
         _scored("best_metric", best, best, keys.metrics)
@@ -22,8 +22,8 @@ def check_watch(config: TrainConfig) -> None:
         _scored("patience", keys.patience, "eval_loss", keys.metrics)
     if keys.stop_on_overfit:
         if keys.overfit_gap is None:
-            rule = "needs the gap at which to stop, and eval.overfit_gap is null"
-            raise wrong("eval.stop_on_overfit", True, rule, "eval.overfit_gap=0.5 or eval.stop_on_overfit=false")
+            reason = "needs the gap at which to stop, and eval.overfit_gap is null"
+            raise wrong("eval.stop_on_overfit", True, reason, "eval.overfit_gap=0.5 or eval.stop_on_overfit=false")
         _scored("stop_on_overfit", True, "eval_loss", keys.metrics)
 
 
@@ -39,17 +39,17 @@ def _something_to_watch(config: TrainConfig) -> None:
             continue
         neutral = f"eval.{name}={'false' if value is True else 'null'}"
         if held_out in (0, 0.0):
-            rule = "there are no held-out rows to score (data.validation=0)"
-            raise wrong(f"eval.{name}", value, rule, f"data.validation=0.1 or {neutral}")
+            reason = "there are no held-out rows to score (data.validation=0)"
+            raise wrong(f"eval.{name}", value, reason, f"data.validation=0.1 or {neutral}")
         if not keys.every_steps and not keys.every_epoch:
-            rule = "needs evaluations during training, and there is only the last one"
-            raise wrong(f"eval.{name}", value, rule, f"eval.every_steps=50, eval.every_epoch=true or {neutral}")
+            reason = "needs evaluations during training, and there is only the last one"
+            raise wrong(f"eval.{name}", value, reason, f"eval.every_steps=50, eval.every_epoch=true or {neutral}")
 
 
 def _scored(name: str, value: object, metric: str, metrics: list[str]) -> None:
     needed = "loss" if metric in LOWER_IS_BETTER else metric
     if needed not in metrics:
         scored = one_line(metrics)
-        rule = f"{metric} is not scored: eval.metrics is {scored}"
-        cure = f"eval.metrics={one_line([*metrics, needed])}"
-        raise wrong(f"eval.{name}", value, rule, cure)
+        reason = f"{metric} is not scored: eval.metrics is {scored}"
+        hint = f"eval.metrics={one_line([*metrics, needed])}"
+        raise wrong(f"eval.{name}", value, reason, hint)

@@ -55,7 +55,7 @@ class Refusal:
     holds: Callable[[Cell], bool]
     key: str
     seen: str
-    cure: str
+    hint: str
 
 
 REFUSALS = (
@@ -110,7 +110,7 @@ def _error(found: Refusal, cell: Cell) -> ConfigError:
     section, _, name = found.key.partition(".")
     values = {"model.gradient_checkpointing": cell.checkpointing, "batch.packing": cell.packing}
     value = getattr(cell.method, name) if section == "method" else values[found.key]
-    return wrong(found.key, value, found.seen, found.cure)
+    return wrong(found.key, value, found.seen, found.hint)
 
 
 def cells() -> dict[tuple[str, int, str], Cell]:

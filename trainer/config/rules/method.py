@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.config.messages import listing, nearest, one_line, wrong
 from trainer.config.method import METHODS, MethodConfig, given
-from trainer.config.suggestions import default_of
+from trainer.config.suggestions import default_value
 from trainer.errors import ConfigError
 
 TARGET_SETS = ("attention_min", "attention", "all_linear")
@@ -31,18 +31,18 @@ def check_method(method: MethodConfig) -> None:
 def _only_its_own(method: MethodConfig) -> None:
     facts = METHODS[method.name]
     for field in dataclasses.fields(MethodConfig):
-        neutral = default_of(field)
+        neutral = default_value(field)
         value = getattr(method, field.name)
         if field.name == "name" or field.name in facts.keys or value == neutral:
             continue
         owners = [name for name, other in METHODS.items() if field.name in other.keys]
-        rule = f"has no meaning for {facts.title} (method.name={method.name})"
-        cure = f"method.{field.name}={one_line(neutral)}, or method={listing(owners)}"
+        reason = f"has no meaning for {facts.title} (method.name={method.name})"
+        hint = f"method.{field.name}={one_line(neutral)}, or method={listing(owners)}"
         if field.name == "r" and method.name == "full":
-            cure = "choose all of it with method=full and rank=null, or method=lora"
+            hint = "choose all of it with method=full and rank=null, or method=lora"
         elif field.name == "r":
-            cure = f"choose it with rank=null, or method={listing(owners)}"
-        raise wrong(f"method.{field.name}", value, rule, cure)
+            hint = f"choose it with rank=null, or method={listing(owners)}"
+        raise wrong(f"method.{field.name}", value, reason, hint)
 
 
 def _all_it_needs(method: MethodConfig) -> None:
@@ -57,8 +57,8 @@ def _target_modules(value: Any) -> None:
     if isinstance(value, str):
         if value not in TARGET_SETS:
             near = nearest(value, TARGET_SETS)
-            cure = f"{name}={near}" if near else f"{name}=[{value}]"
-            raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", cure)
+            hint = f"{name}={near}" if near else f"{name}=[{value}]"
+            raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", hint)
     elif not isinstance(value, list):
         raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear")
     elif not value or not all(isinstance(item, str) and item.strip() for item in value):
@@ -69,34 +69,34 @@ def _layers(layers: list[int] | None) -> None:
     if layers is None:
         return
     if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
-        cure = "method.layers=[0,1,2], or null for all"
-        raise wrong("method.layers", layers, "must be one or more layers, each once, counted from 0", cure)
+        hint = "method.layers=[0,1,2], or null for all"
+        raise wrong("method.layers", layers, "must be one or more layers, each once, counted from 0", hint)
 
 
 def _init(method: MethodConfig) -> None:
     starts = METHODS[method.name].starts
     if method.init not in starts:
-        rule = f"must be {listing(starts)} for {METHODS[method.name].title}"
-        raise wrong("method.init", method.init, rule, f"method.init={nearest(method.init, starts) or starts[0]}")
+        reason = f"must be {listing(starts)} for {METHODS[method.name].title}"
+        raise wrong("method.init", method.init, reason, f"method.init={nearest(method.init, starts) or starts[0]}")
     if method.name == "prompt" and (method.init == "text") != bool(method.init_text):
         if method.init == "text":
             raise wrong("method.init_text", method.init_text, "method.init=text needs words", "method.init_text='…'")
         raise wrong("method.init_text", method.init_text, "is read with method.init=text only", "method.init=text")
     if method.encoder_hidden_size is not None and not method.prefix_projection:
-        rule = "is the width of an MLP that there is with method.prefix_projection=true only"
-        cure = "method.encoder_hidden_size=null or method.prefix_projection=true"
-        raise wrong("method.encoder_hidden_size", method.encoder_hidden_size, rule, cure)
+        reason = "is the width of an MLP that there is with method.prefix_projection=true only"
+        hint = "method.encoder_hidden_size=null or method.prefix_projection=true"
+        raise wrong("method.encoder_hidden_size", method.encoder_hidden_size, reason, hint)
     if not changes_base(method):
         return
     if method.bits != 16:
-        rule = f"takes its start out of the base's weights, which are held in {method.bits} bits"
-        raise wrong("method.init", method.init, rule, "method.init=default or method.bits=16")
+        reason = f"takes its start out of the base's weights, which are held in {method.bits} bits"
+        raise wrong("method.init", method.init, reason, "method.init=default or method.bits=16")
     if method.dora:
-        rule = "changes the base's weights; it is saved as an adapter of twice the rank, which DoRA has no form for"
-        raise wrong("method.init", method.init, rule, "method.init=default or method.dora=false")
+        reason = "changes the base's weights; it is saved as an adapter of twice the rank, which DoRA has no form for"
+        raise wrong("method.init", method.init, reason, "method.init=default or method.dora=false")
     if method.rank_pattern or method.alpha_pattern:
-        rule = "is saved as an adapter of twice the rank, for which patterns have no form"
-        raise wrong("method.init", method.init, rule, "method.init=default, or no rank_pattern and alpha_pattern")
+        reason = "is saved as an adapter of twice the rank, for which patterns have no form"
+        raise wrong("method.init", method.init, reason, "method.init=default, or no rank_pattern and alpha_pattern")
 
 
 def _adapter(method: MethodConfig) -> None:
@@ -106,12 +106,14 @@ def _adapter(method: MethodConfig) -> None:
     if not method.adapter.strip():
         raise wrong("method.adapter", "''", "must be a run or adapter folder", "method.adapter=runs/NAME, or null")
     if changes_base(method):
-        rule = f"belongs on the base as it is, and method.init={method.init} takes the start out of the base's weights"
-        cure = "method.init=default (an adapter that started so was saved with twice its rank: double method.r too)"
-        raise wrong("method.adapter", method.adapter, rule, cure)
+        reason = (
+            f"belongs on the base as it is, and method.init={method.init} takes the start out of the base's weights"
+        )
+        hint = "method.init=default (an adapter that started so was saved with twice its rank: double method.r too)"
+        raise wrong("method.adapter", method.adapter, reason, hint)
     if method.prefix_projection:
-        rule = "holds the prefix that was made, not the MLP that made it (method.prefix_projection=true)"
-        raise wrong("method.adapter", method.adapter, rule, "method.prefix_projection=false trains the prefix itself")
+        reason = "holds the prefix that was made, not the MLP that made it (method.prefix_projection=true)"
+        raise wrong("method.adapter", method.adapter, reason, "method.prefix_projection=false trains the prefix itself")
 
 
 def changes_base(method: MethodConfig) -> bool:
@@ -123,8 +125,8 @@ def _patterns(method: MethodConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for module, value in getattr(method, name).items():
             if not value > 0:
-                cure = f"method.{name}={{{module}: 16}}"
-                raise wrong(f"method.{name}", {module: value}, "must be greater than 0 for every module", cure)
+                hint = f"method.{name}={{{module}: 16}}"
+                raise wrong(f"method.{name}", {module: value}, "must be greater than 0 for every module", hint)
 
 
 def _adalora(method: MethodConfig) -> None:
@@ -132,8 +134,8 @@ def _adalora(method: MethodConfig) -> None:
         return
     target = given(method.target_r)
     if target >= given(method.init_r):
-        rule = f"must be less than method.init_r, which is {method.init_r}: ranks are taken, never given"
-        raise wrong("method.target_r", target, rule, f"method.init_r={target * 3 // 2 + 1}")
+        reason = f"must be less than method.init_r, which is {method.init_r}: ranks are taken, never given"
+        raise wrong("method.target_r", target, reason, f"method.init_r={target * 3 // 2 + 1}")
 
 
 def _four_bits(method: MethodConfig) -> None:
@@ -143,8 +145,8 @@ def _four_bits(method: MethodConfig) -> None:
     for name in ("compute_dtype", "quant_storage"):
         value = getattr(method, name)
         if value != getattr(neutral, name):
-            rule = f"is of a base in 4 bits; method.bits is {method.bits}"
-            raise wrong(f"method.{name}", value, rule, f"method.{name}=auto or method=qlora")
+            reason = f"is of a base in 4 bits; method.bits is {method.bits}"
+            raise wrong(f"method.{name}", value, reason, f"method.{name}=auto or method=qlora")
 
 
 def adalora_times(method: MethodConfig, total_steps: int) -> tuple[int, int, int]:
@@ -164,12 +166,12 @@ def adalora_times(method: MethodConfig, total_steps: int) -> tuple[int, int, int
         raise _no_time(method, tinit, tfinal, total_steps)
     delta = max(1, between // ALLOCATIONS) if method.deltaT is None else method.deltaT
     if delta > between:
-        rule = f"leaves no taking of ranks between update {tinit} and {total_steps - tfinal}"
-        raise wrong("method.deltaT", delta, rule, "method.deltaT=null")
+        reason = f"leaves no taking of ranks between update {tinit} and {total_steps - tfinal}"
+        raise wrong("method.deltaT", delta, reason, "method.deltaT=null")
     return tinit, tfinal, delta
 
 
 def _no_time(method: MethodConfig, tinit: int, tfinal: int, total_steps: int) -> ConfigError:
-    rule = f"with method.tfinal={tfinal} leaves none of the run's {total_steps} updates to take ranks in"
-    cure = "method.tinit=null method.tfinal=null take 10 % and 30 % of the run, or train longer"
-    return wrong("method.tinit", tinit, rule, cure)
+    reason = f"with method.tfinal={tfinal} leaves none of the run's {total_steps} updates to take ranks in"
+    hint = "method.tinit=null method.tfinal=null take 10 % and 30 % of the run, or train longer"
+    return wrong("method.tinit", tinit, reason, hint)

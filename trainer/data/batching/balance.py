@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 
 MICRO_OF = tuple[int, list[int]]  # nodes, and positions of the examples in sorted order
 GOOD_ENOUGH = 1.05  # times the least possible: below it nothing better is looked for
-MOST_TRIALS = 2048  # examples times tries: beyond it looking takes longer than ranks wait, and runs are even enough
+MAX_TRIALS = 2048  # examples times tries: beyond it looking takes longer than ranks wait, and runs are even enough
 # Size of a trie that is aimed at, in even parts of the step; and the largest subtree that is dealt whole, of that.
 AIMS = ((1.05, 1.0), (1.12, 1.0), (1.0, 0.0))
 
@@ -50,24 +50,24 @@ class Forest:
         common = min(self.begins[1:], default=0)
         return max(max(self.own), common + (self.sums[-1] - common) / world_size)
 
-    def subtrees(self, begin: int, end: int, most_nodes: float, most_rows: int) -> list[tuple[int, int]]:
-        """A run cut where least is shared, into runs of at most ``most_nodes``; a single example may be larger."""
+    def subtrees(self, begin: int, end: int, max_nodes: float, max_rows: int) -> list[tuple[int, int]]:
+        """A run cut where least is shared, into runs of at most ``max_nodes``; a single example may be larger."""
         out, stack = [], [(begin, end)]
         while stack:
             begin, end = stack.pop()
-            if end - begin == 1 or (end - begin <= most_rows and self.nodes(begin, end) <= most_nodes):
+            if end - begin == 1 or (end - begin <= max_rows and self.nodes(begin, end) <= max_nodes):
                 out.append((begin, end))
                 continue
             shared = min(self.begins[begin + 1 : end])
             cuts = [begin, *(i for i in range(begin + 1, end) if self.begins[i] == shared), end]
-            stack += self._gathered(cuts, most_nodes, most_rows)
+            stack += self._gathered(cuts, max_nodes, max_rows)
         return out
 
-    def _gathered(self, cuts: Sequence[int], most_nodes: float, most_rows: int) -> list[tuple[int, int]]:
+    def _gathered(self, cuts: Sequence[int], max_nodes: float, max_rows: int) -> list[tuple[int, int]]:
         """Small neighbours put together again as far as they fit, so that what they share is computed once."""
         out: list[tuple[int, int]] = []
         for begin, end in pairwise(cuts):
-            if out and self.nodes(out[-1][0], end) <= most_nodes and end - out[-1][0] <= most_rows:
+            if out and self.nodes(out[-1][0], end) <= max_nodes and end - out[-1][0] <= max_rows:
                 out[-1] = (out[-1][0], end)
             else:
                 out.append((begin, end))
@@ -92,7 +92,7 @@ class Bin:
     nodes: int = 0
 
 
-def step_of(costs: Sequence[int], world_size: int) -> int:
+def step_cost(costs: Sequence[int], world_size: int) -> int:
     """What a step takes, in nodes, when ranks meet at every forward and like costs meet: each lasts as its costliest.
 
     Args:
@@ -103,7 +103,7 @@ def step_of(costs: Sequence[int], world_size: int) -> int:
 
 
 def even_bins(
-    forest: Forest, runs: list[MICRO_OF], world_size: int, per_rank: int, most_rows: int, most_nodes: int
+    forest: Forest, runs: list[MICRO_OF], world_size: int, per_rank: int, max_rows: int, max_nodes: int
 ) -> list[MICRO_OF]:
     """``runs``, or tries that make a shorter step.
 
@@ -112,19 +112,19 @@ def even_bins(
         runs: a way to cut them.
         world_size: number of ranks.
         per_rank: forwards of each.
-        most_rows: examples a trie.
-        most_nodes: nodes a trie, unless it is of one example.
+        max_rows: examples a trie.
+        max_nodes: nodes a trie, unless it is of one example.
     """
     least = forest.least_step(world_size)
-    best, step = runs, step_of([nodes for nodes, _ in runs], world_size)
-    if len(forest.own) * per_rank * world_size > MOST_TRIALS:
+    best, step = runs, step_cost([nodes for nodes, _ in runs], world_size)
+    if len(forest.own) * per_rank * world_size > MAX_TRIALS:
         return runs
     for aim, whole in AIMS:
         if step <= GOOD_ENOUGH * least:
             break
-        cap = min(most_nodes, int(aim * max(least / per_rank, forest.sums[-1] / (per_rank * world_size))))
-        bins = [b for b in _dealt(forest, world_size, per_rank, (most_rows, most_nodes), cap, whole) if b.positions]
-        found = step_of([b.nodes for b in bins], world_size)
+        cap = min(max_nodes, int(aim * max(least / per_rank, forest.sums[-1] / (per_rank * world_size))))
+        bins = [b for b in _dealt(forest, world_size, per_rank, (max_rows, max_nodes), cap, whole) if b.positions]
+        found = step_cost([b.nodes for b in bins], world_size)
         if bins and found < step:
             best, step = [(b.nodes, b.positions) for b in bins], found
     return best

@@ -94,7 +94,7 @@ class Limits:
     rows: int | None
     tokens: int
 
-    def most_rows(self, longest: int) -> int:
+    def max_rows(self, longest: int) -> int:
         """Rows that may share a forward with a longest one of ``longest`` tokens; never less than one."""
         return self.rows if self.rows is not None else max(1, self.tokens // longest)
 
@@ -147,31 +147,31 @@ def split_shared(
         As :func:`split`; and the nodes of each trie that is not empty.
     """
     forest = Forest.of(lengths.tolist(), begins.tolist())
-    most_rows = limits.rows or len(forest.own)
-    most_nodes = forest.sums[-1] if limits.rows else limits.tokens
-    per_rank = max(1, math.ceil(len(_cut_shared(forest, most_rows, most_nodes)) / world_size))
-    low, high = min(max(forest.own), most_nodes), most_nodes
+    max_rows = limits.rows or len(forest.own)
+    max_nodes = forest.sums[-1] if limits.rows else limits.tokens
+    per_rank = max(1, math.ceil(len(_cut_shared(forest, max_rows, max_nodes)) / world_size))
+    low, high = min(max(forest.own), max_nodes), max_nodes
     while low < high:
         middle = (low + high) // 2
-        if len(_cut_shared(forest, most_rows, middle)) <= per_rank * world_size:
+        if len(_cut_shared(forest, max_rows, middle)) <= per_rank * world_size:
             high = middle
         else:
             low = middle + 1
-    runs = _cut_shared(forest, most_rows, low)
+    runs = _cut_shared(forest, max_rows, low)
     micros = [(forest.nodes(b, e), list(range(b, e))) for b, e in runs]
-    micros = even_bins(forest, micros, world_size, per_rank, most_rows, most_nodes)
+    micros = even_bins(forest, micros, world_size, per_rank, max_rows, max_nodes)
     micros.sort(key=lambda m: -m[0])
     chunks = [micros[k : k + world_size] for k in range(0, len(micros), world_size)]
     rounds, costs = [[m for _, m in chunk] for chunk in chunks], [[cost for cost, _ in chunk] for chunk in chunks]
     return _deal(rounds, costs, per_rank, world_size), [cost for cost, _ in micros]
 
 
-def _cut_shared(forest: Forest, most_rows: int, most_nodes: int) -> list[tuple[int, int]]:
+def _cut_shared(forest: Forest, max_rows: int, max_nodes: int) -> list[tuple[int, int]]:
     """Cut sorted examples into runs, each as long as can be; a single example may have more nodes."""
     pieces, begin, count = [], 0, len(forest.own)
     while begin < count:
-        room = most_nodes - forest.own[begin] + forest.sums[begin + 1]
-        end = min(max(begin + 1, bisect_right(forest.sums, room) - 1), begin + most_rows, count)
+        room = max_nodes - forest.own[begin] + forest.sums[begin + 1]
+        end = min(max(begin + 1, bisect_right(forest.sums, room) - 1), begin + max_rows, count)
         pieces.append((begin, end))
         begin = end
     return pieces
@@ -202,7 +202,7 @@ def _cut(sorted_lengths: Sequence[int], begin: int, limits: Limits, cap: int | N
     pieces, count = [], len(sorted_lengths)
     while begin < count:
         longest = sorted_lengths[begin]
-        rows = limits.most_rows(longest)
+        rows = limits.max_rows(longest)
         if cap is not None:
             rows = max(1, min(rows, cap // longest))
         end = min(begin + rows, count)

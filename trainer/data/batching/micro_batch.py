@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batching.trie import build
-from trainer.data.batching.trie_paths import Paths, paths_of
+from trainer.data.batching.trie_paths import Paths, build_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class MicroBatch:
         weight: float32, shape (labels,): how often the label counts in the loss.
         useful_tokens: the examples' own tokens.
         rows: indices of the examples in the training or held-out rows, for messages.
-        most_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
+        max_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
         paths: of a trie; ``None`` in padded rows.
     """
@@ -45,7 +45,7 @@ class MicroBatch:
     weight: Tensor
     useful_tokens: int
     rows: tuple[int, ...]
-    most_labels: int
+    max_labels: int
     position_ids: Tensor | None = None
     paths: Paths | None = None
 
@@ -64,14 +64,14 @@ class MicroBatch:
             self.weight.to(device),
             self.useful_tokens,
             self.rows,
-            self.most_labels,
+            self.max_labels,
             None if self.position_ids is None else self.position_ids.to(device),
             None if self.paths is None else self.paths.to(device),
         )
 
 
 def padded(
-    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int, most_labels: int = 0
+    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int, max_labels: int = 0
 ) -> MicroBatch:
     """Lay examples side by side, padded on the right to the longest.
 
@@ -82,7 +82,7 @@ def padded(
         examples: a label on the first token of one has nothing to be predicted from and is left out.
         rows: their indices.
         pad_id: fills the padding; masked, so any id gives the same result.
-        most_labels: labels of the micro-batch that has most, of those that run at the same time on the ranks.
+        max_labels: labels of the micro-batch that has most, of those that run at the same time on the ranks.
     """
     width = max((len(e.ids) for e in examples), default=1)
     ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
@@ -103,17 +103,17 @@ def padded(
         weight=torch.ones(len(target), dtype=torch.float32),
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
-        most_labels=max(most_labels, len(target)),
+        max_labels=max(max_labels, len(target)),
     )
 
 
-def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_labels: int = 0) -> MicroBatch:
+def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
     """Lay examples in one trie: each shared beginning once, with the loss and gradient of the separate rows.
 
     Args:
         examples: at least one, each of at least one token.
         rows: their indices.
-        most_labels: as in :func:`padded`.
+        max_labels: as in :func:`padded`.
     """
     trie = build([e.ids for e in examples], [e.labels for e in examples])
     target = np.flatnonzero(trie.weights)
@@ -125,7 +125,7 @@ def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_la
         weight=torch.from_numpy(trie.weights[target].astype(np.float32)),
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
-        most_labels=max(most_labels, len(target)),
+        max_labels=max(max_labels, len(target)),
         position_ids=torch.from_numpy(trie.depths)[None],
-        paths=paths_of(trie),
+        paths=build_paths(trie),
     )

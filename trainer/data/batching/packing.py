@@ -63,8 +63,8 @@ class Packing:
             mine = together[rank]
             yield self.lay([examples[i] for i in mine], [rows[i] for i in mine], most)
 
-    def lay(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, most_labels: int = 0) -> MicroBatch:
-        """One forward of some examples; of none, the stand-in that adds zero. ``most_labels``: see ``MicroBatch``."""
+    def lay(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
+        """One forward of some examples; of none, the stand-in that adds zero. ``max_labels``: see ``MicroBatch``."""
         if self.shares and examples:
-            return shared(examples, rows, most_labels)
-        return padded(examples, rows, self.pad_id, most_labels)
+            return shared(examples, rows, max_labels)
+        return padded(examples, rows, self.pad_id, max_labels)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from trainer.data.batching.trie import Trie
 
-LEAST_QUERIES = 16  # shorter rows of queries do not fill the matrix units
-MOST_QUERIES = 512  # longer rows would compute many scores that the causal mask then hides
+MIN_QUERIES = 16  # shorter rows of queries do not fill the matrix units
+MAX_QUERIES = 512  # longer rows would compute many scores that the causal mask then hides
 SPREAD = 1.5  # rows of queries share a bucket when their key lengths differ by less than this factor
-MOST_KEYS = 1 << 15  # key positions a bucket: bounds the copies of keys and values that exist at a time
+MAX_KEYS = 1 << 15  # key positions a bucket: bounds the copies of keys and values that exist at a time
 Piece = tuple[np.ndarray, int, int]  # a path from the root, and the stretch of it that is new: from, to
 
 
@@ -90,7 +90,7 @@ class Paths:
         """Of so many query heads."""
         if heads not in self._orders:
             nodes = len(self.place)
-            pieces = [_of_heads(b.queries, heads, nodes) for b in self.buckets]
+            pieces = [_expand_heads(b.queries, heads, nodes) for b in self.buckets]
             there = torch.cat(pieces)
             places = torch.arange(len(there), device=self.place.device)
             grids = [
@@ -112,7 +112,7 @@ class Paths:
         """Of each bucket, of so many key heads: which vector of (heads, nodes) stands at each place of
         (rows, heads, keys), both flattened; int64."""
         if heads not in self._keys:
-            self._keys[heads] = [_of_heads(b.keys, heads, len(self.place)) for b in self.buckets]
+            self._keys[heads] = [_expand_heads(b.keys, heads, len(self.place)) for b in self.buckets]
         return self._keys[heads]
 
     def to(self, device: torch.device) -> Paths:
@@ -121,20 +121,20 @@ class Paths:
         return Paths(moved, self.place.to(device))
 
 
-def _of_heads(nodes: Tensor, heads: int, count: int) -> Tensor:
+def _expand_heads(nodes: Tensor, heads: int, count: int) -> Tensor:
     """(rows, width) of nodes -> positions in (heads, count), laid (rows, heads, width) and flattened."""
     head = torch.arange(heads, device=nodes.device)[None, :, None]
     return (nodes[:, None, :] + head * count).flatten()
 
 
-def paths_of(trie: Trie) -> Paths:
+def build_paths(trie: Trie) -> Paths:
     """Cut a trie's new nodes into rows of queries, each with the path that leads to it as keys.
 
     Most examples add about as many nodes as the median one, and are a row each. Longer stretches (the first example,
     with the beginning that all share) are rows of their own kind, cut where they are very long. A row ending at depth d
     has d + 1 keys; rows whose keys are of like length share a bucket, so that little is filled up.
     """
-    usual = max(LEAST_QUERIES, round(SPREAD * np.median([len(p) - s for p, s in zip(trie.paths, trie.starts)])))
+    usual = max(MIN_QUERIES, round(SPREAD * np.median([len(p) - s for p, s in zip(trie.paths, trie.starts)])))
     short: list[Piece] = []
     long: list[Piece] = []
     for path, start in zip(trie.paths, trie.starts, strict=True):
@@ -142,12 +142,12 @@ def paths_of(trie: Trie) -> Paths:
         if size <= usual:
             short.append((path, start, len(path)))
             continue
-        cuts = np.linspace(start, len(path), math.ceil(size / max(usual, MOST_QUERIES)) + 1).astype(int).tolist()
+        cuts = np.linspace(start, len(path), math.ceil(size / max(usual, MAX_QUERIES)) + 1).astype(int).tolist()
         long += [(path, begin, end) for begin, end in pairwise(cuts)]
     buckets: list[Bucket] = []
     place = np.empty(len(trie.ids), dtype=np.int64)
     laid = 0
-    for group in (*_of_like_keys(short), *_of_like_keys(long)):
+    for group in (*_group_by_key_length(short), *_group_by_key_length(long)):
         width = max(e - b for _, b, e in group)
         queries = np.zeros((len(group), width), dtype=np.int64)
         keys = np.zeros((len(group), group[0][2]), dtype=np.int64)
@@ -161,13 +161,13 @@ def paths_of(trie: Trie) -> Paths:
     return Paths(buckets, torch.from_numpy(place))
 
 
-def _of_like_keys(pieces: list[Piece]) -> Iterator[list[Piece]]:
+def _group_by_key_length(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Groups of pieces whose ends, and so the lengths of their keys, differ by little."""
     pieces.sort(key=lambda p: -p[2])
     at = 0
     while at < len(pieces):
         keys, end = pieces[at][2], at + 1
-        while end < len(pieces) and pieces[end][2] * SPREAD >= keys and (end - at + 1) * keys <= MOST_KEYS:
+        while end < len(pieces) and pieces[end][2] * SPREAD >= keys and (end - at + 1) * keys <= MAX_KEYS:
             end += 1
         yield pieces[at:end]
         at = end

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from trainer.config.messages import nearest
-from trainer.data.formats.fields import strings_in, text_of, wrong_type
+from trainer.data.formats.fields import require_text, strings_in, wrong_type
 from trainer.data.formats.turns import Turn
 from trainer.data.sources.rows import RowError
 
@@ -26,7 +26,7 @@ ROLES = {
 EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 
-def turns_of(where: str, value: Any, answers: bool) -> list[Turn]:
+def parse_turns(where: str, value: Any, answers: bool) -> list[Turn]:
     """The turns of a list of messages.
 
     Args:
@@ -40,11 +40,11 @@ def turns_of(where: str, value: Any, answers: bool) -> list[Turn]:
     if not isinstance(value, list):
         raise wrong_type(where, value, "a list of messages", 'write [{"role": "user", "content": "…"}, …]')
     if not value:
-        raise RowError("bad_turns", where, rule="is an empty list", cure="remove the row")
+        raise RowError("bad_turns", where, reason="is an empty list", hint="remove the row")
     return [_turn(f"{where}[{i}]", message, answers) for i, message in enumerate(value)]
 
 
-def tools_of(where: str, value: Any) -> tuple[Any, ...] | None:
+def parse_tools(where: str, value: Any) -> tuple[Any, ...] | None:
     """Tool definitions: a list of objects, or that list as a JSON string; ``None`` when there are none.
 
     Raises:
@@ -54,7 +54,9 @@ def tools_of(where: str, value: Any) -> tuple[Any, ...] | None:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise RowError("wrong_type", where, rule=f"is not JSON ({error})", cure="give a list of objects") from error
+            raise RowError(
+                "wrong_type", where, reason=f"is not JSON ({error})", hint="give a list of objects"
+            ) from error
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -77,13 +79,13 @@ def _turn(where: str, message: Any, answers: bool) -> Turn:
     if calls and (said == "function_call" or message.get(key) is None):
         text = ""
     elif key not in message:
-        raise RowError("missing_field", f"{where}.{key}", rule="is missing", cure="give the message its `content`")
+        raise RowError("missing_field", f"{where}.{key}", reason="is missing", hint="give the message its `content`")
     else:
         text = _content(f"{where}.{key}", message[key])
     if role != "assistant":
         return Turn(role, text, extra=extra or None)
     if not calls:
-        text_of(f"{where}.{key}", text, empty="empty_answer")
+        require_text(f"{where}.{key}", text, empty="empty_answer")
     return Turn(role, text, answer=answers, weight=weight, extra=extra or None)
 
 
@@ -91,26 +93,26 @@ def _role(where: str, message: dict[str, Any]) -> tuple[str, str]:
     """The role as it is written, and ours."""
     key = "from" if "role" not in message and "from" in message else "role"
     if key not in message:
-        raise RowError("missing_field", f"{where}.{key}", rule="is missing", cure="say who speaks: user, assistant …")
+        raise RowError("missing_field", f"{where}.{key}", reason="is missing", hint="say who speaks: user, assistant …")
     said = message[key]
     if not isinstance(said, str) or said not in ROLES:
         near = nearest(said, ROLES) if isinstance(said, str) else None
-        cure = f"did you mean {near}" if near else f"one of {', '.join(ROLES)}"
-        raise RowError("bad_role", f"{where}.{key}", value=ascii(said)[:60], rule="is no known role", cure=cure)
+        hint = f"did you mean {near}" if near else f"one of {', '.join(ROLES)}"
+        raise RowError("bad_role", f"{where}.{key}", value=ascii(said)[:60], reason="is no known role", hint=hint)
     return said, ROLES[said]
 
 
 def _content(where: str, value: Any) -> str:
     """A string, or the texts of a list of parts put together."""
     if not isinstance(value, list):
-        return text_of(where, value)
+        return require_text(where, value)
     texts = []
     for i, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
-            rule = "is not text, and only text is trained on"
-            raise RowError("wrong_type", f"{where}[{i}]", value=ascii(kind)[:60], rule=rule, cure="remove the row")
-        texts.append(text_of(f"{where}[{i}].text", part.get("text")))
+            reason = "is not text, and only text is trained on"
+            raise RowError("wrong_type", f"{where}[{i}]", value=ascii(kind)[:60], reason=reason, hint="remove the row")
+        texts.append(require_text(f"{where}[{i}].text", part.get("text")))
     return "".join(texts)
 
 
@@ -118,8 +120,8 @@ def _weight(where: str, value: Any) -> int:
     if value is None:
         return 1
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        rule = "must be 0 (not learnt) or 1"
-        raise RowError("bad_weight", where, value=ascii(value)[:60], rule=rule, cure="weight: 0 or 1")
+        reason = "must be 0 (not learnt) or 1"
+        raise RowError("bad_weight", where, value=ascii(value)[:60], reason=reason, hint="weight: 0 or 1")
     return int(value)
 
 
@@ -133,15 +135,17 @@ def _calls(where: str, message: dict[str, Any], said: str) -> list[Any]:
     if not calls:
         return []
     if ROLES[said] != "assistant":
-        raise RowError("bad_turns", f"{where}.tool_calls", rule="only the assistant calls tools", cure="mend the role")
+        raise RowError(
+            "bad_turns", f"{where}.tool_calls", reason="only the assistant calls tools", hint="mend the role"
+        )
     if not isinstance(calls, list):
         raise wrong_type(f"{where}.tool_calls", calls, "a list of calls", "write [{…}]")
     for i, call in enumerate(calls):
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
-            rule = "names no function"
-            cure = 'write {"type": "function", "function": {"name": "…", "arguments": {…}}}'
-            raise RowError("wrong_type", f"{where}.tool_calls[{i}]", value=ascii(call)[:60], rule=rule, cure=cure)
+            reason = "names no function"
+            hint = 'write {"type": "function", "function": {"name": "…", "arguments": {…}}}'
+            raise RowError("wrong_type", f"{where}.tool_calls[{i}]", value=ascii(call)[:60], reason=reason, hint=hint)
     return calls
 
 
@@ -159,4 +163,4 @@ def _shared_calls(value: Any) -> list[Any]:
 
 def _check_strings(where: str, value: Any) -> None:
     for text in strings_in(value):
-        text_of(where, text)
+        require_text(where, text)

@@ -51,22 +51,22 @@ class Fields:
 
     def text(self, name: str, empty: str) -> str:
         """A string that must be there and say something; ``empty`` is the reason given when it does not."""
-        return text_of(self.where(name), self.need(name), empty)
+        return require_text(self.where(name), self.need(name), empty)
 
     def text_if_any(self, name: str) -> str:
         """An optional string; null, empty and missing are the same."""
         value = self.get(name)
-        return "" if value is None else text_of(self.where(name), value)
+        return "" if value is None else require_text(self.where(name), value)
 
     def _missing(self, name: str) -> RowError:
         column = self.columns.get(name)
         if column is None:
-            return RowError("missing_field", self.where(name), rule="is missing", cure=f"give the row `{name}`")
-        rule = f"is missing, and data.columns.{name}={column} says that {name} is there"
-        return RowError("missing_field", self.where(name), rule=rule, cure="mend data.columns, or the row")
+            return RowError("missing_field", self.where(name), reason="is missing", hint=f"give the row `{name}`")
+        reason = f"is missing, and data.columns.{name}={column} says that {name} is there"
+        return RowError("missing_field", self.where(name), reason=reason, hint="mend data.columns, or the row")
 
 
-def text_of(where: str, value: Any, empty: str | None = None) -> str:
+def require_text(where: str, value: Any, empty: str | None = None) -> str:
     """``value`` as a string that a tokenizer can take.
 
     Args:
@@ -78,25 +78,25 @@ def text_of(where: str, value: Any, empty: str | None = None) -> str:
         RowError: ``null``, ``wrong_type``, ``lone_surrogate`` or ``empty``.
     """
     if not isinstance(value, str):
-        cure = "make it one string" if isinstance(value, list | dict) else "quote it"
-        raise wrong_type(where, value, "a string", cure)
+        hint = "make it one string" if isinstance(value, list | dict) else "quote it"
+        raise wrong_type(where, value, "a string", hint)
     if empty and not value.strip():
-        raise RowError(empty, where, rule="is empty: there is nothing to learn from", cure="remove the row")
+        raise RowError(empty, where, reason="is empty: there is nothing to learn from", hint="remove the row")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            rule = f"holds half a surrogate pair at {error.start}"
-            raise RowError("lone_surrogate", where, rule=rule, cure="repair the \\u escape") from error
+            reason = f"holds half a surrogate pair at {error.start}"
+            raise RowError("lone_surrogate", where, reason=reason, hint="repair the \\u escape") from error
     return value
 
 
-def wrong_type(where: str, value: Any, wanted: str, cure: str) -> RowError:
+def wrong_type(where: str, value: Any, wanted: str, hint: str) -> RowError:
     """The error for a value of a wrong type: ``null`` or ``wrong_type``."""
     if value is None:
-        return RowError("null", where, rule=f"is null, not {wanted}", cure="give it a value, or remove the row")
+        return RowError("null", where, reason=f"is null, not {wanted}", hint="give it a value, or remove the row")
     shown = ascii(value)[:60]
-    return RowError("wrong_type", where, value=shown, rule=f"is {type(value).__name__}, not {wanted}", cure=cure)
+    return RowError("wrong_type", where, value=shown, reason=f"is {type(value).__name__}, not {wanted}", hint=hint)
 
 
 def strings_in(value: Any) -> Iterator[str]:

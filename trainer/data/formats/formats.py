@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.config.messages import nearest
-from trainer.data.formats.conversations import tools_of, turns_of
-from trainer.data.formats.fields import Fields, text_of, wrong_type
+from trainer.data.formats.conversations import parse_tools, parse_turns
+from trainer.data.formats.fields import Fields, require_text, wrong_type
 from trainer.data.formats.turns import Example, Turn
 from trainer.data.sources.rows import Row, RowError
 from trainer.errors import DataError
 
-__all__ = ["Example", "Turn", "example_of", "recognise"]
+__all__ = ["Example", "Turn", "parse_example", "recognise"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The fields that a row of a format must have, in the order in which formats are tried: rows of one often carry a field
@@ -56,12 +56,12 @@ def recognise(row: Row, format: str, columns: Mapping[str, str]) -> str:
     for key, column in columns.items():
         if key not in known:
             near = nearest(key, known)
-            cure = (
+            hint = (
                 f"did you mean {near}"
                 if near
                 else f"columns maps our names to yours: one of {', '.join(sorted(known))}"
             )
-            raise DataError(f"data.columns.{key}", value=column, rule="is no field of any format", cure=cure)
+            raise DataError(f"data.columns.{key}", value=column, reason="is no field of any format", hint=hint)
     if format != "auto":
         return format
     fields = Fields(row, columns)
@@ -71,13 +71,13 @@ def recognise(row: Row, format: str, columns: Mapping[str, str]) -> str:
     raise DataError(
         row.where,
         value=f"fields {', '.join(sorted(row.fields)) or 'none'}",
-        rule="fit no known format: "
+        reason="fit no known format: "
         + "; ".join(f"{name} needs {' or '.join(', '.join(n) for n in needs)}" for name, needs in NEEDS.items()),
-        cure=f"name your columns: data.columns={{{_suggested(row, columns)}}}",
+        hint=f"name your columns: data.columns={{{_suggested(row, columns)}}}",
     )
 
 
-def example_of(row: Row, format: str, columns: Mapping[str, str]) -> Example:
+def parse_example(row: Row, format: str, columns: Mapping[str, str]) -> Example:
     """Read a row in a format.
 
     Raises:
@@ -106,20 +106,20 @@ def _history(fields: Fields) -> list[Turn]:
     for i, pair in enumerate(rounds):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise wrong_type(f"{where}[{i}]", pair, "a [user, assistant] pair", 'write ["…", "…"]')
-        turns.append(Turn("user", text_of(f"{where}[{i}][0]", pair[0], empty="empty_prompt")))
-        turns.append(Turn("assistant", text_of(f"{where}[{i}][1]", pair[1], empty="empty_answer")))
+        turns.append(Turn("user", require_text(f"{where}[{i}][0]", pair[0], empty="empty_prompt")))
+        turns.append(Turn("assistant", require_text(f"{where}[{i}][1]", pair[1], empty="empty_answer")))
     return turns
 
 
 def _chat(fields: Fields) -> Example:
     """``messages`` (OpenAI) or ``conversations`` (ShareGPT), with ``system`` and ``tools`` beside them."""
     name = "conversations" if fields.has("conversations") and not fields.has("messages") else "messages"
-    turns = [*_system(fields), *turns_of(fields.where(name), fields.need(name), answers=True)]
+    turns = [*_system(fields), *parse_turns(fields.where(name), fields.need(name), answers=True)]
     if len([turn for turn in turns[:2] if turn.role == "system"]) == 2:
-        rule = "there is a system text and the conversation opens with another"
-        raise RowError("bad_turns", fields.where(name), rule=rule, cure="leave one")
+        reason = "there is a system text and the conversation opens with another"
+        raise RowError("bad_turns", fields.where(name), reason=reason, hint="leave one")
     _need_answer(fields.where(name), turns)
-    return _example(fields, turns, tools_of(fields.where("tools"), fields.get("tools")))
+    return _example(fields, turns, parse_tools(fields.where("tools"), fields.get("tools")))
 
 
 def _prompt_completion(fields: Fields) -> Example:
@@ -127,15 +127,15 @@ def _prompt_completion(fields: Fields) -> Example:
     name = "response" if fields.has("response") and not fields.has("completion") else "completion"
     prompt, completion = fields.need("prompt"), fields.need(name)
     if isinstance(prompt, list):
-        turns = turns_of(fields.where("prompt"), prompt, answers=False)
+        turns = parse_turns(fields.where("prompt"), prompt, answers=False)
     else:
         turns = [Turn("user", fields.text("prompt", empty="empty_prompt"))]
     if isinstance(completion, list):
-        answers = turns_of(fields.where(name), completion, answers=True)
+        answers = parse_turns(fields.where(name), completion, answers=True)
         _need_answer(fields.where(name), answers)
     else:
         answers = [Turn("assistant", fields.text(name, empty="empty_answer"), answer=True)]
-    return _example(fields, [*turns, *answers], tools_of(fields.where("tools"), fields.get("tools")))
+    return _example(fields, [*turns, *answers], parse_tools(fields.where("tools"), fields.get("tools")))
 
 
 def _text(fields: Fields) -> Example:
@@ -164,13 +164,17 @@ def _options(fields: Fields) -> dict[str, str]:
     else:
         raise wrong_type(where, given, "a list of strings", 'write ["first", "second"]')
     if not 2 <= len(pairs) <= len(LETTERS):
-        rule = "must be 2 to 26"
-        raise RowError("bad_options", where, value=f"{len(pairs)} options", rule=rule, cure="mend or remove the row")
+        reason = "must be 2 to 26"
+        raise RowError(
+            "bad_options", where, value=f"{len(pairs)} options", reason=reason, hint="mend or remove the row"
+        )
     letters = [key for key, _ in pairs]
     if len(set(letters)) < len(letters) or any(len(key) != 1 or key not in LETTERS for key in letters):
-        rule = "must be named by letters, each once"
-        raise RowError("bad_options", where, value=ascii(letters)[:60], rule=rule, cure='write {"A": "…", "B": "…"}')
-    return {key: text_of(f"{where}.{key}", text, empty="bad_options") for key, text in pairs}
+        reason = "must be named by letters, each once"
+        raise RowError(
+            "bad_options", where, value=ascii(letters)[:60], reason=reason, hint='write {"A": "…", "B": "…"}'
+        )
+    return {key: require_text(f"{where}.{key}", text, empty="bad_options") for key, text in pairs}
 
 
 def _letter(fields: Fields, options: dict[str, str]) -> str:
@@ -184,9 +188,9 @@ def _letter(fields: Fields, options: dict[str, str]) -> str:
     elif isinstance(answer, str):
         found = {key for key, text in options.items() if text == answer or key == answer.strip().upper()}
     if len(found) != 1:
-        rule = "names more than one option" if found else f"is none of the {len(options)} options"
-        cure = f"give its number from 0, its letter (A to {list(options)[-1]}) or its text"
-        raise RowError("bad_options", where, value=ascii(answer)[:60], rule=rule, cure=cure)
+        reason = "names more than one option" if found else f"is none of the {len(options)} options"
+        hint = f"give its number from 0, its letter (A to {list(options)[-1]}) or its text"
+        raise RowError("bad_options", where, value=ascii(answer)[:60], reason=reason, hint=hint)
     return found.pop()
 
 
@@ -197,8 +201,8 @@ def _system(fields: Fields) -> list[Turn]:
 
 def _need_answer(where: str, turns: list[Turn]) -> None:
     if not any(turn.role == "assistant" for turn in turns):
-        rule = "has no assistant turn: there is nothing to learn from"
-        raise RowError("nothing_learnt", where, rule=rule, cure="remove the row")
+        reason = "has no assistant turn: there is nothing to learn from"
+        raise RowError("empty_loss_mask", where, reason=reason, hint="remove the row")
 
 
 def _example(fields: Fields, turns: list[Turn], tools: tuple[Any, ...] | None = None) -> Example:

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import RefusedCount, in_table
-from trainer.data.prepare.encode import FACTS, SCHEMA, TRUNCATED, Recipe
+from trainer.data.prepare.checks import RejectedCount, in_table
+from trainer.data.prepare.encode import FACTS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.workers import encoded
 from trainer.data.sources.open import Source
-from trainer.data.sources.rows import Refused
+from trainer.data.sources.rows import RejectedRow
 
 TABLE_FILE = "rows.arrow"
 REFUSED_FILE = "refused.jsonl"
@@ -28,7 +28,7 @@ SAY_EVERY_SECONDS = 30
 
 
 def build(
-    source: Source, recipe: Recipe, workers: int | None, folder: Path, say: Callable[[str], None]
+    source: Source, recipe: EncodingSpec, workers: int | None, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Tokenise a source into a folder: ``rows.arrow``, ``counts.npy``, ``keys.npy``, ``refused.jsonl``.
 
@@ -50,7 +50,7 @@ def build(
     name = source.names[0] if len(source.names) == 1 else f"{source.part.path} ({len(source.names)} files)"
     say(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
     begin = said = time.monotonic()
-    count = RefusedCount(recipe.on_too_long)
+    count = RejectedCount(recipe.on_too_long)
     pieces = [np.empty(0, FACTS)]
     rows = 0
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
@@ -94,6 +94,6 @@ def _workers_for(source: Source) -> int:
     return len(os.sched_getaffinity(0)) if size > BIG_BYTES else 1
 
 
-def _line(row: Refused) -> bytes:
+def _line(row: RejectedRow) -> bytes:
     # a lone surrogate is no UTF-8; escaped with a backslash it is the JSON that it came from
     return json.dumps(dataclasses.asdict(row), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

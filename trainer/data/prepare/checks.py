@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.data.prepare.encode import DOUBLE_BOS, NO_END, TRUNCATED
-from trainer.data.sources.rows import Refused
+from trainer.data.sources.rows import RejectedRow
 
 SHOWN = 5  # places named in a finding
 FEW_ROWS = 100
@@ -31,7 +31,7 @@ REASONS = {
     "missing_field": "a field is missing",
     "lone_surrogate": "half a surrogate pair, which is no text, stands",
     "too_long": "the tokens are more than data.max_length",
-    "nothing_learnt": "no token is learnt",
+    "empty_loss_mask": "no token is learnt",
     "bad_role": "a turn has an unknown role",
     "bad_turns": "the turns are in an order that no conversation has",
     "bad_options": "the answer names none of the options, or they cannot be numbered,",
@@ -61,7 +61,7 @@ class Finding:
     where: tuple[str, ...]
 
 
-class RefusedCount:
+class RejectedCount:
     """Refused rows by their reason, counted as they come."""
 
     def __init__(self, on_too_long: str) -> None:
@@ -69,7 +69,7 @@ class RefusedCount:
         self._counts: dict[str, int] = {}
         self._where: dict[str, list[str]] = {}
 
-    def add(self, rows: Iterable[Refused]) -> None:
+    def add(self, rows: Iterable[RejectedRow]) -> None:
         """Count some more."""
         for row in rows:
             self._counts[row.reason] = self._counts.get(row.reason, 0) + 1
@@ -100,12 +100,12 @@ class RefusedCount:
         return out
 
 
-def in_table(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
+def in_table(facts: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
     """Findings in the usable rows of one table.
 
     Args:
         facts: dtype ``encode.FACTS``, shape (rows,).
-        name_of: row -> ``file:line``.
+        row_name: row -> ``file:line``.
     """
     same, other = repeats(facts["prompt_key"], facts["row_key"], facts["reply_key"])
     flags = facts["flags"]
@@ -115,13 +115,13 @@ def in_table(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
     begins, one_begin = "two begin tokens stand at the start", "take one out of the chat template or of the rows"
     shorter, longer = "tokens are cut away to fit data.max_length", "raise it to keep them"
     found = [
-        *_finding("duplicate", "warning", same, repeated, "remove them", name_of),
-        *_finding("other_answer", "warning", other, differs, "keep one of them", name_of),
-        *_finding("no_end_token", "warning", no_end, unended, f"{stops}, or data.template=alpaca", name_of),
-        *_finding("double_bos", "warning", two_begins, begins, one_begin, name_of),
-        *_finding("truncated", "note", cut, shorter, longer, name_of),
+        *_finding("duplicate", "warning", same, repeated, "remove them", row_name),
+        *_finding("other_answer", "warning", other, differs, "keep one of them", row_name),
+        *_finding("no_end_token", "warning", no_end, unended, f"{stops}, or data.template=alpaca", row_name),
+        *_finding("double_bos", "warning", two_begins, begins, one_begin, row_name),
+        *_finding("truncated", "note", cut, shorter, longer, row_name),
     ]
-    return found + _one_class(facts, name_of)
+    return found + _one_class(facts, row_name)
 
 
 def repeats(prompt_keys: np.ndarray, row_keys: np.ndarray, reply_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,33 +145,33 @@ def repeats(prompt_keys: np.ndarray, row_keys: np.ndarray, reply_keys: np.ndarra
     return follows, (reply_keys != reply_keys[first[group]]) & ~follows
 
 
-def across_parts(row_keys: np.ndarray, begins: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
+def across_parts(row_keys: np.ndarray, begins: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
     """Rows that an earlier part of a mixture holds too.
 
     Args:
         row_keys: of all parts, int64, shape (rows,).
         begins: where each part begins, and where the last ends.
-        name_of: row -> ``file:line``.
+        row_name: row -> ``file:line``.
     """
     if len(begins) <= 2:
         return []
     _, first, group = np.unique(row_keys, return_index=True, return_inverse=True)
     rows = np.arange(len(row_keys))
     elsewhere = np.searchsorted(begins, rows, "right") != np.searchsorted(begins, first[group], "right")
-    what, cure = "an earlier part of the mixture is repeated", "take them out, or give the parts other weights"
-    return _finding("duplicate", "warning", elsewhere, what, cure, name_of)
+    what, hint = "an earlier part of the mixture is repeated", "take them out, or give the parts other weights"
+    return _finding("duplicate", "warning", elsewhere, what, hint, row_name)
 
 
-def leak(train_keys: np.ndarray, held_keys: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
+def leak(train_keys: np.ndarray, held_keys: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
     """Held-out rows of a file of their own whose opening is trained on as well.
 
     Args:
         train_keys, held_keys: prompt keys, int64.
-        name_of: held-out row -> ``file:line``.
+        row_name: held-out row -> ``file:line``.
     """
     what = "the opening of a held-out row is trained on, so the score is too good,"
-    cure = "take them out of data.path or of data.validation"
-    return _finding("leak", "warning", np.isin(held_keys, train_keys), what, cure, name_of)
+    hint = "take them out of data.path or of data.validation"
+    return _finding("leak", "warning", np.isin(held_keys, train_keys), what, hint, row_name)
 
 
 def few_rows(rows: int) -> list[Finding]:
@@ -182,7 +182,7 @@ def few_rows(rows: int) -> list[Finding]:
     return [Finding("few_rows", "warning", rows, message, ())]
 
 
-def _one_class(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding]:
+def _one_class(facts: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
     out: list[Finding] = []
     for file in np.unique(facts["file"]):
         rows = np.flatnonzero(facts["file"] == file)
@@ -194,17 +194,17 @@ def _one_class(facts: np.ndarray, name_of: Callable[[int], str]) -> list[Finding
         mask = np.zeros(len(facts), dtype=bool)
         mask[rows] = facts["text_key"][rows] == values[counts.argmax()]
         what = f"one and the same answer, of {len(rows):,} that a file has, stands"
-        out += _finding("one_class", "warning", mask, what, "balance the answers", name_of)
+        out += _finding("one_class", "warning", mask, what, "balance the answers", row_name)
     return out
 
 
 def _finding(
-    kind: str, level: str, mask: np.ndarray, what: str, cure: str, name_of: Callable[[int], str]
+    kind: str, level: str, mask: np.ndarray, what: str, hint: str, row_name: Callable[[int], str]
 ) -> list[Finding]:
     """What holds in the rows of a mask, if it holds in any."""
     rows = np.flatnonzero(mask)
-    where = tuple(name_of(int(row)) for row in rows[:SHOWN])
-    return [Finding(kind, level, len(rows), f"{what} in {_rows(len(rows))} → {cure}", where)] if len(rows) else []
+    where = tuple(row_name(int(row)) for row in rows[:SHOWN])
+    return [Finding(kind, level, len(rows), f"{what} in {_rows(len(rows))} → {hint}", where)] if len(rows) else []
 
 
 def _rows(count: int) -> str:

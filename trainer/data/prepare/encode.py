@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.formats.formats import Example, example_of
-from trainer.data.sources.rows import Chunk, Refused, Row, RowError, raw_text, rows_of
+from trainer.data.formats.formats import Example, parse_example
+from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
 from trainer.data.templates.template import Encoded, Template
 
 NO_END, DOUBLE_BOS, TRUNCATED = 1, 2, 4  # bits of FACTS["flags"]
@@ -47,7 +47,7 @@ FACTS = np.dtype(
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class EncodingSpec:
     """All that turning rows into tokens depends on, picklable.
 
     Attributes:
@@ -79,7 +79,7 @@ class Batch:
 
     rows: bytes
     facts: np.ndarray
-    refused: tuple[Refused, ...]
+    refused: tuple[RejectedRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Encoder:
         DataError: the template or the tokenizer cannot be used at all.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: EncodingSpec) -> None:
         self.recipe = recipe
         self.template = Template(recipe.tokenizer, recipe.template, recipe.alpaca_role, recipe.train_on)
         self.end_ids = frozenset(self.template.end_ids())
@@ -108,28 +108,28 @@ class Encoder:
     def batch(self, chunk: Chunk) -> Batch:
         """Every row of a chunk, as tokens or as refused, in its order."""
         records: list[_Record] = []
-        refused: list[Refused] = []
-        for row in rows_of(chunk):
-            if isinstance(row, Refused):
+        refused: list[RejectedRow] = []
+        for row in parse_rows(chunk):
+            if isinstance(row, RejectedRow):
                 refused.append(row)
                 continue
             try:
                 records.append(self._record(row))
             except RowError as error:
                 message = str(error).removeprefix(row.where).lstrip(": ")
-                refused.append(Refused(row.where, error.reason, message, _raw(chunk, row)))
+                refused.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
         facts = np.array([r.fact for r in records], dtype=FACTS)
         return Batch(_serialised(records, facts), facts, tuple(refused))
 
     def _record(self, row: Row) -> _Record:
-        example = example_of(row, self.recipe.format, self.recipe.columns)
+        example = parse_example(row, self.recipe.format, self.recipe.columns)
         whole = self.template.encode(example)
         cut = fit(whole, self.recipe, row.where, example.text is not None, self.template.bos_id)
         ids, labels = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.labels, dtype=np.bool_)
         learnt = int(labels[1:].sum())  # nothing predicts the first token
         if not learnt:
-            rule = "has no token that is learnt" + (" once it is cut" if cut is not whole else "")
-            raise RowError("nothing_learnt", row.where, rule=rule, cure="leave the row out")
+            reason = "has no token that is learnt" + (" once it is cut" if cut is not whole else "")
+            raise RowError("empty_loss_mask", row.where, reason=reason, hint="leave the row out")
         # Keys are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
         whole_ids, whole_labels = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.labels, dtype=np.bool_)
         fact = (
@@ -150,7 +150,7 @@ class Encoder:
         return flags
 
 
-def fit(encoded: Encoded, recipe: Recipe, where: str, is_text: bool, bos_id: int | None) -> Encoded:
+def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_id: int | None) -> Encoded:
     """An example within ``max_length``; the very same object when it is short enough.
 
     ``truncate`` cuts plain text at its end, and of a conversation the oldest tokens: never any of the last answer, and
@@ -166,8 +166,8 @@ def fit(encoded: Encoded, recipe: Recipe, where: str, is_text: bool, bos_id: int
         raise RowError(
             "too_long",
             where,
-            rule=f"is {len(encoded.ids)} tokens long, over data.max_length={limit}",
-            cure="raise data.max_length, or data.on_too_long=drop or truncate",
+            reason=f"is {len(encoded.ids)} tokens long, over data.max_length={limit}",
+            hint="raise data.max_length, or data.on_too_long=drop or truncate",
         )
     if is_text:
         return Encoded(encoded.ids[:limit], encoded.labels[:limit], 0, limit)
@@ -175,9 +175,9 @@ def fit(encoded: Encoded, recipe: Recipe, where: str, is_text: bool, bos_id: int
         raise RowError(
             "too_long",
             where,
-            rule=f"has an answer of {len(encoded.ids) - encoded.prompt_length} tokens, which alone fills "
+            reason=f"has an answer of {len(encoded.ids) - encoded.prompt_length} tokens, which alone fills "
             f"data.max_length={limit}: cutting it would teach a wrong ending",
-            cure="raise data.max_length, or data.on_too_long=drop",
+            hint="raise data.max_length, or data.on_too_long=drop",
         )
     kept = 1 if encoded.ids[0] == bos_id else 0
     labels = encoded.labels[:kept] + encoded.labels[kept + excess :]
@@ -185,8 +185,8 @@ def fit(encoded: Encoded, recipe: Recipe, where: str, is_text: bool, bos_id: int
         raise RowError(
             "too_long",
             where,
-            rule=f"has nothing left to learn when it is cut to data.max_length={limit}",
-            cure="raise data.max_length, or data.on_too_long=drop",
+            reason=f"has nothing left to learn when it is cut to data.max_length={limit}",
+            hint="raise data.max_length, or data.on_too_long=drop",
         )
     ids = encoded.ids[:kept] + encoded.ids[kept + excess :]
     return Encoded(ids, labels, encoded.prompt_length - excess, max(kept, encoded.opening_length - excess))

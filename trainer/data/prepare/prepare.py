@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
 from trainer.data.formats.formats import recognise
 from trainer.data.prepare.build import REFUSED_FILE, TABLE_FILE, build
 from trainer.data.prepare.checks import Finding
-from trainer.data.prepare.encode import Recipe
+from trainer.data.prepare.encode import EncodingSpec
 from trainer.data.sources.open import Source, open_source
-from trainer.data.sources.rows import Row, rows_of
+from trainer.data.sources.rows import Row, parse_rows
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
 
@@ -77,14 +77,14 @@ class Prepared:
         """Every row that is not in the table, one JSON object a line: ``where``, ``reason``, ``message``, ``raw``."""
         return self.folder / REFUSED_FILE
 
-    def name_of(self, row: int) -> str:
+    def row_name(self, row: int) -> str:
         """``file:line`` of a row, for messages."""
         record = self.table[int(row)]
         return f"{self.names[record['file']]}:{record['line']}"
 
 
 def prepare(
-    part: Part, data: DataConfig, tokenizer: Any, cache: Path, say: Callable[[str], None] = lambda _: None
+    part: DatasetSpec, data: DataConfig, tokenizer: Any, cache: Path, say: Callable[[str], None] = lambda _: None
 ) -> Prepared:
     """The prepared table of one part, built if it is not there.
 
@@ -154,7 +154,7 @@ def _locked(cache: Path, fingerprint: str) -> Iterator[None]:
 
 def _no_cache(cache: Path, error: OSError) -> DataError:
     return DataError(
-        "data.cache_dir", value=cache, rule=f"cannot be written ({error.strerror})", cure="data.cache_dir=FOLDER"
+        "data.cache_dir", value=cache, reason=f"cannot be written ({error.strerror})", hint="data.cache_dir=FOLDER"
     )
 
 
@@ -164,7 +164,7 @@ def _build(source: Source, data: DataConfig, tokenizer: Any, folder: Path, say: 
     _remove_stale(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
     part = source.part
-    recipe = Recipe(
+    recipe = EncodingSpec(
         *(tokenizer, _recognised(source), part.columns, data.template, data.alpaca_role, data.train_on),
         *(data.max_length, data.on_too_long),
     )
@@ -195,7 +195,7 @@ def _recognised(source: Source) -> str:
     """The format of a part: that of its first usable row, decided once, before any process starts."""
     part, unknown = source.part, None
     for chunk in source.chunks():
-        for row in rows_of(chunk):
+        for row in parse_rows(chunk):
             if not isinstance(row, Row):
                 continue
             try:
@@ -213,7 +213,7 @@ def _open(folder: Path, source: Source) -> Prepared:
         with (folder / REFUSED_FILE).open(encoding="utf-8") as lines:
             first = [_told(json.loads(line)) for line, _ in zip(lines, range(3))]
         why = f": {'; '.join(first)}; all of them are in {folder / REFUSED_FILE}" if first else ", it is empty"
-        raise DataError("data.path", value=source.part.path, rule=f"holds no usable row{why}", cure="mend the rows")
+        raise DataError("data.path", value=source.part.path, reason=f"holds no usable row{why}", hint="mend the rows")
     table = Dataset.from_file(str(folder / TABLE_FILE))
     lengths, label_counts = np.load(folder / "counts.npy", mmap_mode="r")
     keys = np.load(folder / "keys.npy", mmap_mode="r")

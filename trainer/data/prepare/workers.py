@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
 
-from trainer.data.prepare.encode import Batch, Encoder, Recipe
+from trainer.data.prepare.encode import Batch, Encoder, EncodingSpec
 from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
 
@@ -35,7 +35,7 @@ _START = (
 _ENDED = (EOFError, ConnectionError)
 
 
-def encoded(chunks: Iterable[Chunk], recipe: Recipe, workers: int) -> Generator[Batch, None, None]:
+def encoded(chunks: Iterable[Chunk], recipe: EncodingSpec, workers: int) -> Generator[Batch, None, None]:
     """The batches of some chunks, in their order, whatever the number of processes; 1 works in this one.
 
     Raises:
@@ -45,7 +45,7 @@ def encoded(chunks: Iterable[Chunk], recipe: Recipe, workers: int) -> Generator[
         yield from map(Encoder(recipe).batch, chunks)
         return
     waiting: deque[Future[Batch]] = deque()
-    with Crew(recipe, workers) as crew:
+    with WorkerPool(recipe, workers) as crew:
         for chunk in chunks:
             waiting.append(crew.submit(chunk))
             if len(waiting) >= WINDOW * workers:
@@ -61,17 +61,17 @@ class _Worker:
     knows: bool = False  # the recipe
 
 
-class Crew:
+class WorkerPool:
     """Worker processes, each with a thread of ours that hands it one chunk at a time and waits for the answer."""
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
+    def __init__(self, recipe: EncodingSpec, workers: int) -> None:
         self._recipe = pickle.dumps(recipe)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="afina-data")
         self._workers = workers
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         try:
             for _ in range(self._workers):
                 self._start()
@@ -134,7 +134,7 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     with suppress(*_ENDED):
         encoder: Encoder | None = None
-        recipe: Recipe = connection.recv()
+        recipe: EncodingSpec = connection.recv()
         while True:
             chunk: Chunk = connection.recv()
             try:
@@ -149,4 +149,4 @@ def _death(process: subprocess.Popen[bytes]) -> DataError:
     code = process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (memory may have run out)" if code == -signal.SIGKILL else ""
-    return DataError("data.workers", rule=f"a process that tokenises {how}{hint}", cure="data.workers=1")
+    return DataError("data.workers", reason=f"a process that tokenises {how}{hint}", hint="data.workers=1")

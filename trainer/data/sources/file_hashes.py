@@ -14,12 +14,12 @@ from trainer.errors import DataError
 
 SETTLED_NS = 2_000_000_000
 """A younger time of change is not trusted: on some file systems a second write may leave the same time."""
-MOST_FILES = 10_000
+MAX_FILES = 10_000
 
 _Facts = list[int | str]
 
 
-def digests_of(files: Sequence[Path], memory: Path | None = None) -> list[str]:
+def hash_files(files: Sequence[Path], memory: Path | None = None) -> list[str]:
     """The SHA-256 of each file's bytes, as hex.
 
     Args:
@@ -36,8 +36,8 @@ def digests_of(files: Sequence[Path], memory: Path | None = None) -> list[str]:
         try:
             digest, facts = _digest(file, known.get(str(file)))
         except OSError as error:
-            rule = f"cannot be read ({error.strerror or error})"
-            raise DataError("data.path", value=file, rule=rule, cure="name a file that you may read") from error
+            reason = f"cannot be read ({error.strerror or error})"
+            raise DataError("data.path", value=file, reason=reason, hint="name a file that you may read") from error
         found.append(digest)
         if facts is not None and facts != known.get(str(file)):
             fresh[str(file)] = facts
@@ -84,7 +84,7 @@ def _is_facts(facts: object) -> bool:
 def _remember(memory: Path, fresh: dict[str, _Facts]) -> None:
     """Lay ``fresh`` over what others have written by now. A memory that cannot be written only costs time."""
     merged = {**{name: facts for name, facts in _recall(memory).items() if name not in fresh}, **fresh}
-    kept = dict(list(merged.items())[-MOST_FILES:])
+    kept = dict(list(merged.items())[-MAX_FILES:])
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=memory.parent, prefix=f".{memory.name}.")

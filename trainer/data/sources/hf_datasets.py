@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.dataset_spec import Part
+from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
 from trainer.data.sources.readers import numbered, packed
 from trainer.data.sources.rows import CHUNK_LINES, Chunk
@@ -20,7 +20,7 @@ def is_saved(folder: Path) -> bool:
     return one or (folder / "dataset_dict.json").is_file()
 
 
-def load_saved(folder: Path, part: Part) -> Any:
+def load_saved(folder: Path, part: DatasetSpec) -> Any:
     """The split of a saved data set that a part names; a data set without splits is taken whole.
 
     Raises:
@@ -33,20 +33,22 @@ def load_saved(folder: Path, part: Part) -> Any:
         if not index.is_file():
             whole = datasets.load_from_disk(str(folder))
             if part.split not in ("train", str(whole.split)):
-                rule = f"has no splits: {part.path} holds one data set"
-                raise DataError("data.split", value=part.split, rule=rule, cure="leave data.split out")
+                reason = f"has no splits: {part.path} holds one data set"
+                raise DataError("data.split", value=part.split, reason=reason, hint="leave data.split out")
             return whole
         splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
         if part.split not in splits:
-            cure = f"data.split={nearest(part.split, splits) or splits[0]}" if splits else "save it with its splits"
-            raise DataError("data.split", value=part.split, rule=f"is not in {part.path}: {_splits(splits)}", cure=cure)
+            hint = f"data.split={nearest(part.split, splits) or splits[0]}" if splits else "save it with its splits"
+            raise DataError(
+                "data.split", value=part.split, reason=f"is not in {part.path}: {_splits(splits)}", hint=hint
+            )
         return datasets.load_from_disk(str(folder / part.split))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        rule = f"was written by save_to_disk, and cannot be read ({_short(error)})"
-        raise DataError("data.path", value=part.path, rule=rule, cure="save it anew") from error
+        reason = f"was written by save_to_disk, and cannot be read ({_short(error)})"
+        raise DataError("data.path", value=part.path, reason=reason, hint="save it anew") from error
 
 
-def load_hub(part: Part) -> Any:
+def load_hub(part: DatasetSpec) -> Any:
     """The split of a hub data set that a part names, from the hub or from the cache of an earlier run.
 
     Raises:
@@ -60,23 +62,23 @@ def load_hub(part: Part) -> Any:
         return datasets.load_dataset(part.path, part.subset, split=part.split, revision=part.revision)
     except DatasetNotFoundError as error:
         revision = f" at revision {part.revision}" if part.revision else ""
-        rule = f"{nowhere} the hub has no such data set{revision}, or keeps it private"
-        cure = "correct the path; for a private one: hf auth login"
-        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+        reason = f"{nowhere} the hub has no such data set{revision}, or keeps it private"
+        hint = "correct the path; for a private one: hf auth login"
+        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
     except ConnectionError as error:
-        rule = f"{nowhere} the hub could not be reached ({_short(error)})"
-        cure = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
-        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+        reason = f"{nowhere} the hub could not be reached ({_short(error)})"
+        hint = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
+        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
     except Exception as error:  # a builder may raise anything: an unknown split, no default configuration, a bad file
         if "split" in str(error).lower():
-            rule = f"{part.path}: {_short(error)}"
-            raise DataError("data.split", value=part.split, rule=rule, cure="data.split=NAME") from error
+            reason = f"{part.path}: {_short(error)}"
+            raise DataError("data.split", value=part.split, reason=reason, hint="data.split=NAME") from error
         if "config name" in str(error).lower():
-            rule = f"{part.path}: {_short(error)}"
-            raise DataError("data.subset", value=part.subset, rule=rule, cure="data.subset=NAME") from error
-        rule = f"cannot be loaded from the hub ({_short(error)})"
-        cure = "load it with the datasets library, save_to_disk, and name that folder"
-        raise DataError("data.path", value=part.path, rule=rule, cure=cure) from error
+            reason = f"{part.path}: {_short(error)}"
+            raise DataError("data.subset", value=part.subset, reason=reason, hint="data.subset=NAME") from error
+        reason = f"cannot be loaded from the hub ({_short(error)})"
+        hint = "load it with the datasets library, save_to_disk, and name that folder"
+        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
 
 
 def chunks(table: Any, name: str) -> Iterator[Chunk]:
@@ -88,8 +90,8 @@ def chunks(table: Any, name: str) -> Iterator[Chunk]:
     try:
         yield from packed(numbered(table.with_format(None).iter(CHUNK_LINES), name, _rows), 0, name)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        cure = "leave out columns that are no text, or save it anew"
-        raise DataError(name, rule=f"cannot be read ({_short(error)})", cure=cure) from error
+        hint = "leave out columns that are no text, or save it anew"
+        raise DataError(name, reason=f"cannot be read ({_short(error)})", hint=hint) from error
 
 
 def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -10,13 +10,13 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from trainer.config.dataset_spec import FIELDS
-from trainer.data.sources.rows import Refused, json_trouble, not_an_object, not_utf8
+from trainer.data.sources.rows import RejectedRow, json_trouble, not_an_object, not_utf8
 from trainer.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-_Parsed = tuple[int, dict[str, Any] | Refused]
+_Parsed = tuple[int, dict[str, Any] | RejectedRow]
 
 
 def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[_Parsed]]:
@@ -80,8 +80,8 @@ def _object_rows(text: str, start: int, name: str) -> Iterable[_Parsed]:
         line = text.count("\n", 0, start) + 1
         return [(line, _usable(text[start:end], {k: v for k, (_, v) in members.items()}, f"{name}:{line}"))]
     if len(arrays) > 1:
-        rule = f"holds several arrays: {', '.join(arrays)}"
-        raise DataError(name, rule=rule, cure="keep one array of rows in a file")
+        reason = f"holds several arrays: {', '.join(arrays)}"
+        raise DataError(name, reason=reason, hint="keep one array of rows in a file")
     return _elements(text, members[arrays[0]][0], name)
 
 
@@ -128,7 +128,7 @@ def _elements(text: str, start: int, name: str, whole: bool = False) -> Iterator
         _nothing_after(text, at + 1, name)
 
 
-def _usable(raw: str, value: Any, where: str) -> dict[str, Any] | Refused:
+def _usable(raw: str, value: Any, where: str) -> dict[str, Any] | RejectedRow:
     try:
         raw.encode()
     except UnicodeEncodeError as error:
@@ -168,5 +168,5 @@ def _nothing_after(text: str, at: int, name: str) -> None:
 
 def _broken(text: str, at: int, name: str, reason: str) -> DataError:
     line = text.count("\n", 0, at) + 1
-    cure = "mend it there, or bring JSONL (one object a line), where one broken row costs no other"
-    return DataError(f"{name}:{line}", rule=f"is not JSON ({reason})", cure=cure)
+    hint = "mend it there, or bring JSONL (one object a line), where one broken row costs no other"
+    return DataError(f"{name}:{line}", reason=f"is not JSON ({reason})", hint=hint)

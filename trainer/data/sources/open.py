@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config.dataset_spec import Part, is_glob, is_hub_id
+from trainer.config.dataset_spec import DatasetSpec, is_glob, is_hub_id
 from trainer.data.sources import hf_datasets as hub
-from trainer.data.sources.file_hashes import digests_of
-from trainer.data.sources.readers import KNOWN, kind_of, read
-from trainer.data.sources.rows import CHUNK_LINES, Chunk, Refused, Row, RowError, raw_text, rows_of
+from trainer.data.sources.file_hashes import hash_files
+from trainer.data.sources.readers import KNOWN, detect_kind, read
+from trainer.data.sources.rows import CHUNK_LINES, Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
 from trainer.errors import DataError
 
-__all__ = ["CHUNK_LINES", "Chunk", "Refused", "Row", "RowError", "Source", "open_source", "raw_text", "rows_of"]
+__all__ = ["CHUNK_LINES", "Chunk", "RejectedRow", "Row", "RowError", "Source", "open_source", "parse_rows", "raw_text"]
 
 ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")
 """What lies beside downloaded data sets and holds no rows."""
@@ -36,7 +36,7 @@ class Source:
         table: that data set.
     """
 
-    part: Part
+    part: DatasetSpec
     files: tuple[Path, ...]
     names: tuple[str, ...]
     table: Any = field(default=None, repr=False)
@@ -45,7 +45,7 @@ class Source:
         """Hex digest of everything the rows depend on: the bytes of the files, or the hub data set's fingerprint.
 
         Args:
-            memory: a JSON file where the hashes of unchanged files are kept, see :mod:`trainer.data.sources.file_hashes`.
+            memory: where the hashes of unchanged files are kept (JSON), see ``file_hashes``.
 
         Raises:
             DataError: a file cannot be read.
@@ -53,7 +53,7 @@ class Source:
         part = self.part
         facts: list[Any] = [self.names, sorted(part.columns.items()), part.format, part.split]
         if self.files:
-            facts.append(digests_of(self.files, memory))
+            facts.append(hash_files(self.files, memory))
         else:
             facts += [part.revision, self.table._fingerprint]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -71,7 +71,7 @@ class Source:
             yield from read(path, number, name)
 
 
-def open_source(part: Part) -> Source:
+def open_source(part: DatasetSpec) -> Source:
     """Find the files of a part.
 
     Raises:
@@ -91,17 +91,17 @@ def open_source(part: Part) -> Source:
         return _source(part, _matching(given, part), _fixed(given))
     if is_hub_id(part.path):
         return Source(part, (), (f"{part.path}/{part.split}",), hub.load_hub(part))
-    raise DataError("data.path", value=part.path, rule="there is no such file", cure="data.path=PATH/TO/FILE.jsonl")
+    raise DataError("data.path", value=part.path, reason="there is no such file", hint="data.path=PATH/TO/FILE.jsonl")
 
 
-def _source(part: Part, files: list[Path], above: Path) -> Source:
+def _source(part: DatasetSpec, files: list[Path], above: Path) -> Source:
     for file in files:
-        if kind_of(file) is None:
-            raise DataError("data.path", value=file, rule="is of no known kind", cure=f"known are {KNOWN}")
+        if detect_kind(file) is None:
+            raise DataError("data.path", value=file, reason="is of no known kind", hint=f"known are {KNOWN}")
     return Source(part, tuple(files), tuple(file.relative_to(above).as_posix() for file in files))
 
 
-def _below(folder: Path, part: Part) -> list[Path]:
+def _below(folder: Path, part: DatasetSpec) -> list[Path]:
     """The files of known kinds below a folder, sorted by their path from it; hidden ones are passed over."""
     known: list[Path] = []
     other: list[Path] = []
@@ -113,19 +113,19 @@ def _below(folder: Path, part: Part) -> list[Path]:
         folders[:] = [name for name, real in shown.items() if real not in seen]  # a link may lead back up
         seen |= set(shown.values())
         for file in (Path(place, name) for name in names if not name.startswith(".")):
-            (known if kind_of(file) and file.name not in ABOUT_DATA and file.is_file() else other).append(file)
+            (known if detect_kind(file) and file.name not in ABOUT_DATA and file.is_file() else other).append(file)
     if not known:
         found = f"holds no data: {', '.join(sorted(file.name for file in other)[:3])} …" if other else "is empty"
-        raise DataError("data.path", value=part.path, rule=f"the folder {found}", cure=f"known are {KNOWN}")
+        raise DataError("data.path", value=part.path, reason=f"the folder {found}", hint=f"known are {KNOWN}")
     return sorted(known, key=lambda file: file.relative_to(folder).as_posix())
 
 
-def _matching(pattern: Path, part: Part) -> list[Path]:
+def _matching(pattern: Path, part: DatasetSpec) -> list[Path]:
     found = sorted(Path(name) for name in set(glob.glob(str(pattern), recursive=True)))
     files = [path for path in found if path.is_file()]
     if not files:
-        rule, cure = ("matches folders only", f"{part.path}/*.jsonl") if found else ("matches no file", "PATTERN")
-        raise DataError("data.path", value=part.path, rule=rule, cure=f"data.path='{cure}'")
+        reason, hint = ("matches folders only", f"{part.path}/*.jsonl") if found else ("matches no file", "PATTERN")
+        raise DataError("data.path", value=part.path, reason=reason, hint=f"data.path='{hint}'")
     return files
 
 

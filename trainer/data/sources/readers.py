@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.sources.json_arrays import BOM, json_rows
-from trainer.data.sources.rows import CHUNK_LINES, Chunk, Refused, not_utf8, refused
+from trainer.data.sources.rows import CHUNK_LINES, Chunk, RejectedRow, not_utf8, refused
 from trainer.errors import DataError
 
 CHUNK_BYTES = 8 << 20
@@ -27,10 +27,10 @@ KNOWN = f"{', '.join(TEXT_KINDS + TABLE_KINDS)}; all but the last two also as .g
 
 # its byte-order marks, or two Latin letters in either byte order
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", re.DOTALL)
-_Parsed = tuple[int, dict[str, Any] | Refused]
+_Parsed = tuple[int, dict[str, Any] | RejectedRow]
 
 
-def kind_of(path: Path) -> str | None:
+def detect_kind(path: Path) -> str | None:
     """The suffix that says how a file is read, the compression's left out; ``None`` when it is not known."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in CODECS:
@@ -42,14 +42,14 @@ def read(path: Path, file: int, name: str) -> Iterator[Chunk]:
     """The rows of one file.
 
     Args:
-        path: a file whose :func:`kind_of` is known.
+        path: a file whose :func:`detect_kind` is known.
         file: its number in the source.
         name: what it is called in messages.
 
     Raises:
         DataError: it cannot be opened, is damaged, or is not of its kind.
     """
-    kind = kind_of(path)
+    kind = detect_kind(path)
     assert kind is not None, f"{path} must have been refused when the source was opened"
     with _told(name):
         if kind in TABLE_KINDS:
@@ -80,8 +80,8 @@ def _told(name: str) -> Iterator[None]:
         yield
     except (OSError, EOFError, pa.ArrowException, ValueError, OverflowError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
-        rule, cure = f"cannot be read ({reason})", "check that the file is whole and what its name says"
-        raise DataError(name, rule=rule, cure=cure) from error
+        reason, hint = f"cannot be read ({reason})", "check that the file is whole and what its name says"
+        raise DataError(name, reason=reason, hint=hint) from error
 
 
 @contextmanager
@@ -98,8 +98,8 @@ def opened(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
     raw: Any = pa.input_stream(str(path), compression=codec) if codec else path.open("rb", buffering=0)
     with io.BufferedReader(raw, 1 << 20) as stream:
         if _UTF_16.match(stream.peek(4)):
-            rule = "is UTF-16, and text is read as UTF-8"
-            raise DataError(name, rule=rule, cure=f"iconv -f UTF-16 -t UTF-8 {path.name} > NEW-FILE")
+            reason = "is UTF-16, and text is read as UTF-8"
+            raise DataError(name, reason=reason, hint=f"iconv -f UTF-16 -t UTF-8 {path.name} > NEW-FILE")
         yield stream
 
 
@@ -179,31 +179,33 @@ def _records(stream: Iterable[bytes], delimiter: str, name: str) -> Iterator[_Pa
 
 
 def _header(record: list[str] | csv.Error, bad: str, delimiter: str, where: str) -> list[str]:
-    cure = "begin the file with one line of column names"
+    hint = "begin the file with one line of column names"
     if bad or isinstance(record, csv.Error):
-        raise DataError(where, rule=f"has no header that can be read ({bad or record})", cure=cure)
+        raise DataError(where, reason=f"has no header that can be read ({bad or record})", hint=hint)
     twice = sorted({column for column in record if record.count(column) > 1})
     if twice:
-        raise DataError(where, rule=f"names a column twice ({', '.join(twice) or 'without a name'})", cure=cure)
+        raise DataError(where, reason=f"names a column twice ({', '.join(twice) or 'without a name'})", hint=hint)
     for other in {",", ";", "\t"} - {delimiter}:
         if len(record) == 1 and other in record[0]:
-            rule = f"has its columns separated by {other!r}, and this kind of file by {delimiter!r}"
-            raise DataError(where, rule=rule, cure="name it .tsv for tabs, .csv for commas, and save it with these")
+            reason = f"has its columns separated by {other!r}, and this kind of file by {delimiter!r}"
+            raise DataError(where, reason=reason, hint="name it .tsv for tabs, .csv for commas, and save it with these")
     return record
 
 
-def _record(record: list[str] | csv.Error, header: list[str], lines: _Lines, where: str) -> dict[str, Any] | Refused:
+def _record(
+    record: list[str] | csv.Error, header: list[str], lines: _Lines, where: str
+) -> dict[str, Any] | RejectedRow:
     raw = "".join(lines.raw)
     if lines.bad:
         return not_utf8(where, raw, lines.bad)
     if isinstance(record, csv.Error):
         last = f" and ends with line {lines.number}" if len(lines.raw) > 1 else ""
-        rule = f"has quotes that do not fit{last} ({str(record).splitlines()[0]})"
-        return refused(where, "wrong_type", rule, 'a field with quotes inside is written "say ""so"""', raw)
+        reason = f"has quotes that do not fit{last} ({str(record).splitlines()[0]})"
+        return refused(where, "wrong_type", reason, 'a field with quotes inside is written "say ""so"""', raw)
     if len(record) != len(header):
-        reason = "missing_field" if len(record) < len(header) else "wrong_type"
-        rule = f"has {len(record)} fields, and the header names {len(header)}"
-        return refused(where, reason, rule, "quote fields that hold the separator or a line end", raw)
+        code = "missing_field" if len(record) < len(header) else "wrong_type"
+        reason = f"has {len(record)} fields, and the header names {len(header)}"
+        return refused(where, code, reason, "quote fields that hold the separator or a line end", raw)
     return dict(zip(header, record, strict=True))
 
 

@@ -22,7 +22,7 @@ from trainer.errors import DataError
 Message = dict[str, Any]
 # Of an assistant's message: what the template puts into words itself, so the place of its text alone says too little.
 WORDED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-MOST_SKELETONS = 1000
+MAX_SKELETONS = 1000
 _LEAVE_OUT = "data.template=FILE.jinja, one that writes tools, or leave `tools` out"
 
 
@@ -42,8 +42,8 @@ class ChatTemplate:
         DataError: it is no jinja.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None, called: str, cure: str) -> None:
-        self._tokenizer, self._source, self._called, self._cure = tokenizer, source, called, cure
+    def __init__(self, tokenizer: Any, source: str | None, called: str, hint: str) -> None:
+        self._tokenizer, self._source, self._called, self._cure = tokenizer, source, called, hint
         self._skeletons: dict[tuple[Any, ...], tuple[list[int], list[str]]] = {}
         pair: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         try:
@@ -111,8 +111,8 @@ class ChatTemplate:
         closed = bool(ends) and not upto[ends[-1] :].strip()
         end = ends[-1] if closed else len(upto.rstrip())
         if not upto.startswith(before) or not whole.startswith(upto[:end]):
-            rule = f"{self._called} writes the turns before or after turn {i + 1} otherwise than it does without them"
-            raise self._error(where, f"{rule}, so that turn's place is not known", "data.train_on=last_assistant")
+            reason = f"{self._called} writes the turns before or after turn {i + 1} otherwise than it does without them"
+            raise self._error(where, f"{reason}, so that turn's place is not known", "data.train_on=last_assistant")
         words = whole[len(before) : end]
         calls = [call.get("function", call) for call in messages[i].get("tool_calls") or ()]
         self._need_named(words, calls, "a tool call", "data.template=FILE.jinja, one that writes tool calls", where)
@@ -120,13 +120,13 @@ class ChatTemplate:
             given = call.get("arguments")
             quoted = json.dumps(given, ensure_ascii=False) if isinstance(given, str) else ""
             if '\\"' in quoted and given not in words:
-                rule = f"{self._called} quotes the arguments of {call['name']} twice, as they are a string"
-                raise self._error(where, rule, "give arguments as an object, not as a string of JSON")
+                reason = f"{self._called} quotes the arguments of {call['name']} twice, as they are a string"
+                raise self._error(where, reason, "give arguments as an object, not as a string of JSON")
         thought = next((messages[i][key] for key in WORDED[1:] if messages[i].get(key)), "")
         for said in (thought, messages[i]["content"]):
             if str(said).strip() not in words:
-                rule = f"{self._called} drops or rewrites what the assistant says or thinks in turn {i + 1}"
-                raise self._error(where, rule, "data.template=FILE.jinja, one that writes it")
+                reason = f"{self._called} drops or rewrites what the assistant says or thinks in turn {i + 1}"
+                raise self._error(where, reason, "data.template=FILE.jinja, one that writes it")
         return len(before), end, closed
 
     def _places(
@@ -138,8 +138,8 @@ class ChatTemplate:
             found = _match(whole, between, [messages[i] for i in order])
             if found is not None:
                 return dict(zip(order, found, strict=True))
-        rule = f"{self._called} rewrites what is said in {_roles(messages)}, so the answer's place in it is not known"
-        raise self._error(where, rule, "data.template=alpaca, or FILE.jinja: a template that leaves the text alone")
+        reason = f"{self._called} rewrites what is said in {_roles(messages)}, so the answer's place in it is not known"
+        raise self._error(where, reason, "data.template=alpaca, or FILE.jinja: a template that leaves the text alone")
 
     def _skeleton(
         self, messages: list[Message], tools: Sequence[Any] | None, waits: bool, where: str, again: bool
@@ -169,7 +169,7 @@ class ChatTemplate:
             between.append(before)
         between.append(text)
         if cached is not None:
-            if len(self._skeletons) >= MOST_SKELETONS:
+            if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
             self._skeletons[cached] = order, between
         return order, between
@@ -187,7 +187,7 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                self._called, rule=f"is no chat template: line {error.lineno}: {error.message}", cure="mend it"
+                self._called, reason=f"is no chat template: line {error.lineno}: {error.message}", hint="mend it"
             ) from error
         except Exception as error:  # a template is code of its author's: whatever it raises is about these turns
             told = " ".join(str(error).split())[:200]
@@ -201,18 +201,18 @@ class ChatTemplate:
         extras = ({k: v for k, v in m.items() if k not in ("role", "content")} for m in messages if len(m) > 2)
         for text in chain(strings_in(list(tools or ())), *(strings_in(extra) for extra in extras)):
             if found := self.reader.control.search(text):
-                rule = f"holds the control token {found[0]} in its tools or tool calls"
-                raise RowError("control_token", where, rule=rule, cure="remove the row, or change that text")
+                reason = f"holds the control token {found[0]} in its tools or tool calls"
+                raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
 
-    def _need_named(self, text: str, given: Sequence[Any] | None, what: str, cure: str, where: str) -> None:
+    def _need_named(self, text: str, given: Sequence[Any] | None, what: str, hint: str, where: str) -> None:
         for tool in given or ():
             inner = tool.get("function", tool)
             name = inner.get("name") if isinstance(inner, Mapping) else None
             if isinstance(name, str) and name not in text:
-                raise self._error(where, f"{self._called} drops {what} ({name!a})", cure)
+                raise self._error(where, f"{self._called} drops {what} ({name!a})", hint)
 
-    def _error(self, where: str, rule: str, cure: str) -> RowError:
-        return RowError("template", where, rule=rule, cure=cure)
+    def _error(self, where: str, reason: str, hint: str) -> RowError:
+        return RowError("template", where, reason=reason, hint=hint)
 
 
 def _own_words(message: Message) -> bool:

@@ -93,4 +93,6 @@ def _need_plain(turns: Sequence[Turn], name: str, where: str) -> None:
 
 
 def _no_place(name: str, what: str, where: str) -> RowError:
-    return RowError("template", where, rule=f"data.template={name} has no place for {what}", cure="data.template=chat")
+    return RowError(
+        "template", where, reason=f"data.template={name} has no place for {what}", hint="data.template=chat"
+    )

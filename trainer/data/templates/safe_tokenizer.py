@@ -152,8 +152,10 @@ class Reader:
                 offsets += [(at + b, at + e) for b, e in encoding.offsets]
                 if taken := self._special.intersection(encoding.ids):
                     name = next(name for name, i in self._id_of.items() if i in taken)
-                    rule = f"holds the text of the control token {name}, which this tokenizer cannot read as plain text"
-                    raise RowError("control_token", where, rule=rule, cure="remove the row, or change that text")
+                    reason = (
+                        f"holds the text of the control token {name}, which this tokenizer cannot read as plain text"
+                    )
+                    raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
             if end > begin:
                 ids.append(self._id_of[text[begin:end]])
                 offsets.append((begin, end))

