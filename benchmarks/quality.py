@@ -124,7 +124,7 @@ def write_rows(folder: Path, model: str, steps: int) -> None:
         np.savez(
             folder / f"{name}.npz",
             ids=np.concatenate([r.ids for r in rows]),
-            labels=np.concatenate([r.labels for r in rows]),
+            labels=np.concatenate([r.loss_mask for r in rows]),
             lengths=np.asarray([len(r.ids) for r in rows]),
         )
 

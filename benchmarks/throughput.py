@@ -149,7 +149,7 @@ def write_rows(path: Path, overrides: list[str], steps: int) -> dict[str, float]
     np.savez(
         path,
         ids=np.concatenate([r.ids for r in rows]),
-        labels=np.concatenate([r.labels for r in rows]),
+        labels=np.concatenate([r.loss_mask for r in rows]),
         lengths=np.asarray([len(r.ids) for r in rows]),
     )
     shortest = min(len(r.ids) for r in rows)

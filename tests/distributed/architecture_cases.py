@@ -105,7 +105,7 @@ def main() -> None:
             )
             found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
             distance, again = worst_distance(found, expected), reloaded(loop, live, model, folder)
-            bench.note(case, [distance, again, loop.packing.shares])
+            bench.note(case, [distance, again, loop.packing.uses_trie])
     bench.finish()
 
 

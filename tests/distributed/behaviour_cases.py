@@ -184,15 +184,15 @@ def generation_in_lockstep(bench: Bench) -> None:
     from trainer.evaluation.evaluate import _answers
 
     rows = loop.data.validation
-    answers = [a for _, a, _ in _answers(loop.sampler, rows, loop.config, bench.world)]
+    answers = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
     if bench.world.is_main:
         stock = reference_model(resolve("tiny"), loop.config).eval()
         expected = []
         for example in rows.examples(range(len(rows))):
             prompt = torch.tensor([example["input_ids"][: example["prompt_length"]]])
             out = stock.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-            ids = [t for t in out[0, prompt.shape[1] :].tolist() if t not in loop.sampler.end_ids]
-            expected.append(loop.sampler.decode(ids).strip())
+            ids = [t for t in out[0, prompt.shape[1] :].tolist() if t not in loop.generator.end_ids]
+            expected.append(loop.generator.decode(ids).strip())
         bench.note("generation", {"rows": len(answers), "equal": answers == expected})
 
 

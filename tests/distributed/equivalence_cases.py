@@ -67,7 +67,7 @@ def main() -> None:
     for case, overrides in cases(bench.world.world_size).items():
         loop = bench.loop(bench.config(*overrides))
         assert all(module.training for module in loop.engine.model.modules()), "dropout, checkpointing"
-        assert loop.packing.shares == ("batch.packing=padded" not in overrides), "the start-up proof has failed"
+        assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "the start-up proof has failed"
         for step in range(loop.total_steps):
             loop._step(step)
         state = gather_state(loop.engine)

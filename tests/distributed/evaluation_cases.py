@@ -33,10 +33,10 @@ def main() -> None:
     expected: dict[str, Any] = {}
     for zero in ("stage0", "stage2", "stage3"):
         loop = bench.loop(bench.config(f"zero={zero}", *MEDICAL))
-        loop.sampler.end_ids = ENDS
+        loop.generator.end_ids = ENDS
         found: dict[str, Any] = loop._evaluate().metrics
         rows = loop.data.validation
-        found["answers"] = [a for _, a, _ in _answers(loop.sampler, rows, loop.config, bench.world)]
+        found["answers"] = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
         if bench.world.is_main:
             expected = expected or reference(loop)
             bench.note(zero, {"found": found, "expected": expected})
@@ -46,7 +46,7 @@ def main() -> None:
 def reference(loop: Any) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.float32).eval()
     rows = loop.data.validation.examples(range(len(loop.data.validation)))
-    tokenizer, right, losses, answers, lengths = loop.sampler.tokenizer, 0, [], [], set()
+    tokenizer, right, losses, answers, lengths = loop.generator.tokenizer, 0, [], [], set()
     for row in rows:
         prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])
         with torch.no_grad():

@@ -49,11 +49,11 @@ def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
             continue
         number = list(ZERO).index(zero)
         saves = (number + bits // 4) % 2 == 0 and method != "prefix"
-        shares = (number // 2 + bits // 4) % 2 == 0 and method not in ("prompt", "prefix")
+        uses_trie = (number // 2 + bits // 4) % 2 == 0 and method not in ("prompt", "prefix")
         out[f"{method} {bits} {zero}"] = [
             *(*base, f"zero={zero}", f"method.bits={bits}", *METHODS[method]),
             f"model.gradient_checkpointing={str(saves).lower()}",
-            f"batch.packing={'trie' if shares else 'padded'}",
+            f"batch.packing={'trie' if uses_trie else 'padded'}",
             *(["method.quant_storage=uint8"] if (method, bits) == ("rslora", 4) else []),  # stage 3 too
         ]
     return out

@@ -54,7 +54,7 @@ class Bench:
         data = load_data(config, tokenizer, lambda _: None)
         built = build(config, self.world, base, data, tokenizer)
         lockstep = config.zero.stage == 3
-        sampler = Generator(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
+        generator = Generator(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
         who = checkpoint.identity(config, data.fingerprint)
         run = folder or Path(tempfile.gettempdir())
         return Loop(
@@ -63,7 +63,7 @@ class Bench:
             data,
             built.packing,
             built.engine,
-            sampler,
+            generator,
             Tracker(),
             built.meter,
             StopRequest(),

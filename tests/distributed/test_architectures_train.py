@@ -21,8 +21,8 @@ def test_every_architecture_is_the_plain_process(tiny_model: Path, tmp_path: Pat
     torchrun(SCRIPT, results, nproc=2, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=600)
     found = json.loads(results.read_text())
     assert set(found) == set(cases())
-    for case, (update, logits, shares) in found.items():
+    for case, (update, logits, uses_trie) in found.items():
         assert update <= UPDATE, (case, update)
         assert logits <= LOGITS, (case, logits)
         name = cases()[case][0]
-        assert shares == (name not in PADDED and "prompt" not in case), case
+        assert uses_trie == (name not in PADDED and "prompt" not in case), case

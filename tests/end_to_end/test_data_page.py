@@ -125,7 +125,7 @@ class Drawn:
     name: str = ""
     held_out: bool = False
     ids: list[int] = field(default_factory=list)
-    labels: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     text: str = ""
 
 
@@ -152,7 +152,7 @@ class Dom(HTMLParser):
         if ids := attributes.get("data-ids"):
             numbers = [int(i) for i in ids.split()]
             self.rows[-1].ids += numbers
-            self.rows[-1].labels += [any(name == "mark" for name, _ in self._open)] * len(numbers)
+            self.rows[-1].loss_mask += [any(name == "mark" for name, _ in self._open)] * len(numbers)
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop()[0] != tag:
@@ -216,9 +216,9 @@ def test_masks_in_the_browser_are_the_labels(
         for name, tokens in zip(rows.names(every), rows.tokens(every), strict=True):
             row = drawn[name, held_out]
             assert row.ids == tokens.ids.tolist()
-            assert row.labels == tokens.labels.tolist()
-            assert any(row.labels)
-            assert not all(row.labels)
+            assert row.loss_mask == tokens.loss_mask.tolist()
+            assert any(row.loss_mask)
+            assert not all(row.loss_mask)
 
 
 def test_search_and_sides(chat: Page, browser: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from trainer.data.batching.packing import Packing
 from trainer.data.load import load_data
 from trainer.errors import ModelError
 from trainer.kernels.label_loss import LabelLoss
-from trainer.kernels.trie_attention import along
+from trainer.kernels.trie_attention import trie_context
 from trainer.methods import attach
 from trainer.models.loading import load_model, load_tokenizer
 
@@ -37,8 +37,8 @@ def gradient(model: Any, loss: LabelLoss, packing: Packing, rows: list[Tokens]) 
     trained = [p for p in model.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float64)
     for micro in packing.split(rows, 1).micros[0]:
-        batch = packing.lay([rows[i] for i in micro], micro)
-        with along(batch.paths):
+        batch = packing.collate([rows[i] for i in micro], micro)
+        with trie_context(batch.paths):
             parts = torch.autograd.grad(loss(model, batch), trained)
         total += torch.cat([p.flatten() for p in parts])
     return total
@@ -67,7 +67,7 @@ def test_trie_gradient_is_the_padded_one(folder: Path, record_property: pytest.R
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.02)
-    trie, padded = (Packing(shares, Limits(None, 4096), 0) for shares in (True, False))
+    trie, padded = (Packing(uses_trie, Limits(None, 4096), 0) for uses_trie in (True, False))
     found = {"trie bf16": gradient(model, loss, trie, rows), "padded bf16": gradient(model, loss, padded, rows)}
     model.float()
     found |= {"trie fp32": gradient(model, loss, trie, rows), "padded fp32": gradient(model, loss, padded, rows)}

@@ -33,7 +33,7 @@ def chat(messages: list[dict[str, Any]], **fields: Any) -> Example:
 
 def learnt(tokenizer: Any, found: Encoded) -> list[str]:
     """The text of each stretch of labels."""
-    pairs = groupby(zip(found.ids, found.labels, strict=True), key=lambda pair: pair[1])
+    pairs = groupby(zip(found.ids, found.loss_mask, strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]) for label, run in pairs if label]
 
 

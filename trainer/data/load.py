@@ -73,10 +73,10 @@ class Rows:
         if not wanted:
             return []
         table = self.tables.table.with_format("arrow")[wanted]
-        ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
+        ids, loss_mask = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()[1:-1] - ids.offsets[0].as_py()
         flat_ids = ids.flatten().to_numpy()
-        flat_labels = labels.flatten().to_numpy(zero_copy_only=False)
+        flat_labels = loss_mask.flatten().to_numpy(zero_copy_only=False)
         return [Tokens(*pair) for pair in zip(np.split(flat_ids, ends), np.split(flat_labels, ends), strict=True)]
 
     def names(self, which: Sequence[int] | np.ndarray) -> list[str]:

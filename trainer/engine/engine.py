@@ -27,7 +27,7 @@ from trainer.distributed.process_group import World
 from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.optimizer import adamw
 from trainer.kernels.label_loss import LabelLoss
-from trainer.kernels.trie_attention import along
+from trainer.kernels.trie_attention import trie_context
 from trainer.methods import OrthogonalTerm, trainable_parameters
 
 
@@ -90,12 +90,12 @@ class Engine:
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Summed cross-entropy of one micro-batch: float32 scalar."""
-        with along(batch.paths), self._autocast():
+        with trie_context(batch.paths), self._autocast():
             return self.loss(self.deepspeed, batch)
 
     def label_logits(self, batch: MicroBatch) -> Tensor:
         """Logits at the label positions of one micro-batch, (labels, vocabulary)."""
-        with along(batch.paths), self._autocast():
+        with trie_context(batch.paths), self._autocast():
             return self.loss.logits(self.deepspeed, batch)
 
     def _autocast(self) -> torch.autocast:
@@ -125,7 +125,7 @@ class Engine:
                 if self.orthogonal is not None:  # once an update: ranks are averaged, micro-batches are summed
                     self.orthogonal.scale = self.loss_scale if k == 0 else 0.0
                 batch = batch.to(self.world.device)
-                with along(batch.paths):  # the backward too: gradient checkpointing attends again in it
+                with trie_context(batch.paths):  # the backward too: gradient checkpointing attends again in it
                     loss = self.loss_sum(batch)
                     self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())

@@ -20,7 +20,7 @@ from trainer.data.batching.trie import sort_by_tokens
 from trainer.data.load import Data
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
-from trainer.kernels.trie_attention import KERNEL, along
+from trainer.kernels.trie_attention import KERNEL, trie_context
 from trainer.methods import is_prompt_learning
 from trainer.models.first_layers import first_layers
 
@@ -144,7 +144,7 @@ def verification_rows(config: TrainConfig, data: Data, window: int | None) -> li
     at = int(begins.argmax())
     pair = order[max(0, at - 1) : at + 1].tolist()
     start = max(0, int(begins[at]) - KEPT)
-    picked = [Tokens(rows[i].ids[start : start + 2 * KEPT], rows[i].labels[start : start + 2 * KEPT]) for i in pair]
+    picked = [Tokens(rows[i].ids[start : start + 2 * KEPT], rows[i].loss_mask[start : start + 2 * KEPT]) for i in pair]
     first, second = picked[0].ids, picked[-1].ids
     groups = [[*picked, _all_learnt(first), _all_learnt(second[: len(second) * 2 // 3 + 1])]]
     longer = np.flatnonzero(data.train.lengths > (window or np.inf))
@@ -206,8 +206,8 @@ def verify(
     try:
         which = list(range(len(rows)))
         padded, trie = Packing(False, unlimited, pad_id), Packing(True, unlimited, pad_id)
-        expected = _loss_and_gradients(model, loss, [padded.lay(rows, which)], trained)
-        found = _loss_and_gradients(model, loss, [trie.lay(rows, which)], trained)
+        expected = _loss_and_gradients(model, loss, [padded.collate(rows, which)], trained)
+        found = _loss_and_gradients(model, loss, [trie.collate(rows, which)], trained)
     finally:
         model.train(was_training)
     loss_distance, gradient_distance = _distance(found, expected)
@@ -227,7 +227,7 @@ def _loss_and_gradients(
     total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trained]
     device = next(model.parameters()).device
     for batch in (b.to(device) for b in batches):
-        with along(batch.paths), torch.set_grad_enabled(bool(trained)):
+        with trie_context(batch.paths), torch.set_grad_enabled(bool(trained)):
             value = loss(model, batch)
             gradients = torch.autograd.grad(value, trained, allow_unused=True) if trained else ()
         total = total + value.detach().cpu()

@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 def evaluate(
     scorer: Scorer,
-    sampler: Generator,
+    generator: Generator,
     packing: Packing,
     data: Data,
     config: TrainConfig,
@@ -81,14 +81,14 @@ def evaluate(
             limits, pad_id = packing.limits, packing.pad_id
             metrics["choice_accuracy"] = choice_accuracy(scorer.label_logits, rows, letters, limits, pad_id, world)
         if written := [name for name in config.eval.metrics if name in SCORES]:
-            answers = _answers(sampler, rows, config, world)
+            answers = _answers(generator, rows, config, world)
         if answers:
             texts, references = [a for _, a, _ in answers], [r for _, _, r in answers]
             metrics |= {name: SCORES[name](texts, references) for name in written}
             shown = answers[: config.eval.samples]
             records = rows.examples([row for row, _, _ in shown])
             samples = [
-                Sample(sampler.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
+                Sample(generator.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
                 for record, (_, answer, reference) in zip(records, shown, strict=True)
             ]
     return Scores(metrics, samples)
@@ -106,7 +106,7 @@ def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def _answers(sampler: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+def _answers(generator: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
     """Each row that has a prompt, with the answer to it and its reference. Plain text has none: nothing is asked."""
     prompt_lengths = rows.prompt_lengths
     asked = np.flatnonzero(prompt_lengths)
@@ -117,9 +117,9 @@ def _answers(sampler: Generator, rows: Rows, config: TrainConfig, world: World) 
         records = rows.examples(asked[micro] if micro else [])  # a few at a time: as Python objects, rows are big
         prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
         # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
-        answers: Sequence[list[int]] = sampler.answer(prompts or [[sampler.pad_id]])
+        answers: Sequence[list[int]] = generator.answer(prompts or [[generator.pad_id]])
         mine |= {
-            int(asked[i]): (sampler.decode(answer).strip(), record["answer"].strip())
+            int(asked[i]): (generator.decode(answer).strip(), record["answer"].strip())
             for i, answer, record in zip(micro, answers, records, strict=False)
         }
     merged: dict[int, tuple[str, str]] = {}

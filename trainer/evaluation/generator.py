@@ -115,8 +115,8 @@ class Stream(BaseStreamer):
         has_ended: whether an end token has come.
     """
 
-    def __init__(self, sampler: Generator, write: Callable[[str], None]) -> None:
-        self.sampler, self.write = sampler, write
+    def __init__(self, generator: Generator, write: Callable[[str], None]) -> None:
+        self.generator, self.write = generator, write
         self.shown, self.has_ended = "", False
         self._ids: list[int] | None = None
 
@@ -126,16 +126,16 @@ class Stream(BaseStreamer):
             self._ids = []
             return
         for token in value.flatten().tolist():
-            self.has_ended = self.has_ended or token in self.sampler.end_ids
+            self.has_ended = self.has_ended or token in self.generator.end_ids
             if not self.has_ended:
                 self._ids.append(token)
-        text = self.sampler.decode(self._ids)
+        text = self.generator.decode(self._ids)
         if not text.endswith("\ufffd"):  # the first bytes of a letter
             self._show(text)
 
     def end(self) -> None:
         """Hand on what was held back."""
-        self._show(self.sampler.decode(self._ids or []))
+        self._show(self.generator.decode(self._ids or []))
 
     def _show(self, text: str) -> None:
         if text.startswith(self.shown) and text != self.shown:

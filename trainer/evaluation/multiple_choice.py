@@ -86,6 +86,6 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
 
 def _prompt(example: Tokens, length: int) -> Tokens:
     """The prompt and the answer's first token, of which only that is a label: its position's logits are wanted."""
-    labels = np.zeros(length + 1, dtype=bool)
-    labels[-1] = True
-    return Tokens(example.ids[: length + 1], labels)
+    loss_mask = np.zeros(length + 1, dtype=bool)
+    loss_mask[-1] = True
+    return Tokens(example.ids[: length + 1], loss_mask)

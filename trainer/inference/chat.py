@@ -53,7 +53,7 @@ class Chat:
     def _use(self, name: str) -> None:
         model = self.loaded.switch.use(name)
         config = self.loaded.config
-        self.sampler = Generator(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
+        self.generator = Generator(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         own = positions - virtual_tokens(model) if positions else config.data.max_length
         longest = min(own, config.data.max_length)
@@ -105,7 +105,7 @@ class Chat:
             return
         if prompt is None:
             return
-        answer, ending = self.sampler.stream(prompt, self.write)
+        answer, ending = self.generator.stream(prompt, self.write)
         self.write("\n")
         if ending == "length":
             self.say(f"(cut after {self.loaded.config.generate.max_new_tokens} tokens: generate.max_new_tokens)")

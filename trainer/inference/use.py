@@ -84,9 +84,9 @@ def _score(loaded: Loaded, name: str, data: Data) -> dict[str, float]:
     """The metrics of one adapter; sampled answers do not depend on what was scored before."""
     config, model = loaded.config, loaded.switch.use(name)
     torch.manual_seed(config.run.seed)
-    sampler = Generator(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
-    packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), sampler.pad_id)
-    return evaluate(PlainScorer(model), sampler, packing, data, config, loaded.world).metrics
+    generator = Generator(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
+    packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), generator.pad_id)
+    return evaluate(PlainScorer(model), generator, packing, data, config, loaded.world).metrics
 
 
 def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
@@ -170,5 +170,5 @@ def generate_run(
     for name in loaded.asked:
         model = loaded.switch.use(name)
         torch.manual_seed(config.run.seed)
-        sampler = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
-        yield name, sampler.decode(sampler.answer([ids])[0]).strip()
+        generator = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
+        yield name, generator.decode(generator.answer([ids])[0]).strip()

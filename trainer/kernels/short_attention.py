@@ -44,19 +44,21 @@ class ShortAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             scores = torch.bmm(q * scaling, k.transpose(1, 2))
             scores.view(rows, heads, queries, count).add_(bias)
-            shares = scores.softmax(-1)
-            ctx.save_for_backward(query, keys, values, at, shares)
+            probabilities = scores.softmax(-1)
+            ctx.save_for_backward(query, keys, values, at, probabilities)
             ctx.scaling = scaling
-            return torch.bmm(shares, v).view(rows, heads, queries, -1)
+            return torch.bmm(probabilities, v).view(rows, heads, queries, -1)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, values, at, shares = ctx.saved_tensors
-        q, k, v = _side_by_side(query, keys, values, at, shares.shape[-1])
+        query, keys, values, at, probabilities = ctx.saved_tensors
+        q, k, v = _side_by_side(query, keys, values, at, probabilities.shape[-1])
         out = outer[0].reshape(len(q), -1, v.shape[-1])
-        of_values = torch.bmm(shares.transpose(1, 2), out)
+        of_values = torch.bmm(probabilities.transpose(1, 2), out)
         # The gradient of a softmax; fused, it reads the 16-bit tensors once and reckons in fp32.
-        of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(out, v.transpose(1, 2)), shares, -1, shares.dtype)
+        of_scores = torch.ops.aten._softmax_backward_data(
+            torch.bmm(out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
+        )
         of_query = torch.bmm(of_scores, k).mul_(ctx.scaling).view_as(query)
         of_keys = torch.bmm(of_scores.transpose(1, 2), q).mul_(ctx.scaling)
         return of_query, summed_back(of_keys, at, len(keys)), summed_back(of_values, at, len(values)), None, None, None

@@ -30,7 +30,7 @@ _paths: list[Paths] = []  # of the micro-batch in its forward or backward; recom
 
 
 @contextlib.contextmanager
-def along(paths: Paths | None) -> Iterator[None]:
+def trie_context(paths: Paths | None) -> Iterator[None]:
     """Attend along these paths in the forwards and backwards inside; ``None`` changes nothing."""
     if paths is None:
         yield

@@ -64,17 +64,17 @@ class Loop:
     data: Data
     packing: Packing
     engine: Engine
-    sampler: Generator
+    generator: Generator
     tracker: Tracker
     meter: Meter
     stop: StopRequest
     run: Path
     who: dict[str, Any]
     allocation: Allocation | None = None
-    watch: EvalMonitor = field(init=False)
+    monitor: EvalMonitor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = EvalMonitor(self.config.eval)
+        self.monitor = EvalMonitor(self.config.eval)
 
     @property
     def total_steps(self) -> int:
@@ -91,7 +91,7 @@ class Loop:
         self._take_up_watch(watched)
         if first_step == 0 and keys.eval.before and len(self.data.validation):
             scores = self._evaluate().metrics
-            self.watch.evaluated(0, scores)
+            self.monitor.evaluated(0, scores)
             self.tracker.log({"step": 0, "epoch": 0.0, **scores})
         for step in range(first_step, self.total_steps):
             try:
@@ -100,9 +100,9 @@ class Loop:
                 if step > saved:
                     self._save(step)
                 raise
-            done, verdict = step + 1, Decision()
+            done, decision = step + 1, Decision()
             outcome.steps, outcome.train_loss = done, record["loss"]
-            self.watch.trained(record["loss"])
+            self.monitor.trained(record["loss"])
             ends_pass = ends_epoch(step, rows, keys.batch.global_size)
             is_last = done == self.total_steps
             if len(self.data.validation) and (
@@ -110,19 +110,19 @@ class Loop:
             ):
                 outcome.scores = self._evaluate().metrics
                 record |= outcome.scores
-                verdict = self.watch.evaluated(done, outcome.scores)
+                decision = self.monitor.evaluated(done, outcome.scores)
             self.tracker.log(record)
-            if verdict.warning:
-                self.tracker.alert("overfitting", verdict.warning)
-            if is_last or verdict.stop:
-                outcome.stopped_early = None if is_last else verdict.stop
+            if decision.warning:
+                self.tracker.alert("overfitting", decision.warning)
+            if is_last or decision.stop:
+                outcome.stopped_early = None if is_last else decision.stop
                 break
             due = _due(done, keys.checkpoint.every_steps, keys.checkpoint.every_epoch and ends_pass)
-            if stopping or due or verdict.is_best:
+            if stopping or due or decision.is_best:
                 if self._save(done):
                     saved = done
-                elif verdict.is_best:
-                    self.watch.not_saved()
+                elif decision.is_best:
+                    self.monitor.not_saved()
             if stopping:
                 return Outcome("preempted", saved, outcome.train_loss)
         self._end_with_best(outcome)
@@ -199,7 +199,7 @@ class Loop:
 
     def _evaluate(self) -> Scores:
         self.engine.eval()
-        scores = evaluate(self.engine, self.sampler, self.packing, self.data, self.config, self.world)
+        scores = evaluate(self.engine, self.generator, self.packing, self.data, self.config, self.world)
         self.engine.train()
         if scores.samples:
             self.tracker.samples(
@@ -208,26 +208,26 @@ class Loop:
         return scores
 
     def _save(self, done: int) -> bool:
-        keys, say, watch = self.config.checkpoint, self.tracker.say, self.watch
+        keys, say, monitor = self.config.checkpoint, self.tracker.say, self.monitor
         return checkpoint.save(
-            self.engine, self.run, done, self.who, keys, say, self.allocation, watch.state(), watch.best_step
+            self.engine, self.run, done, self.who, keys, say, self.allocation, monitor.state(), monitor.best_step
         )
 
     def _take_up_watch(self, watched: dict[str, Any] | None) -> None:
         """Go on watching. A run that goes back to an older checkpoint may have lost what was the best then."""
-        self.watch = EvalMonitor(self.config.eval, watched)
-        best_step = self.watch.best_step
+        self.monitor = EvalMonitor(self.config.eval, watched)
+        best_step = self.monitor.best_step
         if best_step is not None:
             _, fault = checkpoint.find_step(self.run, best_step, self.world)
             if fault is not None:
                 self.tracker.say(f"warning: the best evaluation so far, of step {best_step}, is given up: {fault}")
-                self.watch.lose_best()
+                self.monitor.lose_best()
 
     def _end_with_best(self, outcome: Outcome) -> None:
         """Put the weights of the best evaluation back, where ``eval.best_metric`` asks for them. A collective."""
         if self.config.eval.best_metric is None:
             return
-        best, outcome.best_step = self.watch.best, outcome.steps
+        best, outcome.best_step = self.monitor.best, outcome.steps
         if best is None or best["step"] == outcome.steps:
             return
         folder, fault = checkpoint.find_step(self.run, best["step"], self.world)

@@ -64,11 +64,11 @@ def _run(
     built = build(config, world, folder, data, tokenizer)
     who = checkpoint.identity(config, data.fingerprint)
     first_step, watched = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
-    sampler = Generator(
+    generator = Generator(
         built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
     )
     engine, packing, meter, ranks = built.engine, built.packing, built.meter, built.allocation
-    loop = Loop(config, world, data, packing, engine, sampler, Tracker(), meter, stop, run.folder, who, ranks)
+    loop = Loop(config, world, data, packing, engine, generator, Tracker(), meter, stop, run.folder, who, ranks)
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:

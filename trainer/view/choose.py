@@ -111,7 +111,7 @@ def _least(rows: Rows, values: np.ndarray, most: int) -> list[int]:
 def _several_turns(rows: Rows, read: np.ndarray, control_ids: frozenset[int]) -> list[int]:
     """Rows with several learnt stretches; where none has, those with more control tokens than others. Most first."""
     tokens = rows.tokens(read)
-    stretches = np.asarray([np.count_nonzero(np.diff(t.labels.astype(np.int8), prepend=0) == 1) for t in tokens])
+    stretches = np.asarray([np.count_nonzero(np.diff(t.loss_mask.astype(np.int8), prepend=0) == 1) for t in tokens])
     controls = np.asarray([np.isin(t.ids, list(control_ids)).sum() for t in tokens])
     for counts, least in ((stretches, 1), (controls, controls.min())):
         if counts.max() > least:

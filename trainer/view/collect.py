@@ -81,8 +81,8 @@ def _shown(data: Data, reader: Reader, choices: Iterable[choose.Choice]) -> Iter
     for choice in choices:
         rows = data.validation if choice.held_out else data.train
         (tokens,) = rows.tokens([choice.row])
-        pieces = reader.pieces(tokens.ids.tolist(), tokens.labels.tolist())
-        learnt = int(tokens.labels[1:].sum())
+        pieces = reader.pieces(tokens.ids.tolist(), tokens.loss_mask.tolist())
+        learnt = int(tokens.loss_mask[1:].sum())
         (name,) = rows.names([choice.row])
         yield Shown(name, choice.held_out, tuple(choice.why), len(tokens.ids), learnt, tuple(pieces))
 

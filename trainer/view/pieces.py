@@ -51,10 +51,10 @@ class Reader:
         self._anchor_text = self._decode(self._anchor)
         self._known: dict[tuple[int, ...], str] = {}
 
-    def pieces(self, ids: Sequence[int], labels: Sequence[bool]) -> list[Piece]:
+    def pieces(self, ids: Sequence[int], loss_mask: Sequence[bool]) -> list[Piece]:
         """The tokens of an example, in order and each in exactly one piece; no piece crosses the edge of the mask."""
         out: list[Piece] = []
-        tokens = zip(ids, labels, strict=True)
+        tokens = zip(ids, loss_mask, strict=True)
         kinds = [(int(i), bool(learnt), int(i) in self.control_ids) for i, learnt in tokens]
         for (learnt, control), run in groupby(kinds, key=lambda kind: kind[1:]):
             stretch = tuple(i for i, *_ in run)

@@ -68,6 +68,6 @@ def measure_sharing(data: Data, config: TrainConfig, pad_id: int) -> Sharing | N
     for step in sampled:
         tokens = data.train.tokens(global_batch(config.run.seed, int(step), rows, examples)[:laid])
         useful += sum(len(t.ids) for t in tokens)
-        for shares in computed:
-            computed[shares] += Packing(shares, limits, pad_id).split(tokens, 1).computed_tokens
+        for uses_trie in computed:
+            computed[uses_trie] += Packing(uses_trie, limits, pad_id).split(tokens, 1).computed_tokens
     return Sharing(steps, examples, len(sampled), laid * len(sampled), useful, computed[True], computed[False])

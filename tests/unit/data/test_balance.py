@@ -67,7 +67,7 @@ def nodes(rows: Sequence[Tokens]) -> int:
 def cost(packing: Packing, rows: Sequence[Tokens]) -> int:
     if not rows:
         return 1
-    return nodes(rows) if packing.shares else len(rows) * max(len(r.ids) for r in rows)
+    return nodes(rows) if packing.uses_trie else len(rows) * max(len(r.ids) for r in rows)
 
 
 def common(rows: Sequence[Tokens]) -> int:
@@ -91,7 +91,7 @@ def ideal(packing: Packing, rows: list[Tokens], world_size: int) -> float:
     (or, with one example fewer than ranks, idles); and some rank has one example more than an even share."""
     one = packing.split(rows, 1).computed_tokens
     least = max(one / world_size, *(len(r.ids) for r in rows))
-    if packing.shares:
+    if packing.uses_trie:
         beginning, per_rank = common(rows), -(-len(rows) // world_size)
         least = max(least, beginning + (nodes(rows) - beginning) / world_size)
         tails = sorted(len(r.ids) - beginning for r in rows)
@@ -104,13 +104,13 @@ def all_differ_after(rows: Sequence[Tokens], depth: int) -> bool:
     return len({int(r.ids[depth]) for r in rows if len(r.ids) > depth}) == len(rows)
 
 
-@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("uses_trie", [False, True])
 @pytest.mark.parametrize("mix", list(MIXES))
 @pytest.mark.parametrize("count", [16, 32, 64, 128, 256])
-def test_ranks_wait_little(mix: str, count: int, shares: bool) -> None:
+def test_ranks_wait_little(mix: str, count: int, uses_trie: bool) -> None:
     """Within 1.15 of the ideal; where a rank has few examples of very unlike lengths, even the best cut is beyond that
     (the tests below prove it best, or nearly), and 1.3 is asked for."""
-    packing = Packing(shares, Limits(None, 4096), 0)
+    packing = Packing(uses_trie, Limits(None, 4096), 0)
     for seed, world_size in itertools.product(range(2), (1, 2, 4, 8)):
         rows = MIXES[mix](np.random.default_rng(seed), count)
         few = mix == "chat" and count < 32 * world_size
@@ -123,8 +123,8 @@ def test_ranks_wait_little(mix: str, count: int, shares: bool) -> None:
 @pytest.mark.parametrize("mix", list(MIXES))
 def test_a_small_budget_costs_little_evenness(mix: str) -> None:
     """1024 tokens a forward, rows of up to 2000: most forwards hold one or two rows."""
-    for shares, seed, world_size in itertools.product((False, True), range(2), (2, 8)):
-        packing = Packing(shares, Limits(None, 1024), 0)
+    for uses_trie, seed, world_size in itertools.product((False, True), range(2), (2, 8)):
+        packing = Packing(uses_trie, Limits(None, 1024), 0)
         rows = MIXES[mix](np.random.default_rng(seed), 256)
         step, total = step_and_total(packing, rows, world_size)
         assert step <= 1.2 * ideal(packing, rows, world_size)
@@ -164,18 +164,18 @@ def test_near_the_best_of_all_cuts(rows: list[Tokens], world_size: int) -> None:
     assert step_and_total(packing, rows, world_size)[0] <= 4 / 3 * min(deals())
 
 
-@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("uses_trie", [False, True])
 @pytest.mark.parametrize("mix", list(MIXES))
-def test_the_split_takes_no_time(mix: str, shares: bool, record_property: pytest.RecordProperty) -> None:
+def test_the_split_takes_no_time(mix: str, uses_trie: bool, record_property: pytest.RecordProperty) -> None:
     """Milliseconds for a thousand examples on eight ranks; the bound is for a busy machine."""
-    packing = Packing(shares, Limits(None, 4096), 0)
+    packing = Packing(uses_trie, Limits(None, 4096), 0)
     rows = MIXES[mix](np.random.default_rng(0), 1024)
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
         layout = packing.split(rows, 8)
         for micro in layout.micros[0]:
-            packing.lay([rows[i] for i in micro], micro)
+            packing.collate([rows[i] for i in micro], micro)
         seconds.append(time.perf_counter() - begin)
     per_token = min(seconds) / layout.computed_tokens
     print(f"{mix}: {min(seconds) * 1e3:.1f} ms, {layout.computed_tokens} computed tokens")

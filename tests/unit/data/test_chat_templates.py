@@ -51,7 +51,7 @@ def test_every_answer_and_its_end_token_are_learnt(tokenizer: Any, kind: str, me
     assert used.decode(whole[len(found.ids) :]).strip() == ""
     prompt = used.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert found.ids[: found.prompt_length] == prompt
-    assert found.opening_length == found.labels.index(True)
+    assert found.opening_length == found.loss_mask.index(True)
     assert Template(used, "chat").encode_turns(chat(messages).turns[:-1]) == prompt
     assert found.ids.count(used.bos_token_id) == (kind == "Llama 3")
 
@@ -63,8 +63,8 @@ def test_labels_are_the_mask_of_transformers(tokenizer: Any, template: str, mess
     expected = stock(used, messages)
     found = Template(used, "chat").encode(chat(messages))
     assert found.ids == expected["input_ids"][: len(found.ids)]
-    assert [int(label) for label in found.labels] == expected["assistant_masks"][: len(found.ids)]
-    assert sum(expected["assistant_masks"]) == sum(found.labels)
+    assert [int(label) for label in found.loss_mask] == expected["assistant_masks"][: len(found.ids)]
+    assert sum(expected["assistant_masks"]) == sum(found.loss_mask)
 
 
 def test_llama_2(tokenizer: Any) -> None:
@@ -90,7 +90,7 @@ def test_any_text_is_learnt_where_it_stands(tokenizer: Any, rounds: list[tuple[s
     found = Template(used, "chat").encode(chat(messages))
     expected = stock(used, messages)
     assert found.ids == expected["input_ids"][: len(found.ids)]
-    assert [int(label) for label in found.labels] == expected["assistant_masks"][: len(found.ids)]
+    assert [int(label) for label in found.loss_mask] == expected["assistant_masks"][: len(found.ids)]
     assert not any(expected["assistant_masks"][len(found.ids) :])
     end = "<|eot_id|>" if trims else "<|im_end|>"
     said = [answer.strip() if trims else answer for _, answer in rounds]
@@ -116,7 +116,7 @@ def test_train_on_and_weights(tokenizer: Any, train_on: str, rows: list[str]) ->
     assert tokenizer.decode(found.ids[: found.prompt_length]).endswith("d<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(found.ids[found.opening_length :]).startswith(rows[0])
     every = Template(tokenizer, "chat", train_on="all").encode(Example(tuple(turns), "x:1", 1))
-    assert all(every.labels)
+    assert all(every.loss_mask)
     assert tokenizer.decode(every.ids).endswith("7<|im_end|>\n<|im_start|>user\ne<|im_end|>\n")
     assert every.prompt_length == found.prompt_length
     assert every.opening_length == Template(tokenizer, "chat").encode(Example(tuple(turns), "x:1", 1)).opening_length
@@ -232,5 +232,5 @@ def test_plain(tokenizer: Any) -> None:
         text = Template(begins, name).encode(Example((), "x:1", 1, text="words <|im_end|>\r\n"))
         assert begins.decode(text.ids) == "<|endoftext|>words <|im_end|>\r\n<|im_end|>"
         assert text.ids.count(begins.eos_token_id) == 1
-        assert all(text.labels)
+        assert all(text.loss_mask)
         assert (text.prompt_length, text.opening_length) == (0, len(text.ids))

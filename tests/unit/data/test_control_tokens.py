@@ -65,7 +65,7 @@ def test_text_of_control_tokens_is_plain_text(tokenizer: Any, kind: str, name: s
         whole = squeezed(used.decode(found.ids))
         for turn in row.turns:
             assert squeezed(turn.text) in whole
-        said = squeezed(used.decode([i for i, label in zip(found.ids, found.labels, strict=True) if label]))
+        said = squeezed(used.decode([i for i, label in zip(found.ids, found.loss_mask, strict=True) if label]))
         end = used.decode(template.end_ids())
         assert said == squeezed(f"{text} b{end}{text}{end}")
         prompt = [i for i in template.encode_turns(row.turns[:-1]) if i in used.all_special_ids and i not in unknown]
@@ -138,9 +138,9 @@ def test_markers_that_are_not_called_special() -> None:
         == "<|turn|>user\n<|turn|>a<tool_call><|turn|>\n<|turn|>assistant\n<tool_call>b<|turn|><|turn|>"
     )
     assert template.end_ids() == [turn]
-    labels = [i for i, label in zip(found.ids, found.labels, strict=True) if label]
-    assert used.decode(labels) == "<tool_call>b<|turn|><|turn|>"
-    assert labels.count(turn) == 1
+    loss_mask = [i for i, label in zip(found.ids, found.loss_mask, strict=True) if label]
+    assert used.decode(loss_mask) == "<tool_call>b<|turn|><|turn|>"
+    assert loss_mask.count(turn) == 1
 
 
 def test_a_tokenizer_that_cannot_read_them_as_text() -> None:
@@ -168,4 +168,4 @@ def test_a_control_token_that_swallows_spaces_is_not_learnt() -> None:
         Example((Turn("user", "a"), Turn("assistant", "  b", answer=True)), "x:1", 1)
     )
     assert found.ids == tokenizer("a<|sep|>  b</s>").input_ids
-    assert tokenizer.decode([i for i, label in zip(found.ids, found.labels, strict=True) if label]) == "b</s>"
+    assert tokenizer.decode([i for i, label in zip(found.ids, found.loss_mask, strict=True) if label]) == "b</s>"

@@ -38,7 +38,7 @@ def test_data_of_a_run(loaded_from: Any, asked: Asked) -> None:
     assert data.train.names(which) == [f"rows.jsonl:{e['line']}" for e in examples]
     tokens = data.train.tokens(which)
     assert [t.ids.tolist() for t in tokens] == [e["input_ids"] for e in examples]
-    assert [t.labels.tolist() for t in tokens] == [e["labels"] for e in examples]
+    assert [t.loss_mask.tolist() for t in tokens] == [e["labels"] for e in examples]
     assert data.train.tokens([]) == []
     assert data.train.examples([]) == []
     assert [p.names for p in data.parts] == [("rows.jsonl",)]

@@ -113,7 +113,7 @@ def test_rows_of_several_tables_read_as_one(mixed: Any) -> None:
     examples, tokens = data.train.examples(which), data.train.tokens(which)
     assert [e["answer"] for e in examples] == ["4", "0", "29", "0", "11", "0"]
     assert [t.ids.tolist() for t in tokens] == [e["input_ids"] for e in examples]
-    assert [t.labels.tolist() for t in tokens] == [e["labels"] for e in examples]
+    assert [t.loss_mask.tolist() for t in tokens] == [e["labels"] for e in examples]
     assert list(data.train.lengths[which]) == [len(e["input_ids"]) for e in examples]
     assert list(data.train.prompt_lengths[which]) == [e["prompt_length"] for e in examples]
     assert data.train.label_tokens(which) == sum(sum(e["labels"]) for e in examples)

@@ -36,9 +36,9 @@ def test_the_table_holds_what_the_template_makes(asked: Asked) -> None:
     for i, (row, record) in enumerate(zip(ROWS, found.table, strict=True)):
         encoded = template.encode(parse_example(Row(row, "", 0), "alpaca", {}))
         assert record["input_ids"] == encoded.ids
-        assert record["labels"] == encoded.labels
+        assert record["labels"] == encoded.loss_mask
         assert (record["prompt_length"], record["answer"]) == (encoded.prompt_length, row["output"])
-        assert (found.lengths[i], found.label_counts[i]) == (len(encoded.ids), sum(encoded.labels))
+        assert (found.lengths[i], found.label_counts[i]) == (len(encoded.ids), sum(encoded.loss_mask))
         assert (record["file"], record["line"], found.row_name(i)) == (0, i + 1, f"rows.jsonl:{i + 1}")
     assert (found.refused, found.dropped, found.truncated) == (0, 0, 0)
     assert (found.format, found.names, asked.refused(found)) == ("alpaca", ("rows.jsonl",), [])

@@ -79,11 +79,11 @@ def test_a_cut_keeps_the_begin_token_and_cuts_text_at_its_end(tokenizer: Any) ->
     limit = len(whole.ids) - 4
     cut = fit(whole, recipe(begins, max_length=limit), "", False, template.bos_id)
     assert cut.ids == [template.bos_id, *whole.ids[5:]]
-    assert cut.labels == [False, *whole.labels[5:]]
+    assert cut.loss_mask == [False, *whole.loss_mask[5:]]
     assert (cut.prompt_length, len(cut.ids)) == (whole.prompt_length - 4, limit)
     text = template.encode(parse_example(Row({"text": "word " * 9}, "", 0), "text", {}))
     cut = fit(text, recipe(begins, max_length=12), "", True, template.bos_id)
-    assert (cut.ids, cut.labels, cut.prompt_length) == (text.ids[:12], text.labels[:12], 0)
+    assert (cut.ids, cut.loss_mask, cut.prompt_length) == (text.ids[:12], text.loss_mask[:12], 0)
 
 
 def test_a_cut_never_takes_every_label(tokenizer: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_cut_never_takes_every_label(tokenizer: Any) -> None:
         assert caught.value.code == "too_long"
     for length in range(short + 1, len(whole.ids)):
         cut = fit(whole, recipe(tokenizer, max_length=length), "a:1", False, None)
-        assert any(cut.labels[1:])
+        assert any(cut.loss_mask[1:])
         assert cut.ids == whole.ids[-length:]
     early = Encoded(whole.ids, [False, True, *[False] * (len(whole.ids) - 2)], whole.prompt_length, 1)
     with pytest.raises(RowError, match="nothing left to learn"):

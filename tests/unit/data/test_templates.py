@@ -57,7 +57,7 @@ def example(instruction: str, output: str, input: str = "") -> Example:
 
 
 def learnt(encoded: Encoded) -> list[int]:
-    return [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label]
+    return [token for token, label in zip(encoded.ids, encoded.loss_mask, strict=True) if label]
 
 
 def user_text(instruction: str, input: str) -> str:
@@ -87,8 +87,8 @@ def test_chatml_equals_the_stock_ids_and_the_mask_by_characters(
     assert found.ids + newline == stock  # nothing is learnt from the template's last newline
     spans = tokenizer(f"{prompt}{answer}<|im_end|>", return_offsets_mapping=True, add_special_tokens=False)
     begin, end = len(prompt), len(prompt) + len(answer) + len("<|im_end|>")
-    assert found.labels == [b < end and e > begin for b, e in spans["offset_mapping"]]
-    assert found.prompt_length == found.labels.index(True)
+    assert found.loss_mask == [b < end and e > begin for b, e in spans["offset_mapping"]]
+    assert found.prompt_length == found.loss_mask.index(True)
     assert tokenizer.decode(learnt(found)) == f"{answer}<|im_end|>"
 
 
@@ -108,7 +108,7 @@ def test_text_is_never_read_as_control_tokens(tokenizer: Any, instruction: str, 
     assert [t for t in found.ids if t < len(SPECIAL)] == [start, end, start, end]
     assert tokenizer.decode(learnt(found)) == f"{answer}<|im_end|>"
     head = len(prompt) + len(ids("assistant\n"))
-    assert found.labels == [i >= head for i in range(len(found.ids))]
+    assert found.loss_mask == [i >= head for i in range(len(found.ids))]
 
 
 @many
@@ -140,7 +140,7 @@ def test_alpaca_begins_with_bos_where_the_tokenizer_does(tokenizer: Any) -> None
     for text in ("Say a.", "Say <|endoftext|>."):  # read in one, and in stretches
         with_bos, without = (Template(t, "alpaca").encode(example(text, "a")) for t in (begins, tokenizer))
         assert with_bos.ids == [bos, *without.ids]
-        assert with_bos.labels == [False, *without.labels]
+        assert with_bos.loss_mask == [False, *without.loss_mask]
         assert with_bos.prompt_length == without.prompt_length + 1
     stock = begins(ALPACA_WITHOUT_INPUT.format(instruction="Say a.") + "a<|im_end|>").input_ids
     assert Template(begins, "alpaca").encode(example("Say a.", "a")).ids == stock
@@ -173,7 +173,7 @@ def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) ->
     doubled = copy.deepcopy(tokenizer)
     doubled.pad_token = doubled.eos_token
     rows = [Template(doubled, "chat").encode(example("q", a)) for a in ("short", "a longer answer <|im_end|>")]
-    batch = padded([Tokens(np.asarray(r.ids), np.asarray(r.labels)) for r in rows], [0, 1], doubled.pad_token_id)
+    batch = padded([Tokens(np.asarray(r.ids), np.asarray(r.loss_mask)) for r in rows], [0, 1], doubled.pad_token_id)
     assert (batch.target == doubled.eos_token_id).sum() == 2
     assert batch.target.tolist() == [*learnt(rows[0]), *learnt(rows[1])]
     width = batch.input_ids.shape[1]
@@ -269,7 +269,7 @@ def test_a_space_before_the_end_token_is_learnt(tokenizer: Any) -> None:
 def test_train_on_all_learns_everything_and_knows_the_same_end(tokenizer: Any) -> None:
     every, answer = (Template(tokenizer, "chat", train_on=t) for t in ("all", "completion"))
     found, usual = (t.encode(example("q", "a")) for t in (every, answer))
-    assert all(found.labels)
+    assert all(found.loss_mask)
     assert found.ids[: len(usual.ids)] == usual.ids
     assert found.prompt_length == usual.prompt_length
     assert every.end_ids() == answer.end_ids() == [tokenizer.eos_token_id]

@@ -30,7 +30,7 @@ def test_a_tool_call_is_learnt_as_the_template_writes_it(tokenizer: Any) -> None
         found = Template(used, "chat").encode(chat(messages, tools=[WEATHER]))
         expected = stock(used, messages, [WEATHER])
         assert found.ids == expected["input_ids"][: len(found.ids)]
-        assert [int(label) for label in found.labels] == expected["assistant_masks"][: len(found.ids)]
+        assert [int(label) for label in found.loss_mask] == expected["assistant_masks"][: len(found.ids)]
         said = f"I will look.\n{SAID}" if extra else SAID
         assert learnt(used, found) == [f"{said}<|im_end|>", "It is 20 °C in Kyoto.<|im_end|>"]
         alone = Template(used, "chat").encode(chat(messages[:2], tools=json.dumps([WEATHER])))

@@ -21,7 +21,7 @@ from trainer.data.batching.trie import build
 from trainer.engine.verify_trie import trie_obstacle
 from trainer.kernels import trie_attention as attention
 from trainer.kernels.label_loss import LabelLoss
-from trainer.kernels.trie_attention import KERNEL, along, register
+from trainer.kernels.trie_attention import KERNEL, register, trie_context
 
 # Few token ids, so that beginnings are shared by chance; sometimes a long common one.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
@@ -62,14 +62,14 @@ def examples(draw: st.DrawFn) -> list[Tokens]:
     rows += [rows[0]] * draw(st.integers(0, 1))  # an equal one
     if draw(st.booleans()):
         rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
-    labels = [draw(labels_of(len(r))) for r in rows]
-    return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, labels, strict=True)]
+    loss_mask = [draw(labels_of(len(r))) for r in rows]
+    return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, loss_mask, strict=True)]
 
 
 @settings(max_examples=300, deadline=None)
 @given(examples())
 def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
-    trie = build([r.ids for r in rows], [r.labels for r in rows])
+    trie = build([r.ids for r in rows], [r.loss_mask for r in rows])
     words = [tuple(r.ids.tolist()) for r in rows]
     assert len(trie.ids) == len({w[:k] for w in words for k in range(1, len(w) + 1)})
     for node in range(len(trie.ids)):
@@ -82,7 +82,7 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
         assert trie.depths[node] == depth
         path = next(p for p, start in zip(trie.paths, trie.starts, strict=True) if node in p[start:])
         assert above[::-1] == path[: depth + 1].tolist()
-        learnt = sum(bool(r.labels[depth]) for r, w in zip(rows, words, strict=True) if w[: depth + 1] == beginning)
+        learnt = sum(bool(r.loss_mask[depth]) for r, w in zip(rows, words, strict=True) if w[: depth + 1] == beginning)
         assert trie.weights[node] == (learnt if depth else 0)
 
 
@@ -96,7 +96,7 @@ def test_split_lays_every_example_once_within_the_limits(
     assert len({len(rank) for rank in layout.micros}) == 1
     computed = 0
     for laid in (m for rank in layout.micros for m in rank if m):
-        nodes = len(build([rows[i].ids for i in laid], [rows[i].labels for i in laid]).ids)
+        nodes = len(build([rows[i].ids for i in laid], [rows[i].loss_mask for i in laid]).ids)
         computed += nodes
         assert len(laid) <= (max_rows or len(rows))
         assert max_rows is not None or nodes <= tokens or len(laid) == 1
@@ -124,8 +124,8 @@ def loss_and_gradients(case: tuple[Any, LabelLoss], packing: Packing, rows: list
     model.zero_grad(set_to_none=False)
     total = 0.0
     for laid in packing.split(rows, 1).micros[0]:
-        batch = packing.lay([rows[i] for i in laid], laid)
-        with along(batch.paths):
+        batch = packing.collate([rows[i] for i in laid], laid)
+        with trie_context(batch.paths):
             value = loss(model, batch)
             value.backward()
         total += value.item()
@@ -137,7 +137,7 @@ def stock_loss(model: Any, rows: list[Tokens]) -> float:
     total = 0.0
     for row in rows:
         logits = model(torch.from_numpy(row.ids.astype(np.int64))[None], use_cache=False).logits[0]
-        learnt = torch.from_numpy(np.flatnonzero(row.labels[1:]))
+        learnt = torch.from_numpy(np.flatnonzero(row.loss_mask[1:]))
         targets = torch.from_numpy(row.ids[1:].astype(np.int64))
         total += torch.nn.functional.cross_entropy(logits[learnt], targets[learnt], reduction="sum").item()
     return total

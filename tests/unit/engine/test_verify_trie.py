@@ -80,7 +80,7 @@ def test_right_models_are_accepted(name: str, dtype: torch.dtype) -> None:
         model, loss = made(name, dtype, seed, adapter=seed % 2 == 1 and name != "gpt2")
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         packing, why = choose_packing(model, loss, config("trie"), rows_like([17, 20, 22, 25, 30, 31, 34], 14, seed), 0)
-        assert packing.shares
+        assert packing.uses_trie
         assert "proved on" in why
         after = dict(model.named_parameters())
         assert all(torch.equal(after[n], b) and after[n].dtype == b.dtype for n, b in before.items())
@@ -103,8 +103,8 @@ def no_window(patch: pytest.MonkeyPatch) -> None:
 def _change_trie(patch: pytest.MonkeyPatch, change: Callable[[Trie], None]) -> None:
     right = micro.build
 
-    def wrong(ids: list[np.ndarray], labels: list[np.ndarray]) -> Trie:
-        trie = right(ids, labels)
+    def wrong(ids: list[np.ndarray], loss_mask: list[np.ndarray]) -> Trie:
+        trie = right(ids, loss_mask)
         change(trie)
         return trie
 
@@ -203,7 +203,7 @@ def test_no_mistake_gets_past(name: str, mistake: Any, dtype: torch.dtype, monke
             proof = verify(model, loss, rows, 0)
             assert max(proof.loss_distance, proof.gradient_distance) > 30 * BOUNDS[torch.float32]
     packing, why = choose_packing(model, loss, config("auto"), DATA, 0)
-    assert not packing.shares
+    assert not packing.uses_trie
     assert "differs from padded" in why
     with pytest.raises(ConfigError, match="differs from padded"):
         choose_packing(model, loss, config("trie"), DATA, 0)
@@ -214,7 +214,7 @@ def test_no_mistake_gets_past_an_adapter(mistake: Any, monkeypatch: pytest.Monke
     """Fresh LoRA: A has no gradient yet, B has."""
     mistake(monkeypatch)
     model, loss = made("llama", torch.bfloat16, adapter=True)
-    assert not choose_packing(model, loss, config(), DATA, 0)[0].shares
+    assert not choose_packing(model, loss, config(), DATA, 0)[0].uses_trie
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -228,12 +228,12 @@ def test_a_wide_window_is_tried_if_any_training_row_is_longer(by: int, monkeypat
     model, loss = made("wide", torch.float32)
     assert smallest_window(model) == 40
     short, long = rows_like([20] * 40, 10), rows_like([20] * 39 + [70], 10)
-    assert choose_packing(model, loss, config("trie"), long, 0)[0].shares
+    assert choose_packing(model, loss, config("trie"), long, 0)[0].uses_trie
     wrong_window(by)(monkeypatch)
     model, loss = made("wide", torch.float32)
-    assert not choose_packing(model, loss, config(), long, 0)[0].shares
+    assert not choose_packing(model, loss, config(), long, 0)[0].uses_trie
     # no row leaves the window: it makes no difference how wide it is
-    narrow_enough = choose_packing(model, loss, config(), short, 0)[0].shares
+    narrow_enough = choose_packing(model, loss, config(), short, 0)[0].uses_trie
     assert narrow_enough
 
 
@@ -248,7 +248,7 @@ def test_rows_of_the_proof_hold_the_hard_cases() -> None:
     assert len(set(words[:-2])) == len(words) - 2
     assert words[-2] in words[:-2]
     assert any(w[: len(words[-1])] == words[-1] and len(w) > len(words[-1]) for w in words)
-    trie = micro.build([r.ids for r in rows], [r.labels for r in rows])
+    trie = micro.build([r.ids for r in rows], [r.loss_mask for r in rows])
     assert trie.weights.max() >= 2
     forks = np.flatnonzero(trie.parents[1:] != np.arange(len(trie.ids) - 1)) + 1
     assert trie.weights[forks].any()
@@ -257,7 +257,7 @@ def test_rows_of_the_proof_hold_the_hard_cases() -> None:
 def test_a_single_row_of_one_token_is_no_trouble() -> None:
     data = Data(Held([Tokens(np.asarray([5], np.int32), np.asarray([True]))]), Held([]), "", (), (), ())  # type: ignore[arg-type]
     model, loss = made("llama", torch.float32)
-    assert choose_packing(model, loss, config("trie", size=1), data, 0)[0].shares
+    assert choose_packing(model, loss, config("trie", size=1), data, 0)[0].uses_trie
 
 
 DEEP = {
@@ -300,7 +300,7 @@ def test_a_large_model_is_tried_on_its_first_layers_and_left_as_it_was(name: str
     model.train()
     before, held = list(model.named_modules()), {n: p.detach().clone() for n, p in model.named_parameters()}
     packing, why = choose_packing(model, loss, config("trie"), DATA, 0)
-    assert packing.shares
+    assert packing.uses_trie
     assert f"rows and the first {KEPT.get(name, 2)} of 6 layers against padded" in why
     assert list(model.named_modules()) == before
     after = dict(model.named_parameters())
@@ -319,11 +319,11 @@ def test_a_large_model_is_tried_on_its_first_layers_and_left_as_it_was(name: str
 )
 def test_no_mistake_gets_past_the_first_layers(name: str, mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss = deep(name)
-    assert choose_packing(model, loss, config(), DATA, 0)[0].shares
+    assert choose_packing(model, loss, config(), DATA, 0)[0].uses_trie
     mistake(monkeypatch)
     model, loss = deep(name)
     packing, why = choose_packing(model, loss, config(), DATA, 0)
-    assert not packing.shares
+    assert not packing.uses_trie
     assert "of 6 layers it differs from padded" in why
     assert len(stack(model)) == 6
 

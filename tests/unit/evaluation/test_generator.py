@@ -23,7 +23,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [template.encode_prompt(text) for text in PROMPTS]
 
 
-def sampler(model: Any, tokenizer: Any, end_ids: tuple[int, ...] = (), **keys: Any) -> Generator:
+def generator(model: Any, tokenizer: Any, end_ids: tuple[int, ...] = (), **keys: Any) -> Generator:
     return Generator(model, tokenizer, GenerateConfig(**keys), end_ids, CPU)
 
 
@@ -40,32 +40,32 @@ def stock_greedy(model: Any, prompt: list[int], tokens: int, end_ids: set[int]) 
 
 
 def test_a_greedy_batch_equals_each_row_alone(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-    answers = sampler(model, tokenizer, max_new_tokens=24).answer(prompts)
+    answers = generator(model, tokenizer, max_new_tokens=24).answer(prompts)
     assert answers == [stock_greedy(model, p, 24, {tokenizer.eos_token_id}) for p in prompts]
-    assert [sampler(model, tokenizer, max_new_tokens=24).answer([p])[0] for p in prompts] == answers
+    assert [generator(model, tokenizer, max_new_tokens=24).answer([p])[0] for p in prompts] == answers
     for prompt, answer in zip(prompts, answers, strict=True):
         out = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
         assert [t for t in out[0, len(prompt) :].tolist() if t != tokenizer.eos_token_id] == answer
 
 
 def test_answers_end_at_every_end_token(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-    free = sampler(model, tokenizer, max_new_tokens=24).answer(prompts)
+    free = generator(model, tokenizer, max_new_tokens=24).answer(prompts)
     middle = free[0][5]  # a token that the model does write, made an end token
-    ends = sampler(model, tokenizer, (middle,), max_new_tokens=24)
+    ends = generator(model, tokenizer, (middle,), max_new_tokens=24)
     assert ends.end_ids == sorted({middle, tokenizer.eos_token_id})
     for answer, whole in zip(ends.answer(prompts), free, strict=True):
         assert answer == (whole[: whole.index(middle)] if middle in whole else whole)
     model.generation_config.eos_token_id = [middle, 7]
-    assert sampler(model, tokenizer, (9,)).end_ids == sorted({middle, 7, 9})
+    assert generator(model, tokenizer, (9,)).end_ids == sorted({middle, 7, 9})
     model.generation_config.eos_token_id = None
-    assert sampler(model, tokenizer, (9,)).end_ids == [9]
+    assert generator(model, tokenizer, (9,)).end_ids == [9]
 
 
 def test_max_new_tokens_and_pad_as_end(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
     model.generation_config.eos_token_id = None
-    answers = sampler(model, tokenizer, max_new_tokens=3).answer(prompts)
+    answers = generator(model, tokenizer, max_new_tokens=3).answer(prompts)
     assert [len(a) for a in answers] == [3] * len(prompts)
-    padded_with_end = sampler(model, tokenizer, (tokenizer.pad_token_id,), max_new_tokens=24).answer(prompts)
+    padded_with_end = generator(model, tokenizer, (tokenizer.pad_token_id,), max_new_tokens=24).answer(prompts)
     ends = {tokenizer.pad_token_id}
     assert padded_with_end == [stock_greedy(model, p, 24, ends) for p in prompts]
 
@@ -74,14 +74,14 @@ def test_the_caller_is_left_as_it_was(model: Any, tokenizer: Any, prompts: list[
     model.config.use_cache = False
     given = [list(p) for p in prompts]
     state = torch.get_rng_state()
-    sampler(model, tokenizer, max_new_tokens=4).answer(prompts)
+    generator(model, tokenizer, max_new_tokens=4).answer(prompts)
     assert prompts == given
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.use_cache is False
 
 
 def test_sampling_repeats_with_its_seed(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-    draws = sampler(model, tokenizer, max_new_tokens=12, do_sample=True)
+    draws = generator(model, tokenizer, max_new_tokens=12, do_sample=True)
 
     def with_seed(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
@@ -95,8 +95,8 @@ def test_sampling_repeats_with_its_seed(model: Any, tokenizer: Any, prompts: lis
 def test_cold_or_narrow_sampling_is_greedy(
     model: Any, tokenizer: Any, prompts: list[list[int]], keys: dict[str, float]
 ) -> None:
-    greedy = sampler(model, tokenizer, max_new_tokens=8).answer(prompts)
-    assert sampler(model, tokenizer, max_new_tokens=8, do_sample=True, **keys).answer(prompts) == greedy
+    greedy = generator(model, tokenizer, max_new_tokens=8).answer(prompts)
+    assert generator(model, tokenizer, max_new_tokens=8, do_sample=True, **keys).answer(prompts) == greedy
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6), (1.5, 0.8)])
@@ -107,7 +107,7 @@ def test_samples_follow_the_distribution(model: Any, tokenizer: Any, temperature
     prompt, draws = [5, 6, 7], 6000
     keys = {"max_new_tokens": 1, "do_sample": True, "temperature": temperature, "top_p": top_p}
     torch.manual_seed(0)
-    found = [a[0] for a in sampler(model, tokenizer, **keys).answer([prompt] * draws)]
+    found = [a[0] for a in generator(model, tokenizer, **keys).answer([prompt] * draws)]
     with torch.no_grad():
         law = torch.softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature, -1)
     ordered, order = law.sort(descending=True)
@@ -126,7 +126,7 @@ def test_samples_follow_the_distribution(model: Any, tokenizer: Any, temperature
 
 def test_decode_leaves_control_tokens_out(model: Any, tokenizer: Any) -> None:
     ids = tokenizer("hola", add_special_tokens=False).input_ids
-    assert sampler(model, tokenizer).decode([*ids, tokenizer.eos_token_id]) == "hola"
+    assert generator(model, tokenizer).decode([*ids, tokenizer.eos_token_id]) == "hola"
 
 
 def test_the_output_layer_gets_no_slice_with_gaps(tiny_model: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
@@ -134,6 +134,6 @@ def test_the_output_layer_gets_no_slice_with_gaps(tiny_model: Path, tokenizer: A
     model: Any = load_model(str(tiny_model), ModelConfig(), MethodConfig(), torch.float32, CPU, zero_stage=2)
     seen: list[bool] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
-    sampler(model.eval(), tokenizer, max_new_tokens=2).answer(prompts)
+    generator(model.eval(), tokenizer, max_new_tokens=2).answer(prompts)
     assert len(seen) == 2
     assert all(seen)

@@ -52,15 +52,15 @@ class Talk:
     def __call__(self, line: str) -> str:
         """The whole answer to a line."""
         self.written.clear()
-        sampler, answer = self.chat.sampler, self.chat.sampler.answer
+        generator, answer = self.chat.generator, self.chat.generator.answer
 
         def kept(prompts: Any, *rest: Any) -> Any:
             self.prompts += [list(p) for p in prompts]
             return answer(prompts, *rest)
 
-        sampler.answer = kept  # type: ignore[method-assign]
+        generator.answer = kept  # type: ignore[method-assign]
         assert self.chat.hear(line)
-        sampler.answer = answer  # type: ignore[method-assign]
+        generator.answer = answer  # type: ignore[method-assign]
         return "".join(self.written)
 
 
@@ -106,21 +106,21 @@ def test_an_answer_comes_piece_by_piece_and_whole_letters_only(tokenizer: Any, m
             return out
 
     pieces: list[str] = []
-    sampler = Generator(model, tokenizer, GenerateConfig(max_new_tokens=len(wanted) + 5), [], torch.device("cpu"))
-    sampler.options["logits_processor"] = [Says()]
-    assert sampler.stream(prompt, pieces.append) == (text, "end")
+    generator = Generator(model, tokenizer, GenerateConfig(max_new_tokens=len(wanted) + 5), [], torch.device("cpu"))
+    generator.options["logits_processor"] = [Says()]
+    assert generator.stream(prompt, pieces.append) == (text, "end")
     assert "".join(pieces) == text
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
     rest = iter([*wanted, tokenizer.eos_token_id])
-    sampler.options["max_new_tokens"] = 3
-    assert sampler.stream(prompt, pieces.append)[1] == "length"
+    generator.options["max_new_tokens"] = 3
+    assert generator.stream(prompt, pieces.append)[1] == "length"
 
     def interrupt(_: str) -> None:
         raise KeyboardInterrupt
 
     rest = iter(wanted)
-    shown, ending = sampler.stream(prompt, interrupt)
+    shown, ending = generator.stream(prompt, interrupt)
     assert (ending, text.startswith(shown), bool(shown)) == ("interrupted", True, True)
 
 

@@ -125,11 +125,11 @@ def test_the_loss_is_that_of_plain_transformers(work: Path, tokenizer: Any) -> N
         for letter in LETTERS:
             turns = (Turn("user", f"Say {letter}."), Turn("assistant", letter * 3, answer=True))
             row = template.encode(Example(turns, "", 0))
-            ids, labels = torch.tensor([row.ids]), torch.tensor(row.labels[1:])
+            ids, loss_mask = torch.tensor([row.ids]), torch.tensor(row.loss_mask[1:])
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, :-1]
-            total += float(cross_entropy(logits[labels], ids[0, 1:][labels], reduction="sum"))
-            count += int(labels.sum())
+            total += float(cross_entropy(logits[loss_mask], ids[0, 1:][loss_mask], reduction="sum"))
+            count += int(loss_mask.sum())
         assert found["eval_loss"] == pytest.approx(total / count, rel=1e-5), name
 
 

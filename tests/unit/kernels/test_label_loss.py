@@ -36,10 +36,10 @@ def stock_loss_sum(model: nn.Module, rows: Rows) -> Tensor:
     total = torch.zeros(())
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
-        labels = torch.where(torch.tensor([row["labels"]]), ids, -100)
-        count = int((labels[:, 1:] != -100).sum())
+        loss_mask = torch.where(torch.tensor([row["labels"]]), ids, -100)
+        count = int((loss_mask[:, 1:] != -100).sum())
         if count:
-            total = total + model(input_ids=ids, labels=labels).loss * count
+            total = total + model(input_ids=ids, labels=loss_mask).loss * count
     return total
 
 
@@ -59,15 +59,15 @@ def test_padded_tensors(rows: Rows, pad_id: int) -> None:
         assert batch.input_ids[k].tolist() == row["input_ids"] + [pad_id] * (width - length)
         assert batch.attention_mask[k].tolist() == [1] * length + [0] * (width - length)
     # (row, position of the label, its token), a label on a first token left out
-    labels = [
+    loss_mask = [
         (k, i, row["input_ids"][i])
         for k, row in enumerate(rows)
         for i, label in enumerate(row["labels"])
         if label and i
     ]
-    assert batch.source.tolist() == [k * width + i - 1 for k, i, _ in labels]
-    assert batch.target.tolist() == [token for _, _, token in labels]
-    assert batch.weight.tolist() == [1.0] * len(labels)
+    assert batch.source.tolist() == [k * width + i - 1 for k, i, _ in loss_mask]
+    assert batch.target.tolist() == [token for _, _, token in loss_mask]
+    assert batch.weight.tolist() == [1.0] * len(loss_mask)
     assert (batch.useful_tokens, batch.computed_tokens) == (sum(len(r["input_ids"]) for r in rows), len(rows) * width)
     assert batch.rows == tuple(range(7, 7 + len(rows)))
     assert [t.dtype for t in (batch.input_ids, batch.attention_mask, batch.source, batch.target)] == [torch.int64] * 4

@@ -118,10 +118,10 @@ def test_tries_are_proved_or_padding_is_explained(name: str) -> None:
     use_trie_kernel(model)
     packing, why = choose_packing(model, LabelLoss(model), config("auto"), DATA, 0)
     if name == "gemma2":  # its scores are capped, which SDPA cannot do
-        assert not packing.shares
+        assert not packing.uses_trie
         assert "attention is eager, which knows padded rows only" in why
     else:
-        assert packing.shares, why
+        assert packing.uses_trie, why
 
 
 def test_a_model_with_capped_scores_keeps_the_attention_of_its_authors(tmp_path: Path) -> None:

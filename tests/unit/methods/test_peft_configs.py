@@ -153,18 +153,18 @@ def test_the_orthogonal_gradient_is_autograds() -> None:
 
 
 def test_the_orthogonal_term_enters_once_and_as_stock_peft_adds_it() -> None:
-    labels = {"input_ids": IDS, "labels": IDS}
+    loss_mask = {"input_ids": IDS, "labels": IDS}
     stock = adalora_model(orth_reg_weight=0.3)
     for name, parameter in trainable_parameters(stock).items():
         if "lora_E" in name:
             parameter.data.normal_()
     mine = adalora_model(orth_reg_weight=0.3)
     mine.load_state_dict(stock.state_dict())
-    stock(**labels).loss.backward()
+    stock(**loss_mask).loss.backward()
     term = OrthogonalTerm(mine, 0.3)
     for scale in (0.0, 1.0, 0.0):  # as of three micro-batches, of which one carries it
         term.scale = scale
-        out = mine.get_base_model()(**labels).loss  # without stock PEFT's own term
+        out = mine.get_base_model()(**loss_mask).loss  # without stock PEFT's own term
         (out / 3).backward()
     expected = {n: p.grad for n, p in trainable_parameters(stock).items()}
     for name, parameter in trainable_parameters(mine).items():

@@ -22,8 +22,8 @@ def keys(**given: Any) -> EvalConfig:
     return EvalConfig(**{"overfit_gap": None, "every_steps": 1, **given})
 
 
-def evaluations(watch: EvalMonitor, values: list[float], metric: str = "eval_loss") -> list[Decision]:
-    return [watch.evaluated(step, {metric: value}) for step, value in enumerate(values, 1)]
+def evaluations(monitor: EvalMonitor, values: list[float], metric: str = "eval_loss") -> list[Decision]:
+    return [monitor.evaluated(step, {metric: value}) for step, value in enumerate(values, 1)]
 
 
 @pytest.mark.parametrize(
@@ -36,61 +36,61 @@ def evaluations(watch: EvalMonitor, values: list[float], metric: str = "eval_los
     ],
 )
 def test_new_bests(metric: str, values: list[float], best: list[int]) -> None:
-    watch = EvalMonitor(keys(best_metric=metric))
-    verdicts = evaluations(watch, values, metric)
-    assert [step for step, verdict in enumerate(verdicts, 1) if verdict.is_best] == best
-    assert watch.best_step == best[-1]
-    assert watch.best is not None
-    assert watch.best["scores"] == {metric: values[best[-1] - 1]}
+    monitor = EvalMonitor(keys(best_metric=metric))
+    decisions = evaluations(monitor, values, metric)
+    assert [step for step, decision in enumerate(decisions, 1) if decision.is_best] == best
+    assert monitor.best_step == best[-1]
+    assert monitor.best is not None
+    assert monitor.best["scores"] == {metric: values[best[-1] - 1]}
 
 
 def test_the_evaluation_before_training_is_no_best() -> None:
-    watch = EvalMonitor(keys(best_metric="eval_loss", patience=1))
-    assert watch.evaluated(0, {"eval_loss": 0.1}) == Decision()
-    assert watch.evaluated(2, {"eval_loss": 5.0}).is_best
+    monitor = EvalMonitor(keys(best_metric="eval_loss", patience=1))
+    assert monitor.evaluated(0, {"eval_loss": 0.1}) == Decision()
+    assert monitor.evaluated(2, {"eval_loss": 5.0}).is_best
 
 
 def test_patience_counts_evaluations_in_a_row() -> None:
-    watch = EvalMonitor(keys(best_metric="eval_loss", patience=2))
-    stops = [verdict.stop for verdict in evaluations(watch, [3.0, 3.5, 2.0, 2.5, 2.1])]
+    monitor = EvalMonitor(keys(best_metric="eval_loss", patience=2))
+    stops = [decision.stop for decision in evaluations(monitor, [3.0, 3.5, 2.0, 2.5, 2.1])]
     assert stops == [None] * 4 + ["2 evaluations in a row without a new best eval_loss"]
 
 
 def test_patience_alone_keeps_the_last_weights() -> None:
-    watch = EvalMonitor(keys(patience=1))
-    verdicts = evaluations(watch, [3.0, 2.0, 2.5])
-    assert not any(verdict.is_best for verdict in verdicts), "no checkpoint is to be saved"
-    assert watch.best_step is None
-    assert [verdict.stop for verdict in verdicts] == [None, None, "1 evaluation without a new best eval_loss"]
+    monitor = EvalMonitor(keys(patience=1))
+    decisions = evaluations(monitor, [3.0, 2.0, 2.5])
+    assert not any(decision.is_best for decision in decisions), "no checkpoint is to be saved"
+    assert monitor.best_step is None
+    assert [decision.stop for decision in decisions] == [None, None, "1 evaluation without a new best eval_loss"]
 
 
 def test_nothing_asked_nothing_said() -> None:
-    watch = EvalMonitor(keys())
-    assert evaluations(watch, [1.0, 2.0, 3.0]) == [Decision()] * 3
+    monitor = EvalMonitor(keys())
+    assert evaluations(monitor, [1.0, 2.0, 3.0]) == [Decision()] * 3
 
 
 def test_what_could_not_be_saved_may_be_beaten() -> None:
-    watch = EvalMonitor(keys(best_metric="eval_loss"))
-    evaluations(watch, [3.0, 1.0])
-    watch.not_saved()
-    assert watch.best_step == 1
-    assert watch.evaluated(3, {"eval_loss": 2.0}).is_best
-    assert watch.best_step == 3
+    monitor = EvalMonitor(keys(best_metric="eval_loss"))
+    evaluations(monitor, [3.0, 1.0])
+    monitor.not_saved()
+    assert monitor.best_step == 1
+    assert monitor.evaluated(3, {"eval_loss": 2.0}).is_best
+    assert monitor.best_step == 3
 
 
-def overfit(watch: EvalMonitor, *rounds: tuple[list[float], float]) -> list[Decision]:
-    verdicts = []
+def overfit(monitor: EvalMonitor, *rounds: tuple[list[float], float]) -> list[Decision]:
+    decisions = []
     for step, (losses, eval_loss) in enumerate(rounds, 1):
         for loss in losses:
-            watch.trained(loss)
-        verdicts.append(watch.evaluated(step, {"eval_loss": eval_loss}))
-    return verdicts
+            monitor.trained(loss)
+        decisions.append(monitor.evaluated(step, {"eval_loss": eval_loss}))
+    return decisions
 
 
 def test_the_warning_comes_once_a_crossing_with_both_numbers() -> None:
-    watch = EvalMonitor(keys(overfit_gap=0.5))
+    monitor = EvalMonitor(keys(overfit_gap=0.5))
     rounds = ([9.0, 3.0], 3.0), ([2.0, 1.0], 2.25), ([1.0], 2.0), ([1.0], 1.5), ([1.0, 0.5], 1.5)
-    first, second, third, fourth, fifth = (verdict.warning for verdict in overfit(watch, *rounds))
+    first, second, third, fourth, fifth = (decision.warning for decision in overfit(monitor, *rounds))
     assert first is third is fourth is None, "a gap of 0.5 is not more than 0.5"
     assert second is not None
     assert "step 2" in second
@@ -105,9 +105,9 @@ def test_the_warning_comes_once_a_crossing_with_both_numbers() -> None:
 
 def test_the_run_stops_where_the_gap_is_too_wide() -> None:
     rounds = [([1.0], 1.25), ([1.0], 1.75)]
-    verdicts = overfit(EvalMonitor(keys(overfit_gap=0.5, stop_on_overfit=True, patience=1)), *rounds)
+    decisions = overfit(EvalMonitor(keys(overfit_gap=0.5, stop_on_overfit=True, patience=1)), *rounds)
     expected = "overfitting: eval_loss 1.7500 is 0.7500 above the mean training loss 1.0000"
-    assert [verdict.stop for verdict in verdicts] == [None, expected]
+    assert [decision.stop for decision in decisions] == [None, expected]
     # asked for in a run that is over the gap already: the next evaluation stops it, without a second warning
     warned = EvalMonitor(keys(overfit_gap=0.5))
     overfit(warned, *rounds)
@@ -116,9 +116,9 @@ def test_the_run_stops_where_the_gap_is_too_wide() -> None:
 
 
 def test_without_a_loss_there_is_no_gap() -> None:
-    watch = EvalMonitor(EvalConfig())
-    watch.trained(1.0)
-    assert watch.evaluated(1, {"exact_match": 0.5}) == Decision()
+    monitor = EvalMonitor(EvalConfig())
+    monitor.trained(1.0)
+    assert monitor.evaluated(1, {"exact_match": 0.5}) == Decision()
 
 
 def test_a_metric_that_no_row_has_is_told() -> None:
@@ -146,22 +146,22 @@ ASKED = st.builds(
 
 def play(asked: EvalConfig, rounds: list[Any], cut: int | None) -> tuple[list[Decision], Any]:
     """All verdicts and the last state; saved and restored, as JSON, after so many events."""
-    watch, events, verdicts = EvalMonitor(asked), 0, []
+    monitor, events, decisions = EvalMonitor(asked), 0, []
 
-    def restored(watch: EvalMonitor) -> EvalMonitor:
+    def restored(monitor: EvalMonitor) -> EvalMonitor:
         nonlocal events
         events += 1
-        return EvalMonitor(asked, json.loads(json.dumps(watch.state()))) if events == cut else watch
+        return EvalMonitor(asked, json.loads(json.dumps(monitor.state()))) if events == cut else monitor
 
     for step, (losses, scores, saved) in enumerate(rounds, 1):
         for loss in losses:
-            watch.trained(loss)
-            watch = restored(watch)
-        verdicts.append(watch.evaluated(step, scores))
-        if verdicts[-1].is_best and not saved:
-            watch.not_saved()
-        watch = restored(watch)
-    return verdicts, watch.state()
+            monitor.trained(loss)
+            monitor = restored(monitor)
+        decisions.append(monitor.evaluated(step, scores))
+        if decisions[-1].is_best and not saved:
+            monitor.not_saved()
+        monitor = restored(monitor)
+    return decisions, monitor.state()
 
 
 @settings(max_examples=150, deadline=None)
@@ -175,27 +175,27 @@ def test_saved_and_restored_anywhere_is_undisturbed(asked: EvalConfig, rounds: l
 @given(ASKED, ROUNDS)
 def test_verdicts_are_those_of_the_whole_history(asked: EvalConfig, rounds: list[Any]) -> None:
     """Against the plain definitions, read off all evaluations at once."""
-    verdicts, _ = play(asked, [(losses, scores, True) for losses, scores, _ in rounds], None)
+    decisions, _ = play(asked, [(losses, scores, True) for losses, scores, _ in rounds], None)
     metric = asked.best_metric or "eval_loss"
     sign = 1 if metric in LOWER_IS_BETTER else -1
     values = [sign * scores[metric] for _, scores, _ in rounds]
     gaps = [scores["eval_loss"] - sum(losses) / len(losses) for losses, scores, _ in rounds]
-    for k, verdict in enumerate(verdicts):
+    for k, decision in enumerate(decisions):
         since = k - values.index(min(values[: k + 1]))
         wide = asked.overfit_gap is not None and gaps[k] > asked.overfit_gap
         was_wide = asked.overfit_gap is not None and k > 0 and gaps[k - 1] > asked.overfit_gap
-        assert verdict.is_best == (since == 0 and asked.best_metric is not None)
-        assert (verdict.warning is not None) == (wide and not was_wide)
+        assert decision.is_best == (since == 0 and asked.best_metric is not None)
+        assert (decision.warning is not None) == (wide and not was_wide)
         in_vain = asked.patience is not None and since >= asked.patience
-        assert (verdict.stop is not None) == (in_vain or (wide and asked.stop_on_overfit))
+        assert (decision.stop is not None) == (in_vain or (wide and asked.stop_on_overfit))
 
 
 def test_the_state_of_another_question_starts_fresh() -> None:
-    watch = EvalMonitor(keys(best_metric="eval_loss"))
-    watch.trained(2.0)
-    watch.evaluated(1, {"eval_loss": 1.0, "chrf": 0.5})
-    watch.trained(3.0)
-    state = watch.state()
+    monitor = EvalMonitor(keys(best_metric="eval_loss"))
+    monitor.trained(2.0)
+    monitor.evaluated(1, {"eval_loss": 1.0, "chrf": 0.5})
+    monitor.trained(3.0)
+    state = monitor.state()
     assert EvalMonitor(keys(best_metric="eval_loss", patience=3), state).best_step == 1
     for other in (keys(best_metric="chrf"), keys(best_metric="eval_loss", max_rows=4), keys()):
         again = EvalMonitor(other, state)

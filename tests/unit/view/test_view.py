@@ -43,13 +43,13 @@ def config(*overrides: str) -> Any:
 def chat(tokenizer: Any, *turns: tuple[str, str]) -> made_data.Row:
     """Ids and mask of a conversation, put together by hand: assistant turns are learnt, their end tokens too."""
     ids: list[int] = []
-    labels: list[bool] = []
+    loss_mask: list[bool] = []
     for role, text in turns:
         head = [1, *tokenizer.encode(f"{role}\n", split_special_tokens=True)]
         body = [*tokenizer.encode(text, split_special_tokens=True), 2]
         ids += head + body
-        labels += [False] * len(head) + [role == "assistant"] * len(body)
-    return ids, labels
+        loss_mask += [False] * len(head) + [role == "assistant"] * len(body)
+    return ids, loss_mask
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_numbers_are_those_of_a_plain_recount(data: Data, tokenizer: Any) -> Non
     rows = data.train.tokens(np.arange(len(data.train)))
     lengths = sorted(len(t.ids) for t in rows)
     assert (facts.train_rows, facts.held_out_rows, facts.tokens) == (58, 2, sum(lengths))
-    assert facts.label_tokens == sum(int(t.labels[1:].sum()) for t in rows)
+    assert facts.label_tokens == sum(int(t.loss_mask[1:].sum()) for t in rows)
     low, _, high, top = facts.quantiles
     assert (low, top) == (lengths[0], lengths[-1])
     assert lengths[math.floor(0.95 * 57)] <= high <= lengths[math.ceil(0.95 * 57)]
@@ -132,10 +132,10 @@ def test_pieces_are_the_tokens_and_their_mask(
         control = tokenizer.convert_tokens_to_ids("<|im_end|>")
         ids = [control, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), control]
         ids = ids[min(begin, len(ids) - 1) :]
-        labels = [i // every % 2 == 1 for i in range(len(ids))]
-        pieces = reader.pieces(ids, labels)
+        loss_mask = [i // every % 2 == 1 for i in range(len(ids))]
+        pieces = reader.pieces(ids, loss_mask)
         assert [i for piece in pieces for i in piece.ids] == ids
-        assert [piece.learnt for piece in pieces for _ in piece.ids] == labels
+        assert [piece.learnt for piece in pieces for _ in piece.ids] == loss_mask
         assert [piece.start for piece in pieces] == [0, *itertools.accumulate(len(p.ids) for p in pieces[:-1])]
         assert all(piece.text and visible(piece.text) == piece.text for piece in pieces)
         assert not any("\N{REPLACEMENT CHARACTER}" in piece.text or "\x1b" in piece.text for piece in pieces)
@@ -152,8 +152,8 @@ def test_whole_texts_read_as_they_are(readers: list[tuple[Any, Reader]], text: s
 
 
 def test_text_that_looks_like_a_control_token_is_text(tokenizer: Any, reader: Reader) -> None:
-    ids, labels = chat(tokenizer, ("user", "<|im_end|>"))
-    pieces = reader.pieces(ids, labels)
+    ids, loss_mask = chat(tokenizer, ("user", "<|im_end|>"))
+    pieces = reader.pieces(ids, loss_mask)
     assert [p.text for p in pieces if p.control] == ["<|im_start|>", "<|im_end|>"]
     assert "".join(p.text for p in pieces) == "<|im_start|>user\n<|im_end|><|im_end|>"
 

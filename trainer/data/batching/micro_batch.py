@@ -18,7 +18,7 @@ class Tokens:
     """One example: token ids (int32) and which of them are learnt (bool), of one length."""
 
     ids: np.ndarray
-    labels: np.ndarray
+    loss_mask: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def padded(
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
         mask[row, : len(example.ids)] = 1
-        learnt[row, 1 : len(example.ids)] = example.labels[1:]
+        learnt[row, 1 : len(example.ids)] = example.loss_mask[1:]
     if not examples:
         mask[:] = 1
     target = np.flatnonzero(learnt)
@@ -115,7 +115,7 @@ def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_lab
         rows: their indices.
         max_labels: as in :func:`padded`.
     """
-    trie = build([e.ids for e in examples], [e.labels for e in examples])
+    trie = build([e.ids for e in examples], [e.loss_mask for e in examples])
     target = np.flatnonzero(trie.weights)
     return MicroBatch(
         input_ids=torch.from_numpy(trie.ids)[None],

@@ -30,13 +30,13 @@ class Packing:
         pad_id: fills padding.
     """
 
-    shares: bool
+    uses_trie: bool
     limits: Limits
     pad_id: int
 
     def split(self, examples: Sequence[Tokens], world_size: int) -> Layout:
         """Lay examples on ranks and micro-batches, the same number on every rank; a pure function."""
-        if not self.shares:
+        if not self.uses_trie:
             lengths = np.asarray([len(e.ids) for e in examples])
             micros = split(lengths, world_size, self.limits)
             computed = sum(int(lengths[m].max()) * len(m) if m else 1 for rank in micros for m in rank)
@@ -57,14 +57,14 @@ class Packing:
             rank: whose.
             rows: what the examples are called in messages.
         """
-        labels = [int(np.count_nonzero(e.labels[1:])) for e in examples]
+        label_counts = [int(np.count_nonzero(e.loss_mask[1:])) for e in examples]
         for together in zip(*layout.micros, strict=True):
-            most = max(sum(labels[i] for i in micro) for micro in together)
+            most = max(sum(label_counts[i] for i in micro) for micro in together)
             mine = together[rank]
-            yield self.lay([examples[i] for i in mine], [rows[i] for i in mine], most)
+            yield self.collate([examples[i] for i in mine], [rows[i] for i in mine], most)
 
-    def lay(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
+    def collate(self, examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
         """One forward of some examples; of none, the stand-in that adds zero. ``max_labels``: see ``MicroBatch``."""
-        if self.shares and examples:
+        if self.uses_trie and examples:
             return shared(examples, rows, max_labels)
         return padded(examples, rows, self.pad_id, max_labels)

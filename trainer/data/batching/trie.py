@@ -86,7 +86,7 @@ def _common_beginnings(examples: Sequence[np.ndarray], lengths: np.ndarray) -> n
     return np.minimum(found - begins, both)
 
 
-def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
+def build(examples: Sequence[np.ndarray], loss_mask: Sequence[np.ndarray]) -> Trie:
     """The trie of some examples.
 
     Args:
@@ -95,7 +95,7 @@ def build(examples: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Trie:
     """
     order, shared = sort_by_tokens(examples)
     flat, begins, lengths = _flat([examples[i] for i in order])
-    learnt, _, _ = _flat([np.asarray(labels[i], dtype=bool) for i in order])
+    learnt, _, _ = _flat([np.asarray(loss_mask[i], dtype=bool) for i in order])
     learnt[begins] = False  # nothing stands before it that could predict it
     new = lengths - shared
     ends = np.cumsum(new)

@@ -86,7 +86,7 @@ class Batch:
 class _Record:
     fact: tuple[int, ...]
     ids: np.ndarray
-    labels: np.ndarray
+    loss_mask: np.ndarray
     prompt_length: int
     answer: str
     choices: str
@@ -125,25 +125,25 @@ class Encoder:
         example = parse_example(row, self.recipe.format, self.recipe.columns)
         whole = self.template.encode(example)
         cut = fit(whole, self.recipe, row.where, example.text is not None, self.template.bos_id)
-        ids, labels = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.labels, dtype=np.bool_)
-        learnt = int(labels[1:].sum())  # nothing predicts the first token
+        ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)
+        learnt = int(loss_mask[1:].sum())  # nothing predicts the first token
         if not learnt:
             reason = "has no token that is learnt" + (" once it is cut" if cut is not whole else "")
             raise RowError("empty_loss_mask", row.where, reason=reason, hint="leave the row out")
         # Keys are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
-        whole_ids, whole_labels = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.labels, dtype=np.bool_)
+        whole_ids, whole_labels = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
         fact = (
             *(example.file, example.line, len(ids), learnt, len(ids) - cut.prompt_length),
             *(_key(whole_ids[: whole.opening_length].tobytes()), _key(whole_ids.tobytes())),
             *(_key(_first_reply(whole_ids, whole_labels).tobytes()), _key((example.text or example.answer).encode())),
-            self._flags(ids, labels, cut is not whole, example),
+            self._flags(ids, loss_mask, cut is not whole, example),
         )
-        return _Record(fact, ids, labels, cut.prompt_length, example.answer, example.choices)
+        return _Record(fact, ids, loss_mask, cut.prompt_length, example.answer, example.choices)
 
-    def _flags(self, ids: np.ndarray, labels: np.ndarray, truncated: bool, example: Example) -> int:
+    def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, truncated: bool, example: Example) -> int:
         flags = TRUNCATED if truncated else 0
         cut_at_its_end = truncated and example.text is not None
-        if not cut_at_its_end and int(ids[np.flatnonzero(labels)[-1]]) not in self.end_ids:
+        if not cut_at_its_end and int(ids[np.flatnonzero(loss_mask)[-1]]) not in self.end_ids:
             flags |= NO_END
         if self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2:
             flags |= DOUBLE_BOS
@@ -170,7 +170,7 @@ def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_i
             hint="raise data.max_length, or data.on_too_long=drop or truncate",
         )
     if is_text:
-        return Encoded(encoded.ids[:limit], encoded.labels[:limit], 0, limit)
+        return Encoded(encoded.ids[:limit], encoded.loss_mask[:limit], 0, limit)
     if excess >= encoded.prompt_length:
         raise RowError(
             "too_long",
@@ -180,8 +180,8 @@ def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_i
             hint="raise data.max_length, or data.on_too_long=drop",
         )
     kept = 1 if encoded.ids[0] == bos_id else 0
-    labels = encoded.labels[:kept] + encoded.labels[kept + excess :]
-    if not any(labels[1:]):
+    loss_mask = encoded.loss_mask[:kept] + encoded.loss_mask[kept + excess :]
+    if not any(loss_mask[1:]):
         raise RowError(
             "too_long",
             where,
@@ -189,13 +189,13 @@ def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_i
             hint="raise data.max_length, or data.on_too_long=drop",
         )
     ids = encoded.ids[:kept] + encoded.ids[kept + excess :]
-    return Encoded(ids, labels, encoded.prompt_length - excess, max(kept, encoded.opening_length - excess))
+    return Encoded(ids, loss_mask, encoded.prompt_length - excess, max(kept, encoded.opening_length - excess))
 
 
-def _first_reply(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
     """The learnt tokens up to the first that is not: in a chat, the first learnt turn."""
-    begin = int(labels.argmax())
-    gap = np.flatnonzero(~labels[begin:])
+    begin = int(loss_mask.argmax())
+    gap = np.flatnonzero(~loss_mask[begin:])
     return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
 
 
@@ -213,12 +213,14 @@ def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
     if not records:
         return b""
     offsets = _column(pa.int32(), _ends(facts["length"]))
-    ids, labels = (np.concatenate([getattr(r, name) for r in records]) for name in ("ids", "labels"))
+    ids, loss_mask = (np.concatenate([getattr(r, name) for r in records]) for name in ("ids", "loss_mask"))
     columns = [
         _column(pa.int32(), facts["file"]),
         _column(pa.int64(), facts["line"]),
         pa.ListArray.from_arrays(offsets, _column(pa.int32(), ids)),
-        pa.ListArray.from_arrays(offsets, _column(pa.bool_(), np.packbits(labels, bitorder="little"), len(labels))),
+        pa.ListArray.from_arrays(
+            offsets, _column(pa.bool_(), np.packbits(loss_mask, bitorder="little"), len(loss_mask))
+        ),
         _column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
         _strings([record.answer for record in records]),
         _strings([record.choices for record in records]),

@@ -57,7 +57,7 @@ class Reading:
     """Token ids, which of them are learnt, and which characters each stands for."""
 
     ids: list[int]
-    labels: list[bool]
+    loss_mask: list[bool]
     offsets: Sequence[Span]
     reach: list[int]  # how far each token and those before it go
     special: Collection[int]
@@ -116,8 +116,8 @@ class Reader:
         reach = list(accumulate((end for _, end in offsets), max))
         begins = [begin for turn, begin, _ in rendered.answers if turn in learnt]
         first = bisect_right(reach, min(begins, default=len(text)))
-        labels = [False] * first + [max(marks[begin:end], default=0) & 1 > 0 for begin, end in offsets[first:]]
-        return Reading(ids, labels, offsets, reach, self._special)
+        loss_mask = [False] * first + [max(marks[begin:end], default=0) & 1 > 0 for begin, end in offsets[first:]]
+        return Reading(ids, loss_mask, offsets, reach, self._special)
 
     def _controls(self, rendered: Rendered) -> list[Span]:
         """Where the template's own control tokens stand."""

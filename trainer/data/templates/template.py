@@ -36,7 +36,7 @@ class Encoded:
     """
 
     ids: list[int]
-    labels: list[bool]
+    loss_mask: list[bool]
     prompt_length: int
     opening_length: int
 
@@ -110,17 +110,17 @@ class Template:
         begins = {turn: begin for turn, begin, _ in rendered.answers}
         every = self.train_on == "all"
         reading = self._reader.read(rendered, learnt, example.where)
-        ids, labels = reading.ids, [True] * len(reading.ids) if every else reading.labels
+        ids, loss_mask = reading.ids, [True] * len(reading.ids) if every else reading.loss_mask
         prompt_length, opening_length = reading.start(begins[last]), reading.start(begins[min(learnt)])
-        while labels and not labels[-1]:
+        while loss_mask and not loss_mask[-1]:
             ids.pop()
-            labels.pop()
-        if not labels:
+            loss_mask.pop()
+        if not loss_mask:
             raise self._nothing(example.where)
         if self._chat is None and self.bos_id is not None:
-            ids, labels = [self.bos_id, *ids], [every, *labels]
+            ids, loss_mask = [self.bos_id, *ids], [every, *loss_mask]
             prompt_length, opening_length = prompt_length + 1, opening_length + 1
-        return Encoded(ids, labels, prompt_length, opening_length)
+        return Encoded(ids, loss_mask, prompt_length, opening_length)
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
         """Token ids of a prompt that awaits its answer, as in training."""
@@ -145,7 +145,7 @@ class Template:
         except RowError:  # it takes no such conversation: how the rows' answers end is not known here
             return [int(self.tokenizer.eos_token_id)]
         reading = self._reader.read(rendered, {1}, "template")
-        return [token for token, label in zip(reading.ids, reading.labels, strict=True) if label][-1:]
+        return [token for token, label in zip(reading.ids, reading.loss_mask, strict=True) if label][-1:]
 
     def describe(self) -> str:
         """What the cached tokens depend on besides the tokenizer's own files."""
