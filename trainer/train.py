@@ -12,6 +12,7 @@ from trainer.distributed import process_group as distributed
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries
+from trainer.tracking.logs import configure_logging
 from trainer.training.run import train
 
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
     known = parser.parse_args(arguments)
     world = distributed.from_environment()
+    configure_logging(rank=world.rank)
     silence_libraries()
     try:
         return train(load(known.overrides, known.config), world)

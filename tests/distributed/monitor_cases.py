@@ -23,7 +23,7 @@ from trainer.data.load import load_data
 from trainer.distributed.process_group import barrier, from_main
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
-from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import read_metrics, read_summary
 from trainer.training.finish import save_final
 from trainer.training.loop import Loop
 from trainer.training.run import _run

@@ -16,7 +16,7 @@ from trainer.distributed import process_group as distributed
 from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
-from trainer.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 from trainer.training.build import build
 from trainer.training.loop import Loop
 from trainer.training.stop_request import StopRequest

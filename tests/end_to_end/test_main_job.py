@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.processes import afina, stop_tree, torchrun
-from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import read_metrics, read_summary
 
 STEPS = 8
 METRIC_KEYS = {

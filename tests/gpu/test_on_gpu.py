@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.processes import torchrun
-from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import read_metrics, read_summary
 
 pytestmark = pytest.mark.gpu
 

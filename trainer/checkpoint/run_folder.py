@@ -15,8 +15,7 @@ from trainer.checkpoint import checkpointer as checkpoint
 from trainer.config import TrainConfig, load, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
-from trainer.tracking import read_metrics, read_summary
-from trainer.tracking.files import METRICS_FILE
+from trainer.tracking.files import METRICS_FILE, read_metrics, read_summary
 
 # Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
 _WHERE_AND_HOW = ("log.", "launch.", "checkpoint.", "compare.")

@@ -21,6 +21,7 @@ from trainer.cli import runs as verbs
 from trainer.cli.runs import Adapters, Overrides, Run, find_run
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
+from trainer.tracking.logs import configure_logging
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -214,6 +215,7 @@ def as_yaml(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. What a user can mend is told in one line on stderr, without a traceback."""
+    configure_logging(stream=sys.stderr)  # stdout is for what was asked for
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = app(arguments or ["--help"], prog_name="afina", standalone_mode=False)

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.tracking.logs import LineHandler, print_line, use_handler
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -78,7 +80,10 @@ class Eta:
 
 
 class Terminal:
-    """Lines, bar and tables of one run; also its `log.txt`. A closed terminal or a full disk never raises."""
+    """Show one run's lines, bar and tables, and write its `log.txt`; while open, it takes this program's log records.
+
+    A closed terminal or a full disk never raises.
+    """
 
     def __init__(self, folder: Path, *, total_steps: int, resume_step: int) -> None:
         self._total_steps = total_steps
@@ -90,6 +95,8 @@ class Terminal:
         self._task: TaskID | None = None
         if sys.stdout.isatty():
             self._bar, self._task = _start_bar(total_steps, resume_step)
+        self._handler = LineHandler(self.say)
+        self._handler_before = use_handler(self._handler)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Move the bar, or print a line if one is due (see ``_is_due``)."""
@@ -127,10 +134,18 @@ class Terminal:
         else:
             self._guard(lambda: self._table(rows))
 
-    def close(self) -> None:
+    def stop_bar(self) -> None:
+        """Leave the bar as it stands; lines are printed plainly from here on."""
         if self._bar is not None:
             self._guard(self._bar.stop)
             self._bar = None
+
+    def close(self) -> None:
+        """Stop the bar and give the log records back to whoever had them."""
+        self.stop_bar()
+        latest = use_handler(self._handler_before)
+        if latest is not self._handler:  # a later run's, which keeps them
+            use_handler(latest)
 
     def _is_due(self, record: Mapping[str, Any]) -> bool:
         """All of few lines; of many about ``MAX_LINES``, yet never silence, and always evaluations and the end."""
@@ -145,7 +160,7 @@ class Terminal:
     def _print(self, text: str) -> None:
         bar = self._bar
         if bar is None:
-            self._guard(lambda: print(_encodable(text), flush=True))
+            print_line(text)
         else:
             self._guard(lambda: bar.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True))
 
@@ -217,8 +232,3 @@ def _indented(text: str) -> str:
 def _printable(text: str) -> str:
     """Without control characters: a model's answer may hold any, and a terminal would obey them."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
-
-
-def _encodable(text: str) -> str:
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, errors="replace").decode(encoding)

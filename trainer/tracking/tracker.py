@@ -97,6 +97,7 @@ class _MainTracker(Tracker):
         self._terminal.samples(rows)
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        self._terminal.close()
+        self._terminal.stop_bar()
         self._metrics.close()
         self._wandb.finish(summary)
+        self._terminal.close()  # last: what W&B has to report belongs into log.txt

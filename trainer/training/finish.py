@@ -16,7 +16,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live
 from trainer.errors import TrainingError
 from trainer.methods import digests, save_adapter, save_full
-from trainer.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 from trainer.training.loop import Outcome
 
 

@@ -29,7 +29,7 @@ from trainer.engine.rank_allocation import Allocation
 from trainer.errors import TrainingError
 from trainer.evaluation.evaluate import Scores, evaluate
 from trainer.evaluation.generator import Generator
-from trainer.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 from trainer.training.monitor import Decision, EvalMonitor
 from trainer.training.stop_request import StopRequest
 

@@ -20,7 +20,9 @@ from trainer.errors import PREEMPTED_EXIT_CODE, AfinaError
 from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
-from trainer.tracking import Tracker, write_environment, write_summary
+from trainer.tracking.environment import write_environment
+from trainer.tracking.files import write_summary
+from trainer.tracking.tracker import Tracker
 from trainer.training.build import build
 from trainer.training.finish import build_summary, copy_refused, log_result, save_final
 from trainer.training.loop import Loop, Outcome

@@ -21,7 +21,7 @@ from trainer.config.rules.method import changes_base, check_method
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import attach, digests, save_adapter, trainable_parameters
 from trainer.methods.load import ADAPTER_FILE, load_adapter
-from trainer.tracking import read_metrics, read_summary
+from trainer.tracking.files import read_metrics, read_summary
 
 CONTINUED = [
     name for name, keys in KINDS.items() if not changes_base(MethodConfig(**keys)) and not keys.get("prefix_projection")

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError
-from trainer.tracking import Tracker, read_metrics, read_summary, redact, write_environment, write_summary
-from trainer.tracking.files import MetricsFile
+from trainer.tracking.environment import redact, write_environment
+from trainer.tracking.files import MetricsFile, read_metrics, read_summary, write_summary
 from trainer.tracking.terminal import clock, step_line
+from trainer.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[3]
 SUMMARY = {
@@ -241,7 +242,7 @@ TERMINAL_RUN = """
 import sys
 from pathlib import Path
 from trainer.config.schema import TrainConfig
-from trainer.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 config = TrainConfig()
 config.log.wandb = "off"
 tracker = Tracker.open(config, Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, facts={})

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config.schema import TrainConfig
-from trainer.tracking import Tracker, read_metrics, write_summary
+from trainer.tracking.files import read_metrics, write_summary
+from trainer.tracking.tracker import Tracker
 from trainer.tracking.wandb_run import api_key, wanted_mode
 
 ROOT = Path(__file__).parents[3]
@@ -321,7 +322,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_wandb import RECORDS, SUMMARY, wandb_config
-from trainer.tracking import Tracker
+from trainer.tracking.tracker import Tracker
 start = time.monotonic()
 tracker = Tracker.open(wandb_config("auto"), Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, facts={})
 print("OPEN", time.monotonic() - start)

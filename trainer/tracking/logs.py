@@ -1,0 +1,84 @@
+"""Configure logging: plain lines for people, from rank 0.
+
+Every module has ``logger = logging.getLogger(__name__)``: ``logger.info`` is a line for people, ``logger.warning`` one
+with "warning: " in front. Rank 0 alone prints them, so no caller asks for its rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+LOGGERS = ("trainer", "launch")
+PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
+
+
+def configure_logging(*, rank: int = 0, stream: TextIO | None = None) -> None:
+    """Print the records of this program's loggers as plain lines; a second call replaces the first.
+
+    Args:
+        rank: this process's; on all but 0 only errors are printed, behind ``[rank N]``.
+        stream: where to; ``None``: ``sys.stdout``, as it is when a record comes.
+    """
+    use_handler(LineHandler(lambda text: print_line(text, stream), rank))
+
+
+class LineHandler(logging.Handler):
+    """Pass each record on as the text that people read.
+
+    Args:
+        write: called with the text, without a newline at its end.
+        rank: as in :func:`configure_logging`.
+    """
+
+    def __init__(self, write: Callable[[str], object], rank: int = 0) -> None:
+        super().__init__(logging.ERROR if rank else logging.INFO)
+        self._write = write
+        self._rank = f"[rank {rank}] " if rank else ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(self._rank + self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message, with its level in front where that is a warning or an error."""
+        text = super().format(record)
+        prefix = PREFIXES.get(record.levelno, "")
+        return text if text.startswith(prefix) else prefix + text
+
+
+def use_handler(handler: LineHandler | None) -> LineHandler | None:
+    """Give every record of this program to one handler (none: to the root logger's) and return the one before."""
+    before = None
+    for logger in map(logging.getLogger, LOGGERS):
+        for old in [h for h in logger.handlers if isinstance(h, LineHandler)]:
+            before = old
+            logger.removeHandler(old)
+        if handler is not None:
+            logger.addHandler(handler)
+        logger.setLevel(logging.NOTSET if handler is None else handler.level)
+        # A root handler (of whoever embeds this, or of a library's `basicConfig`) would print every line again.
+        logger.propagate = handler is None
+    return before
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print to a stream (``None``: ``sys.stdout``). One that was closed, or whose reader has gone, never raises."""
+    target = sys.stdout if stream is None else stream
+    try:
+        print(encodable(text, target), file=target, flush=True)
+    except (OSError, ValueError):
+        # `| head` has what it wanted, or the terminal was closed. What is being done was not.
+        if stream is None:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Return the text with what the stream's encoding does not have replaced."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)
