@@ -175,7 +175,7 @@ def _prepare_all(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]
     parts = _parts(config)
     if isinstance(keys.validation, str):
         parts += parse_dataset_specs(keys.validation, keys.format, keys.columns, keys.split, keys.revision, keys.subset)
-    cache = Path(keys.cache_dir) if keys.cache_dir else default_cache()
+    cache = Path(keys.cache_dir).expanduser() if keys.cache_dir else default_cache()
     return [prepare(part, keys, tokenizer, cache, say) for part in parts]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
 from trainer.engine.meter import give_back_memory
 from trainer.errors import CheckpointError
+from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold
 
 SHARD = "2GB"  # of weights a file
@@ -175,9 +175,7 @@ def merge(
         of_base = distance(answers(model, prompts), expected)[0]
     folded, layers = fold(model)
     del model
-    partial = to.with_name(to.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with partial_folder(to) as partial:
         known, held = digests(folded), bytes_held(folded)
         _write(folded, tokenizer, partial)
         del folded
@@ -192,10 +190,7 @@ def merge(
         from_trained = None if trained is None else distance(found, trained)[0]
         result = Merged(apart, allowed, of_base, same, len(prompts), layers, len(known), from_trained)
         (partial / "README.md").write_text(card(result))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(to)
+        commit_folder(partial, to)
     return result
 
 

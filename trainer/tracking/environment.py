@@ -17,7 +17,8 @@ from typing import Any
 
 from trainer.config.messages import HIDDEN
 from trainer.config.messages import redact as redact_shapes
-from trainer.tracking.files import strict, write_atomically
+from trainer.files import write_atomically
+from trainer.tracking.files import strict
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (

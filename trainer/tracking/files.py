@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CheckpointError
-from trainer.files import sync
+from trainer.files import write_atomically
 
 Record = dict[str, Any]
 
@@ -28,24 +27,6 @@ SUMMARY_KEYS = (
     "error",
 )
 STATUSES = ("finished", "preempted", "failed")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, meets the old content or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # Without this the rename itself may be lost with the machine's power. Not every filesystem allows it.
-    with contextlib.suppress(OSError):
-        sync(path.parent)
 
 
 def strict(value: Any) -> Any:

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from trainer.config.schema import TrainConfig
+from trainer.files import write_atomically
 from trainer.tracking.environment import redact
-from trainer.tracking.files import strict, write_atomically
+from trainer.tracking.files import strict
 
 # wandb 0.31 waits 90 s for a server at the start and without end for uploads at the finish.
 INIT_TIMEOUT_SECONDS = 5.0

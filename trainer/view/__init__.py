@@ -33,7 +33,7 @@ def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[s
     from trainer.view.pieces import Reader
 
     silence_libraries()
-    tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision, say), config.model)
+    tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision), config.model)
     data, refusal = collect.find(config, tokenizer, say)
     facts, reader = collect.facts(data, config, tokenizer, refusal), Reader(tokenizer)
     terminal.show(replace(facts, examples=collect.few_examples(data, config, reader, examples)))

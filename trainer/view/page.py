@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from trainer.config.messages import wrong
 from trainer.errors import DataError
+from trainer.files import write_atomically
 from trainer.view import markup, words
 from trainer.view.overview import Overview, Shown
 from trainer.view.pieces import visible
@@ -53,18 +53,9 @@ def write(overview: Overview, path: Path) -> None:
     check_target(path)
     target = path.resolve()  # a link stays a link to the page
     content = render(overview).encode("utf-8", errors="backslashreplace")
-    partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            partial = Path(file.name)
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # temporary files are for their owner alone; a page is for colleagues
-        os.replace(partial, target)
+        write_atomically(target, content)
     except OSError as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
         raise DataError(
             "--html", value=path, reason=f"cannot be written ({error.strerror})", hint="make room"
         ) from error

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trainer import files
 from trainer.checkpoint import checkpointer as checkpoint
 from trainer.checkpoint import commit as seal
 from trainer.config.schema import MethodConfig
@@ -210,7 +211,13 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
 
 @pytest.mark.parametrize(
     ("room", "killed_in"),
-    [(seal, "sync"), (seal, "sha256"), (checkpoint, "save_file"), (checkpoint, "save_adapter")],
+    [
+        (files, "sync"),
+        (files, "sha256"),
+        (files, "write_atomically"),
+        (checkpoint, "save_file"),
+        (checkpoint, "save_adapter"),
+    ],
 )
 def test_a_kill_while_writing_leaves_the_one_before(
     run: Run, monkeypatch: pytest.MonkeyPatch, room: Any, killed_in: str

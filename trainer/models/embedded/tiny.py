@@ -1,11 +1,11 @@
-"""A random model with a real tokenizer, for tests."""
+"""Build a random model with a real tokenizer, for tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from trainer.models.embedded.common import Say, quiet_transformers
+from trainer.models.embedded.common import quiet_transformers
 
 TINY_TEXT = """Below is an instruction that describes a task, paired with an input that provides further context.
 Write a response that appropriately completes the request. Translate the sentence to Spanish. Summarize the following
@@ -17,8 +17,11 @@ CHATML = (
 )
 
 
-def build_tiny(folder: Path, say: Say) -> None:
-    """A seeded random Llama. Two builds are equal byte for byte; the caller's random state is left alone."""
+def build_tiny(folder: Path) -> None:
+    """Fill ``folder`` with a seeded random Llama and its tokenizer.
+
+    Two builds are equal byte for byte; the caller's random state is left alone.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +48,7 @@ def build_tiny(folder: Path, say: Say) -> None:
 
 
 def _tiny_tokenizer() -> Any:
-    """Byte-level BPE: every text has tokens, and a few merges make them longer than a byte, as in real models."""
+    """Train a byte-level BPE: every text has tokens, and a few merges make them longer than a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
