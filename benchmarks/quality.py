@@ -22,7 +22,7 @@ import numpy as np
 from throughput import HERE, ROOT, run
 
 from trainer.config import load
-from trainer.data.batching.batches import global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.models.embedded import fetch
 from trainer.models.loading import load_tokenizer

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import load
-from trainer.data.batching.batches import global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.models.embedded import fetch
 from trainer.models.loading import load_tokenizer

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from trainer.checkpoint import checkpointer as checkpoint
 from trainer.config import TrainConfig, load
-from trainer.data.batching.batches import global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
 from trainer.evaluation.generator import Generator

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import load
-from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 from trainer.data.load import load_data
 from trainer.errors import ModelError
 from trainer.kernels.label_loss import LabelLoss

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from trainer.config.dataset_spec import DatasetSpec, parse_dataset_specs
 from trainer.config.schema import BatchConfig, TrainConfig
-from trainer.data.batching.batches import total_steps
+from trainer.data.batching.global_batch import total_steps
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.mixture import Joined, at_most, join, mix
 from trainer.data.prepare import checks

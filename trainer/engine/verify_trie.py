@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.batches import Limits, global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 from trainer.data.batching.trie import sort_by_tokens
 from trainer.data.load import Data
 from trainer.errors import ConfigError

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.batches import Limits, split
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits, split_padded
 from trainer.data.load import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.evaluation.generator import Generator
@@ -113,7 +113,7 @@ def _answers(generator: Generator, rows: Rows, config: TrainConfig, world: World
     if not len(asked):
         return []
     mine: dict[int, tuple[str, str]] = {}
-    for micro in split(prompt_lengths[asked], world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
+    for micro in split_padded(prompt_lengths[asked], world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
         records = rows.examples(asked[micro] if micro else [])  # a few at a time: as Python objects, rows are big
         prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
         # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trainer.config import TrainConfig
 from trainer.config.method import MethodConfig
-from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 from trainer.data.load import Data, load_data
 from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed

@@ -20,17 +20,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from trainer.data.batching.trie_paths import Paths
+from trainer.data.batching.trie_paths import TriePaths
 from trainer.kernels.short_attention import ShortAttention, is_short, summed_back
 
 KERNEL = "afina_trie"
 # Beyond so many copies a node (a long document under many questions), gathering again costs less than the memory.
 MAX_COPIES = 8.0
-_paths: list[Paths] = []  # of the micro-batch in its forward or backward; recomputation in the backward needs it too
+_paths: list[TriePaths] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
 
 
 @contextlib.contextmanager
-def trie_context(paths: Paths | None) -> Iterator[None]:
+def trie_context(paths: TriePaths | None) -> Iterator[None]:
     """Attend along these paths in the forwards and backwards inside; ``None`` changes nothing."""
     if paths is None:
         yield
@@ -83,14 +83,14 @@ def trie_attention(
     paths = _paths[-1]
     _, heads, nodes, width = query.shape
     scaling = width**-0.5 if scaling is None else scaling
-    order = paths.order(heads)
+    order = paths.query_order(heads)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
-    queries = _Reorder.apply(query.reshape(-1, width), order.there, order.back, None)
+    queries = _Reorder.apply(query.reshape(-1, width), order.gather, order.inverse, None)
     flat = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
     sizes = [b.queries.numel() * heads for b in paths.buckets]
     out = []
-    for bucket, at, q in zip(paths.buckets, paths.keys(key.shape[1]), queries.split(sizes), strict=True):
+    for bucket, at, q in zip(paths.buckets, paths.key_indices(key.shape[1]), queries.split(sizes), strict=True):
         q = q.view(len(bucket.queries), heads, -1, width)
         mask = bucket.mask(sliding_window)
         if is_short(q, bucket.keys.shape[1], dropout):
@@ -102,7 +102,7 @@ def trie_attention(
             attended = checkpoint(attend, q, *flat, use_reentrant=False) if gather_again else attend(q, *flat)
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
-    attended = _Reorder.apply(torch.cat(out), order.node_back, order.node_there, order.fillers)
+    attended = _Reorder.apply(torch.cat(out), order.node_inverse, order.node_gather, order.padding)
     return attended.view(1, nodes, heads, -1), None
 
 

@@ -17,7 +17,7 @@ import torch
 
 from trainer.checkpoint import checkpointer as checkpoint
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.batches import ends_epoch, global_batch
+from trainer.data.batching.global_batch import ends_epoch, global_batch
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.load import Data

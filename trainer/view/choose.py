@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.batches import global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.trie import sort_by_tokens
 from trainer.data.load import Data, Rows
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.batches import Limits, global_batch, total_steps
+from trainer.data.batching.global_batch import global_batch, total_steps
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 from trainer.data.load import Data
 
 MAX_STEPS = 32

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 
 Rng = np.random.Generator
 
@@ -35,15 +35,15 @@ def codes(rng: Rng, count: int) -> list[Tokens]:
 
 
 def chat(rng: Rng, count: int) -> list[Tokens]:
-    """Log-normal, 50 to 2000 tokens; one to five rows of a conversation share an opening."""
+    """Log-normal, 50 to 2000 tokens; one to five rows of a conversation share a prompt prefix."""
     out: list[Tokens] = []
     while len(out) < count:
-        opening, turns = rng.integers(0, 30000, 2000), int(rng.integers(1, 6))
+        document, turns = rng.integers(0, 30000, 2000), int(rng.integers(1, 6))
         length = int(np.clip(rng.lognormal(6, 0.9), 50, 2000))
         for _ in range(turns):
             shared = int(length * rng.uniform(0.3, 0.9)) if turns > 1 else 0
             own = max(50 - shared, int(np.clip(rng.lognormal(4.5, 0.8), 10, 2000 - shared)))
-            out.append(example(np.append(opening[:shared], rng.integers(0, 30000, own))))
+            out.append(example(np.append(document[:shared], rng.integers(0, 30000, own))))
     return [out[i] for i in rng.permutation(count)]
 
 
@@ -51,7 +51,7 @@ MIXES = {"headlines": headlines, "codes": codes, "chat": chat}
 
 
 def nodes(rows: Sequence[Tokens]) -> int:
-    """Distinct beginnings, counted in a dictionary of dictionaries: the cost without ``trainer.data.batching.trie``."""
+    """Distinct prefixes, counted in a dictionary of dictionaries: the cost without ``trainer.data.batching.trie``."""
     root: dict[int, dict] = {}
     count = 0
     for row in rows:
@@ -75,14 +75,14 @@ def common(rows: Sequence[Tokens]) -> int:
     return next((d for d in range(shortest) if len({int(r.ids[d]) for r in rows}) > 1), shortest)
 
 
-def costs_of(packing: Packing, rows: list[Tokens], world_size: int) -> np.ndarray:
+def micro_batch_costs(packing: Packing, rows: list[Tokens], world_size: int) -> np.ndarray:
     micros = packing.split(rows, world_size).micros
     return np.array([[cost(packing, [rows[i] for i in micro]) for micro in rank] for rank in micros])
 
 
 def step_and_total(packing: Packing, rows: list[Tokens], world_size: int) -> tuple[int, int]:
     """Of a step: the slowest rank's k-th forward, summed over k, as ZeRO-3 meets at each; all of the busiest rank."""
-    costs = costs_of(packing, rows, world_size)
+    costs = micro_batch_costs(packing, rows, world_size)
     return int(costs.max(0).sum()), int(costs.sum(1).max())
 
 
@@ -92,11 +92,11 @@ def ideal(packing: Packing, rows: list[Tokens], world_size: int) -> float:
     one = packing.split(rows, 1).computed_tokens
     least = max(one / world_size, *(len(r.ids) for r in rows))
     if packing.uses_trie:
-        beginning, per_rank = common(rows), -(-len(rows) // world_size)
-        least = max(least, beginning + (nodes(rows) - beginning) / world_size)
-        tails = sorted(len(r.ids) - beginning for r in rows)
-        if beginning and all_differ_after(rows, beginning):
-            least = max(least, beginning + sum(tails[:per_rank]))
+        prefix, per_rank = common(rows), -(-len(rows) // world_size)
+        least = max(least, prefix + (nodes(rows) - prefix) / world_size)
+        tails = sorted(len(r.ids) - prefix for r in rows)
+        if prefix and all_differ_after(rows, prefix):
+            least = max(least, prefix + sum(tails[:per_rank]))
     return least
 
 

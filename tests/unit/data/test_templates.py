@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.tokenizers import LLAMA_LIKE, adds_bos, sentencepiece_like, with_template
-from trainer.data.batching.micro_batch import Tokens, padded
+from trainer.data.batching.micro_batch import Tokens, collate_padded
 from trainer.data.formats.formats import Example, Turn
 from trainer.data.sources.open import RowError
 from trainer.data.templates.template import Encoded, Template
@@ -173,7 +173,9 @@ def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) ->
     doubled = copy.deepcopy(tokenizer)
     doubled.pad_token = doubled.eos_token
     rows = [Template(doubled, "chat").encode(example("q", a)) for a in ("short", "a longer answer <|im_end|>")]
-    batch = padded([Tokens(np.asarray(r.ids), np.asarray(r.loss_mask)) for r in rows], [0, 1], doubled.pad_token_id)
+    batch = collate_padded(
+        [Tokens(np.asarray(r.ids), np.asarray(r.loss_mask)) for r in rows], [0, 1], doubled.pad_token_id
+    )
     assert (batch.target == doubled.eos_token_id).sum() == 2
     assert batch.target.tolist() == [*learnt(rows[0]), *learnt(rows[1])]
     width = batch.input_ids.shape[1]

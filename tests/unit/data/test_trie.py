@@ -14,16 +14,16 @@ from torch import Tensor
 
 from tests.helpers.architectures import MODELS
 from trainer.data.batching import trie_paths
-from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.trie import build
+from trainer.data.batching.rank_split import Limits
+from trainer.data.batching.trie import build_trie
 from trainer.engine.verify_trie import trie_obstacle
 from trainer.kernels import trie_attention as attention
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register, trie_context
 
-# Few token ids, so that beginnings are shared by chance; sometimes a long common one.
+# Few token ids, so that prefixes are shared by chance; sometimes a long common one.
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 row_ids = st.one_of(ids, st.builds(lambda n, tail: [3] * n + tail, st.integers(0, 12), ids))
 
@@ -41,19 +41,19 @@ rows_of_a_kind = st.one_of(
 
 
 @st.composite
-def labels_of(draw: st.DrawFn, length: int) -> list[bool]:
+def loss_masks(draw: st.DrawFn, length: int) -> list[bool]:
     """None, all, an answer at the end, several turns, or any."""
     kind = draw(st.sampled_from(["none", "all", "answer", "turns", "any"]))
     begin, period = draw(st.integers(0, length)), draw(st.integers(1, 5))
     if kind == "any":
         return draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    learnt = {
+    is_in_loss = {
         "none": lambda i: False,
         "all": lambda i: True,
         "answer": lambda i: i >= begin,
         "turns": lambda i: i // period % 2 == 1,
     }
-    return [learnt[kind](i) for i in range(length)]
+    return [is_in_loss[kind](i) for i in range(length)]
 
 
 @st.composite
@@ -61,15 +61,15 @@ def examples(draw: st.DrawFn) -> list[Tokens]:
     rows = list(draw(rows_of_a_kind))
     rows += [rows[0]] * draw(st.integers(0, 1))  # an equal one
     if draw(st.booleans()):
-        rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a beginning of another
-    loss_mask = [draw(labels_of(len(r))) for r in rows]
-    return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, loss_mask, strict=True)]
+        rows += [rows[0][: draw(st.integers(1, len(rows[0])))]]  # a prefix of another
+    drawn = [draw(loss_masks(len(r))) for r in rows]
+    return [Tokens(np.asarray(r, np.int32), np.asarray(lab, bool)) for r, lab in zip(rows, drawn, strict=True)]
 
 
 @settings(max_examples=300, deadline=None)
 @given(examples())
-def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
-    trie = build([r.ids for r in rows], [r.loss_mask for r in rows])
+def test_nodes_are_the_distinct_prefixes(rows: list[Tokens]) -> None:
+    trie = build_trie([r.ids for r in rows], [r.loss_mask for r in rows])
     words = [tuple(r.ids.tolist()) for r in rows]
     assert len(trie.ids) == len({w[:k] for w in words for k in range(1, len(w) + 1)})
     for node in range(len(trie.ids)):
@@ -77,13 +77,13 @@ def test_nodes_are_the_distinct_beginnings(rows: list[Tokens]) -> None:
         while at >= 0:
             above.append(at)
             at = int(trie.parents[at])
-        beginning = tuple(int(trie.ids[a]) for a in reversed(above))
-        depth = len(beginning) - 1
+        prefix = tuple(int(trie.ids[a]) for a in reversed(above))
+        depth = len(prefix) - 1
         assert trie.depths[node] == depth
-        path = next(p for p, start in zip(trie.paths, trie.starts, strict=True) if node in p[start:])
+        path = next(p for p, start in zip(trie.paths, trie.shared, strict=True) if node in p[start:])
         assert above[::-1] == path[: depth + 1].tolist()
-        learnt = sum(bool(r.loss_mask[depth]) for r, w in zip(rows, words, strict=True) if w[: depth + 1] == beginning)
-        assert trie.weights[node] == (learnt if depth else 0)
+        labels = sum(bool(r.loss_mask[depth]) for r, w in zip(rows, words, strict=True) if w[: depth + 1] == prefix)
+        assert trie.weights[node] == (labels if depth else 0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,7 +96,7 @@ def test_split_lays_every_example_once_within_the_limits(
     assert len({len(rank) for rank in layout.micros}) == 1
     computed = 0
     for laid in (m for rank in layout.micros for m in rank if m):
-        nodes = len(build([rows[i].ids for i in laid], [rows[i].loss_mask for i in laid]).ids)
+        nodes = len(build_trie([rows[i].ids for i in laid], [rows[i].loss_mask for i in laid]).ids)
         computed += nodes
         assert len(laid) <= (max_rows or len(rows))
         assert max_rows is not None or nodes <= tokens or len(laid) == 1
@@ -137,9 +137,9 @@ def stock_loss(model: Any, rows: list[Tokens]) -> float:
     total = 0.0
     for row in rows:
         logits = model(torch.from_numpy(row.ids.astype(np.int64))[None], use_cache=False).logits[0]
-        learnt = torch.from_numpy(np.flatnonzero(row.loss_mask[1:]))
+        sources = torch.from_numpy(np.flatnonzero(row.loss_mask[1:]))
         targets = torch.from_numpy(row.ids[1:].astype(np.int64))
-        total += torch.nn.functional.cross_entropy(logits[learnt], targets[learnt], reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits[sources], targets[sources], reduction="sum").item()
     return total
 
 
@@ -176,7 +176,7 @@ def test_trie_equals_padded_with_checkpointing(case: tuple[Any, LabelLoss], rows
 @given(
     rows=examples(), most_queries=st.integers(1, 6), most_keys=st.integers(1, 60), copies=st.sampled_from([0.0, 99.0])
 )
-def test_long_stretches_are_cut_and_keys_gathered_again(
+def test_long_segments_are_cut_and_keys_gathered_again(
     case: tuple[Any, LabelLoss], rows: list[Tokens], most_queries: int, most_keys: int, copies: float
 ) -> None:
     """What only long rows meet, on short ones: the limits of a row of queries, of a bucket, and of copies kept."""
@@ -197,7 +197,7 @@ def test_copies_of_a_long_document_are_bounded() -> None:
     """Fifty questions about one document: it is cut into few rows of queries, and no bucket holds many keys."""
     document = np.arange(3000, dtype=np.int32)
     rows = [np.concatenate([document, np.full(20, 5000 + k, np.int32)]) for k in range(50)]
-    paths = trie_paths.build_paths(build(rows, [np.ones(len(r), dtype=bool) for r in rows]))
+    paths = trie_paths.build_paths(build_trie(rows, [np.ones(len(r), dtype=bool) for r in rows]))
     assert len(paths.place) == 3000 + 50 * 20
     assert max(b.keys.numel() for b in paths.buckets) <= trie_paths.MAX_KEYS
     gathered = sum(b.keys.numel() for b in paths.buckets)

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.trie import Trie
-from trainer.data.batching.trie_paths import Bucket, Paths
+from trainer.data.batching.trie_paths import Bucket, TriePaths
 from trainer.data.load import Data
 from trainer.engine.verify_trie import BOUNDS, choose_packing, smallest_window, verification_rows, verify
 from trainer.errors import ConfigError
@@ -101,20 +101,20 @@ def no_window(patch: pytest.MonkeyPatch) -> None:
 
 
 def _change_trie(patch: pytest.MonkeyPatch, change: Callable[[Trie], None]) -> None:
-    right = micro.build
+    right = micro.build_trie
 
     def wrong(ids: list[np.ndarray], loss_mask: list[np.ndarray]) -> Trie:
         trie = right(ids, loss_mask)
         change(trie)
         return trie
 
-    patch.setattr(micro, "build", wrong)
+    patch.setattr(micro, "build_trie", wrong)
 
 
-def _change_paths(patch: pytest.MonkeyPatch, change: Callable[[Paths], None]) -> None:
+def _change_paths(patch: pytest.MonkeyPatch, change: Callable[[TriePaths], None]) -> None:
     right = micro.build_paths
 
-    def wrong(trie: Trie) -> Paths:
+    def wrong(trie: Trie) -> TriePaths:
         paths = right(trie)
         change(paths)
         return paths
@@ -125,7 +125,7 @@ def _change_paths(patch: pytest.MonkeyPatch, change: Callable[[Paths], None]) ->
 def sees_a_sibling(patch: pytest.MonkeyPatch) -> None:
     """As if a subtree ended too late: one stretch of one example reads a single key of another example."""
 
-    def change(paths: Paths) -> None:
+    def change(paths: TriePaths) -> None:
         rows = [(b, row) for b in paths.buckets for row in range(len(b.keys)) if b.depths[row] > 0]
         for bucket, row in rows:
             last = int(bucket.depths[row])
@@ -140,7 +140,7 @@ def sees_a_sibling(patch: pytest.MonkeyPatch) -> None:
 
 
 def sees_one_too_many(patch: pytest.MonkeyPatch) -> None:
-    def change(paths: Paths) -> None:
+    def change(paths: TriePaths) -> None:
         for bucket in paths.buckets:
             bucket.depths += 1
 
@@ -248,7 +248,7 @@ def test_rows_of_the_proof_hold_the_hard_cases() -> None:
     assert len(set(words[:-2])) == len(words) - 2
     assert words[-2] in words[:-2]
     assert any(w[: len(words[-1])] == words[-1] and len(w) > len(words[-1]) for w in words)
-    trie = micro.build([r.ids for r in rows], [r.loss_mask for r in rows])
+    trie = micro.build_trie([r.ids for r in rows], [r.loss_mask for r in rows])
     assert trie.weights.max() >= 2
     forks = np.flatnonzero(trie.parents[1:] != np.arange(len(trie.ids) - 1)) + 1
     assert trie.weights[forks].any()

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.data.batching.micro_batch import MicroBatch, Tokens
-from trainer.data.batching.micro_batch import padded as padded_tokens
+from trainer.data.batching.micro_batch import MicroBatch, Tokens, collate_padded
 from trainer.kernels.label_loss import LabelLoss
 
 Rows = list[dict[str, Any]]
@@ -45,7 +44,7 @@ def stock_loss_sum(model: nn.Module, rows: Rows) -> Tensor:
 
 def padded(rows: Rows, which: Any, pad_id: int) -> MicroBatch:
     examples = [Tokens(np.asarray(r["input_ids"], np.int32), np.asarray(r["labels"], bool)) for r in rows]
-    return padded_tokens(examples, which, pad_id)
+    return collate_padded(examples, which, pad_id)
 
 
 @settings(max_examples=80, deadline=None)

@@ -20,7 +20,7 @@ from rich.console import Console
 import trainer.config
 from tests.helpers import generated_data as made_data
 from tests.helpers.tokenizers import sentencepiece_like
-from trainer.data.batching.batches import global_batch, total_steps
+from trainer.data.batching.global_batch import global_batch, total_steps
 from trainer.data.load import Data
 from trainer.data.prepare.checks import Finding
 from trainer.errors import DataError

@@ -1,9 +1,9 @@
-"""Tries of even cost: which examples go together when cutting their sorted order into runs leaves ranks waiting.
+"""Balance the ranks' load: regroup examples into tries of even cost where runs of neighbours leave ranks waiting.
 
 A run of neighbours shares most, but its cost comes in steps of an example: with few examples a rank, some rank has one
-too many. Here subtrees are dealt one by one, the costliest first, each to the trie where it makes the step least
-longer (longest processing time first: Graham, 1969), what it shares with the trie already there taken off. A subtree
-that fits nowhere is cut where its examples share least, so no more is computed twice than evenness asks for.
+too many. Here subtrees are assigned one by one, the costliest first, each to the trie where it makes the step least
+longer (longest processing time first: Graham, 1969), the prefix it shares with that trie taken off. A subtree that fits
+nowhere is cut where its examples share least, so no more is computed twice than evenness asks for.
 """
 
 from __future__ import annotations
@@ -14,57 +14,57 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import accumulate, pairwise
 
-MICRO_OF = tuple[int, list[int]]  # nodes, and positions of the examples in sorted order
+SizedTrie = tuple[int, list[int]]  # nodes, and positions of the examples in sorted order
 GOOD_ENOUGH = 1.05  # times the least possible: below it nothing better is looked for
 MAX_TRIALS = 2048  # examples times tries: beyond it looking takes longer than ranks wait, and runs are even enough
-# Size of a trie that is aimed at, in even parts of the step; and the largest subtree that is dealt whole, of that.
-AIMS = ((1.05, 1.0), (1.12, 1.0), (1.0, 0.0))
+# Target size of a trie, in even parts of the step; and the largest subtree that is assigned whole, as a share of that.
+TARGETS = ((1.05, 1.0), (1.12, 1.0), (1.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Examples sorted by their tokens.
+    """Examples sorted by their tokens, of which any run is a trie.
 
     Attributes:
-        own: tokens of each.
-        begins: how many of them its predecessor has too; the first has 0.
+        lengths: tokens of each.
+        shared: length of the prefix that each shares with its predecessor; the first has 0.
         sums: ``sums[i]`` is the nodes of the trie of the first ``i`` examples; ascending.
     """
 
-    own: list[int]
-    begins: list[int]
+    lengths: list[int]
+    shared: list[int]
     sums: list[int]
 
     @classmethod
-    def of(cls, own: list[int], begins: list[int]) -> Forest:
-        """A forest of at least one example."""
-        return cls(own, begins, [0, *accumulate(n - b for n, b in zip(own, begins, strict=True))])
+    def from_lengths(cls, lengths: list[int], shared: list[int]) -> Forest:
+        """Build a forest of at least one example."""
+        return cls(lengths, shared, [0, *accumulate(n - s for n, s in zip(lengths, shared, strict=True))])
 
     def nodes(self, begin: int, end: int) -> int:
-        """Nodes of the trie of a run."""
-        return self.sums[end] - self.sums[begin] + self.begins[begin]
+        """Count the nodes of the trie of a run."""
+        return self.sums[end] - self.sums[begin] + self.shared[begin]
 
-    def least_step(self, world_size: int) -> float:
-        """No step can be shorter, in nodes a rank: the longest example; and on each rank the beginning that all share,
-        with an even part of the rest."""
-        common = min(self.begins[1:], default=0)
-        return max(max(self.own), common + (self.sums[-1] - common) / world_size)
+    def shortest_step(self, world_size: int) -> float:
+        """Bound a step from below, in nodes a rank: the longest example; and on each rank the prefix that all examples
+        share, with an even part of the rest."""
+        common = min(self.shared[1:], default=0)
+        return max(max(self.lengths), common + (self.sums[-1] - common) / world_size)
 
     def subtrees(self, begin: int, end: int, max_nodes: float, max_rows: int) -> list[tuple[int, int]]:
-        """A run cut where least is shared, into runs of at most ``max_nodes``; a single example may be larger."""
+        """Cut a run where the shared prefix is shortest, into runs of at most ``max_nodes``, or one example."""
         out, stack = [], [(begin, end)]
         while stack:
             begin, end = stack.pop()
             if end - begin == 1 or (end - begin <= max_rows and self.nodes(begin, end) <= max_nodes):
                 out.append((begin, end))
                 continue
-            shared = min(self.begins[begin + 1 : end])
-            cuts = [begin, *(i for i in range(begin + 1, end) if self.begins[i] == shared), end]
-            stack += self._gathered(cuts, max_nodes, max_rows)
+            shortest = min(self.shared[begin + 1 : end])
+            cuts = [begin, *(i for i in range(begin + 1, end) if self.shared[i] == shortest), end]
+            stack += self._merge_small(cuts, max_nodes, max_rows)
         return out
 
-    def _gathered(self, cuts: Sequence[int], max_nodes: float, max_rows: int) -> list[tuple[int, int]]:
-        """Small neighbours put together again as far as they fit, so that what they share is computed once."""
+    def _merge_small(self, cuts: Sequence[int], max_nodes: float, max_rows: int) -> list[tuple[int, int]]:
+        """Merge small neighbours again as far as they fit, so that their shared prefix is computed once."""
         out: list[tuple[int, int]] = []
         for begin, end in pairwise(cuts):
             if out and self.nodes(out[-1][0], end) <= max_nodes and end - out[-1][0] <= max_rows:
@@ -73,19 +73,25 @@ class Forest:
                 out.append((begin, end))
         return out
 
-    def shared(self, positions: Sequence[int], begin: int, end: int) -> int:
-        """Nodes of a run that a trie of examples at ``positions`` (ascending) has already."""
-        at, most = bisect(positions, begin), 0
+    def shared_with(self, positions: Sequence[int], begin: int, end: int) -> int:
+        """Count the nodes of a run that a trie of the examples at ``positions`` (ascending) has already."""
+        at, longest = bisect(positions, begin), 0
         if at:
-            most = min(self.begins[positions[at - 1] + 1 : begin + 1])
+            longest = min(self.shared[positions[at - 1] + 1 : begin + 1])
         if at < len(positions):
-            most = max(most, min(self.begins[end : positions[at] + 1]))
-        return most
+            longest = max(longest, min(self.shared[end : positions[at] + 1]))
+        return longest
 
 
 @dataclass(slots=True)
 class Bin:
-    """A trie to be: which forward of its rank it is, the positions of its examples, its nodes."""
+    """A trie being filled.
+
+    Attributes:
+        k: which forward of its rank it is.
+        positions: of its examples in sorted order, ascending.
+        nodes: so far.
+    """
 
     k: int
     positions: list[int] = field(default_factory=list)
@@ -93,19 +99,19 @@ class Bin:
 
 
 def step_cost(costs: Sequence[int], world_size: int) -> int:
-    """What a step takes, in nodes, when ranks meet at every forward and like costs meet: each lasts as its costliest.
+    """Return what a step takes, in nodes, when ranks meet at every forward: each lasts as long as its costliest trie.
 
     Args:
-        costs: of the tries, in any order.
+        costs: nodes of the tries, in any order; tries of like cost are forwarded together.
         world_size: so many are forwarded at a time.
     """
     return sum(sorted(costs, reverse=True)[::world_size])
 
 
-def even_bins(
-    forest: Forest, runs: list[MICRO_OF], world_size: int, per_rank: int, max_rows: int, max_nodes: int
-) -> list[MICRO_OF]:
-    """``runs``, or tries that make a shorter step.
+def balance_tries(
+    forest: Forest, runs: list[SizedTrie], world_size: int, per_rank: int, max_rows: int, max_nodes: int
+) -> list[SizedTrie]:
+    """Return ``runs``, or other tries of the same examples if they make a shorter step.
 
     Args:
         forest: the examples.
@@ -115,25 +121,25 @@ def even_bins(
         max_rows: examples a trie.
         max_nodes: nodes a trie, unless it is of one example.
     """
-    least = forest.least_step(world_size)
+    shortest = forest.shortest_step(world_size)
     best, step = runs, step_cost([nodes for nodes, _ in runs], world_size)
-    if len(forest.own) * per_rank * world_size > MAX_TRIALS:
+    if len(forest.lengths) * per_rank * world_size > MAX_TRIALS:
         return runs
-    for aim, whole in AIMS:
-        if step <= GOOD_ENOUGH * least:
+    for target, whole in TARGETS:
+        if step <= GOOD_ENOUGH * shortest:
             break
-        cap = min(max_nodes, int(aim * max(least / per_rank, forest.sums[-1] / (per_rank * world_size))))
-        bins = [b for b in _dealt(forest, world_size, per_rank, (max_rows, max_nodes), cap, whole) if b.positions]
+        cap = min(max_nodes, int(target * max(shortest / per_rank, forest.sums[-1] / (per_rank * world_size))))
+        bins = [b for b in _assign(forest, world_size, per_rank, (max_rows, max_nodes), cap, whole) if b.positions]
         found = step_cost([b.nodes for b in bins], world_size)
         if bins and found < step:
             best, step = [(b.nodes, b.positions) for b in bins], found
     return best
 
 
-def _dealt(
+def _assign(
     forest: Forest, world_size: int, per_rank: int, limits: tuple[int, int], cap: int, whole: float
 ) -> list[Bin]:
-    """Subtrees dealt on ``per_rank`` forwards of each rank; no bins when they do not fit.
+    """Assign subtrees to ``per_rank`` forwards of each rank; no bins when they do not fit.
 
     Args:
         forest: the examples.
@@ -141,15 +147,15 @@ def _dealt(
         per_rank: forwards of each.
         limits: examples and nodes a trie.
         cap: a subtree that would make a trie larger than this, and the step longer, is cut further.
-        whole: the largest subtree that is dealt as one, as a share of ``cap``.
+        whole: the largest subtree that is assigned as one, as a share of ``cap``.
     """
     bins = [Bin(k) for k in range(per_rank) for _ in range(world_size)]
     lasts = [cap] * per_rank  # nodes that each forward takes anyway
-    units = [(-forest.nodes(b, e), b, e) for b, e in forest.subtrees(0, len(forest.own), whole * cap, limits[0])]
+    units = [(-forest.nodes(b, e), b, e) for b, e in forest.subtrees(0, len(forest.lengths), whole * cap, limits[0])]
     heapify(units)
     while units:
         alone, begin, end = heappop(units)
-        excess, nodes, best = _place(forest, bins, lasts, (begin, end), limits)
+        excess, nodes, best = _best_bin(forest, bins, lasts, (begin, end), limits)
         if end - begin > 1 and (best is None or excess > 0):
             for b, e in forest.subtrees(begin, end, -alone // 2, (end - begin + 1) // 2):
                 heappush(units, (-forest.nodes(b, e), b, e))
@@ -162,16 +168,19 @@ def _dealt(
     return bins
 
 
-def _place(
+def _best_bin(
     forest: Forest, bins: list[Bin], lasts: list[int], run: tuple[int, int], limits: tuple[int, int]
 ) -> tuple[int, int, Bin | None]:
-    """Where a run makes the step least longer, then adds fewest nodes, then makes the smallest trie: by how much the
-    step grows, the trie's nodes then, and which it is, if it fits anywhere."""
+    """Find the bin where a run makes the step least longer, then adds fewest nodes, then makes the smallest trie.
+
+    Returns:
+        By how much the step grows, the bin's nodes then, and the bin, if the run fits anywhere.
+    """
     begin, end = run
     alone = forest.nodes(begin, end)
     best, best_bin = (0, 0, 0), None
     for bin_ in bins:
-        added = alone - (forest.shared(bin_.positions, begin, end) if bin_.positions else 0)
+        added = alone - (forest.shared_with(bin_.positions, begin, end) if bin_.positions else 0)
         nodes = bin_.nodes + added
         fits = len(bin_.positions) + end - begin <= limits[0] and nodes <= limits[1]
         if fits or not bin_.positions:

@@ -1,4 +1,8 @@
-"""Token tensors of one device forward: rows side by side, or a trie."""
+"""Collate examples into the token tensors of one device forward: padded rows side by side, or a trie.
+
+A label is predicted from the token before it, so ``source`` names positions of hidden states and ``target`` the token
+ids; the loss mask is in them already.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.batching.trie import build
-from trainer.data.batching.trie_paths import Paths, build_paths
+from trainer.data.batching.trie import build_trie
+from trainer.data.batching.trie_paths import TriePaths, build_paths
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One example: token ids (int32) and which of them are learnt (bool), of one length."""
+    """The tokens of one example.
+
+    Attributes:
+        ids: token ids, int32, shape (tokens,).
+        loss_mask: which of them are in the loss, bool, shape (tokens,).
+    """
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -23,15 +32,15 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward.
+    """The tensors of one device forward.
 
     Attributes:
         input_ids: int64, shape (rows, width); a trie is one row.
-        attention_mask: int64, shape (rows, width), 1 on tokens and 0 on padding, which is on the right.
+        attention_mask: int64, shape (rows, width), 1 on tokens and 0 on padding, on the right; of a trie all 1.
         source: int64, shape (labels,): the flattened position whose hidden state predicts each label.
         target: int64, shape (labels,): the label's token id.
         weight: float32, shape (labels,): how often the label counts in the loss.
-        useful_tokens: the examples' own tokens.
+        useful_tokens: the examples' own tokens, padding left out and shared prefixes counted in each.
         rows: indices of the examples in the training or held-out rows, for messages.
         max_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
@@ -47,15 +56,15 @@ class MicroBatch:
     rows: tuple[int, ...]
     max_labels: int
     position_ids: Tensor | None = None
-    paths: Paths | None = None
+    paths: TriePaths | None = None
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens the device runs, padding included; an empty micro-batch's stand-in counts too."""
+        """Tokens that the device runs, padding included; an empty micro-batch's stand-in counts too."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on ``device``."""
+        """Return the same micro-batch with its tensors on ``device``."""
         return MicroBatch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -70,10 +79,10 @@ class MicroBatch:
         )
 
 
-def padded(
+def collate_padded(
     examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int, max_labels: int = 0
 ) -> MicroBatch:
-    """Lay examples side by side, padded on the right to the longest.
+    """Collate examples into rows, padded on the right to the longest.
 
     Without examples, a stand-in of one token and no label is returned: the forward runs the same collectives as on the
     other ranks and adds exactly zero.
@@ -87,14 +96,14 @@ def padded(
     width = max((len(e.ids) for e in examples), default=1)
     ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    learnt = np.zeros(ids.shape, dtype=bool)
+    loss_mask = np.zeros(ids.shape, dtype=bool)
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
         mask[row, : len(example.ids)] = 1
-        learnt[row, 1 : len(example.ids)] = example.loss_mask[1:]
+        loss_mask[row, 1 : len(example.ids)] = example.loss_mask[1:]
     if not examples:
         mask[:] = 1
-    target = np.flatnonzero(learnt)
+    target = np.flatnonzero(loss_mask)
     return MicroBatch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
@@ -107,15 +116,15 @@ def padded(
     )
 
 
-def shared(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
-    """Lay examples in one trie: each shared beginning once, with the loss and gradient of the separate rows.
+def collate_trie(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
+    """Collate examples into one trie: each shared prefix once, with the loss and gradient of the separate rows.
 
     Args:
         examples: at least one, each of at least one token.
         rows: their indices.
-        max_labels: as in :func:`padded`.
+        max_labels: as in :func:`collate_padded`.
     """
-    trie = build([e.ids for e in examples], [e.loss_mask for e in examples])
+    trie = build_trie([e.ids for e in examples], [e.loss_mask for e in examples])
     target = np.flatnonzero(trie.weights)
     return MicroBatch(
         input_ids=torch.from_numpy(trie.ids)[None],
