@@ -1,4 +1,7 @@
-"""`metrics.jsonl` and `summary.json` of a run folder: written so that a kill at any byte leaves them readable."""
+"""Write and read `metrics.jsonl` and `summary.json` of a run folder; a kill at any byte leaves them readable.
+
+Whoever reads them (checkpoints, sweeps, comparisons) reads them here. Loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError
+from trainer.errors import AfinaError, CheckpointError
 from trainer.files import write_atomically
 
 Record = dict[str, Any]
@@ -24,13 +27,15 @@ SUMMARY_KEYS = (
     "total_parameters",
     "train_loss",
     "metrics",
+    "best_step",
+    "stopped_early",
     "error",
 )
 STATUSES = ("finished", "preempted", "failed")
 
 
 def strict(value: Any) -> Any:
-    """The same value as strict JSON can hold it: NaN and infinities become null, 0-d arrays plain numbers."""
+    """Return a value as strict JSON can hold it: NaN and infinities become null, 0-d arrays plain numbers."""
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -48,6 +53,10 @@ class MetricsFile:
     """The open `metrics.jsonl` of a run, one line a step in rising order.
 
     Opening it drops what comes after ``resume_step`` (those steps are done again) and a line that a kill tore.
+
+    Args:
+        folder: the run folder.
+        resume_step: updates that the run is resumed after; 0 drops all lines but that of step 0.
     """
 
     def __init__(self, folder: Path, *, resume_step: int) -> None:
@@ -116,7 +125,7 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run's `metrics.jsonl`, one a step; a last line that is being written or was torn is left out.
+    """Read the records of a run's `metrics.jsonl`, one a step; a last line that is torn or being written is left out.
 
     Raises:
         CheckpointError: there is no such file, or a line before the last is not a record.
@@ -130,15 +139,67 @@ def read_metrics(folder: Path) -> list[Record]:
     return list(_parse(content))
 
 
+def build_summary(
+    *,
+    status: str,
+    steps: int,
+    wall_seconds: float,
+    trainable_parameters: int | None = None,
+    total_parameters: int | None = None,
+    train_loss: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+    best_step: int | None = None,
+    stopped_early: str | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> Record:
+    """Build the content of `summary.json`: the same keys however a run ends; ``None`` is what a run does not have.
+
+    Args:
+        status: one of ``STATUSES``.
+        steps: updates taken.
+        wall_seconds: of this start of the run.
+        trainable_parameters, total_parameters: numbers of weights.
+        train_loss: mean loss a label token over the last logged steps.
+        metrics: flat, of the weights that the run ends with; ``*_before`` are those before training.
+        best_step: the step that these weights are of, where the best ones were kept.
+        stopped_early: why the run ended before its last step.
+        error: as :func:`describe_error` gives it.
+    """
+    assert status in STATUSES, f"unknown status {status!r}"
+    return {
+        "status": status,
+        "steps": steps,
+        "wall_seconds": wall_seconds,
+        "trainable_parameters": trainable_parameters,
+        "total_parameters": total_parameters,
+        "train_loss": train_loss,
+        "metrics": dict(metrics or {}),
+        "best_step": best_step,
+        "stopped_early": stopped_early,
+        "error": None if error is None else dict(error),
+    }
+
+
+def describe_error(error: BaseException, rank: int) -> Record:
+    """Build the ``error`` of a summary: kind, message, and the rank that met it.
+
+    Args:
+        error: what ended the run.
+        rank: this process's; an error that every rank raises alike names the one that met it itself.
+    """
+    kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
+    met_by = error.rank if isinstance(error, AfinaError) else None
+    return {"kind": kind, "message": str(error), "rank": rank if met_by is None else met_by}
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json` atomically.
 
     Args:
         folder: the run folder.
-        summary: the keys of ``SUMMARY_KEYS``; ``error`` is null or has ``kind``, ``message`` and ``rank``;
-            ``metrics`` is flat.
+        summary: what :func:`build_summary` gives, and whatever else.
     """
-    complete = {"error": None, **summary}
+    complete = {"best_step": None, "stopped_early": None, "error": None, **summary}
     missing = [key for key in SUMMARY_KEYS if key not in complete]
     assert not missing, f"summary without {missing}"
     assert complete["status"] in STATUSES, f"unknown status {complete['status']!r}"
@@ -148,7 +209,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> Record | None:
-    """`summary.json` of a run folder, or None where no run has ended in it yet.
+    """Read `summary.json` of a run folder; ``None`` where no run has ended in it yet.
 
     Raises:
         CheckpointError: the file is there but is not a JSON object.
@@ -162,9 +223,20 @@ def read_summary(folder: Path) -> Record | None:
         summary = None
     if not isinstance(summary, dict):
         raise CheckpointError(
-            str(path), reason="is not a JSON object", hint="move it away; the next run writes it anew"
+            str(path), reason="is not a JSON object", hint="move it away; the next run writes a new one"
         )
     return summary
+
+
+def find_summary(folder: Path) -> Record:
+    """Read `summary.json` as :func:`read_summary` does; an empty record where there is none or it cannot be read.
+
+    For tables over many runs, which one bad file must not take away.
+    """
+    try:
+        return read_summary(folder) or {}
+    except CheckpointError:
+        return {}
 
 
 def _line(record: Record) -> bytes:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError
 from trainer.tracking.environment import redact, write_environment
-from trainer.tracking.files import MetricsFile, read_metrics, read_summary, write_summary
+from trainer.tracking.files import (
+    SUMMARY_KEYS,
+    MetricsFile,
+    build_summary,
+    describe_error,
+    find_summary,
+    read_metrics,
+    read_summary,
+    write_summary,
+)
 from trainer.tracking.terminal import clock, step_line
 from trainer.tracking.tracker import Tracker
 
@@ -187,8 +196,9 @@ def test_a_full_disk_is_said_once_and_no_line_is_lost_when_there_is_room_again(t
 
 def test_summary_is_read_back_and_an_incomplete_one_refused(tmp_path):
     assert read_summary(tmp_path) is None
+    assert find_summary(tmp_path) == {}
     write_summary(tmp_path, SUMMARY)
-    assert read_summary(tmp_path) == {**SUMMARY, "error": None}
+    assert read_summary(tmp_path) == find_summary(tmp_path) == build_summary(**SUMMARY)
     error = {"kind": "training", "message": "loss is nan", "rank": 1}
     write_summary(tmp_path, {**SUMMARY, "status": "failed", "error": error})
     assert read_summary(tmp_path)["error"] == error
@@ -200,6 +210,21 @@ def test_summary_is_read_back_and_an_incomplete_one_refused(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not a JSON object"):
         read_summary(tmp_path)
+    assert find_summary(tmp_path) == {}
+
+
+def test_a_summary_has_one_shape_however_the_run_ended(tmp_path):
+    error = CheckpointError("state.safetensors", reason="is missing")
+    failed = build_summary(status="failed", steps=2, wall_seconds=1.0, error=describe_error(error, rank=1))
+    assert tuple(failed) == tuple(build_summary(**SUMMARY)) == SUMMARY_KEYS
+    write_summary(tmp_path, failed)
+    assert read_summary(tmp_path) == failed
+    assert failed["error"] == {"kind": "checkpoint", "message": "state.safetensors: is missing", "rank": 1}
+    error.rank = 0  # every rank raises it; this one met it
+    assert describe_error(error, rank=1)["rank"] == 0
+    assert describe_error(ValueError("odd"), rank=1) == {"kind": "ValueError", "message": "odd", "rank": 1}
+    with pytest.raises(AssertionError, match="status"):
+        build_summary(status="done", steps=0, wall_seconds=0.0)
 
 
 def test_step_line():
