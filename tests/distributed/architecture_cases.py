@@ -95,11 +95,11 @@ def main() -> None:
         # Norms of queries and keys make gradients smaller yet than those that the bench's own eps is for.
         config = bench.config(*overrides, f"model.name_or_path={folder}", "batch.max_steps=3", "optim.eps=1e-4")
         loop = bench.loop(config)
-        for step in range(loop.total_steps):
-            loop._step(step)
-        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trained=True)
+        for step in range(loop.schedule.total_steps):
+            loop.step(step)
+        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trainable=True)
         if bench.world.is_main:
-            steps = loop.total_steps
+            steps = loop.schedule.total_steps
             model, expected = trained_reference(
                 folder, config, reference_batches(loop, steps), steps, partial(plain, name)
             )
@@ -113,7 +113,7 @@ def reloaded(loop: Any, live: dict[str, torch.Tensor], model: Any, folder: str) 
     """Relative distance of the logits: the saved adapter on a fresh base, and the plain process."""
     expected = logits(model)
     with tempfile.TemporaryDirectory() as name:
-        save_adapter(loop.engine.model, Path(name), live, loop.engine.start)
+        save_adapter(loop.engine.model, Path(name), live, loop.engine.runtime.initial_weights)
         fresh = reference_base(folder, loop.config)
         stock = loop.config.method.name != "bottleneck"
         found = logits(PeftModel.from_pretrained(fresh, name) if stock else load_adapter(fresh, Path(name)))

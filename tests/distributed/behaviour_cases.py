@@ -15,8 +15,9 @@ from torch import Tensor
 import trainer.kernels.label_loss
 from tests.distributed.monitor_cases import watch_whole_runs
 from tests.distributed.support_cases import Bench, reference_batches
+from tests.helpers.logged_lines import LoggedLines
 from tests.helpers.reference import mean_loss, reference_model
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.resume import find_resume_point
 from trainer.distributed.process_group import from_main, gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import CheckpointError, TrainingError
@@ -33,7 +34,7 @@ def shared_folder() -> Path:
 
 def loss_equals_transformers(bench: Bench) -> None:
     loop = bench.loop(bench.config("zero=stage2"))
-    record, _ = loop._step(0)
+    record = loop.step(0).record
     if bench.world.is_main:
         stock = reference_model(resolve("tiny"), loop.config)
         expected = mean_loss(stock, reference_batches(loop, 1)[0]).item()
@@ -44,12 +45,12 @@ def adapter_loads_in_stock_peft(bench: Bench, zero: str) -> None:
     """The live model's logits against the saved adapter on a freshly loaded base, both on one process."""
     loop = bench.loop(bench.config(f"zero={zero}"))
     for step in range(3):
-        loop._step(step)
+        loop.step(step)
     ids = torch.arange(40).reshape(2, 20)
     loop.engine.eval()
     with torch.no_grad():
         live = loop.engine.deepspeed(input_ids=ids, use_cache=False).logits
-    weights = gather_live(loop.engine, only_trained=True)
+    weights = gather_live(loop.engine, only_trainable=True)
     if bench.world.is_main:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -66,10 +67,10 @@ def adapter_loads_in_stock_peft(bench: Bench, zero: str) -> None:
 def qlora_learns(bench: Bench, zero: str, method: str) -> None:
     overrides = [f"zero={zero}", f"method={method}", "model.dtype=bf16", "batch.max_steps=8", "optim.eps=1e-8"]
     loop = bench.loop(bench.config(*overrides, "optim.weight_decay=0"))
-    loop._evaluate()  # on CPU, bitsandbytes lays 4-bit weights out anew at their first use: the same values
+    loop.evaluate()  # on CPU, bitsandbytes lays 4-bit weights out anew at their first use: the same values
     before = _frozen_bytes(loop)
-    losses = [loop._step(step)[0]["loss"] for step in range(8)]
-    again = [loop._step(0)[0]["loss"]]  # the first batch once more
+    losses = [loop.step(step).record["loss"] for step in range(8)]
+    again = [loop.step(0).record["loss"]]  # the first batch once more
     bench.note(f"{method} {zero} losses", losses[:1] + again)
     bench.note(f"{method} {zero} base unchanged", before == _frozen_bytes(loop))
 
@@ -78,7 +79,7 @@ def _frozen_bytes(loop: Loop) -> list[int]:
     """A checksum of every frozen tensor, as this rank holds it."""
     sums = []
     for name, parameter in loop.engine.model.named_parameters():
-        if name not in loop.engine.trained:
+        if name not in loop.engine.trainable_params:
             held = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
             sums.append(int(held.reshape(-1).view(torch.uint8).to(torch.int64).sum()))
     return sums
@@ -89,12 +90,12 @@ def fp16_overflow_is_skipped(bench: Bench) -> None:
     loop.engine.optimizer.loss_scaler.cur_scale = 2.0**40  # any gradient overflows
     loop.engine.optimizer.loss_scaler.cur_hysteresis = 1
     start = gather_state_of(loop, "lora_B")
-    record, _ = loop._step(0)
+    record = loop.step(0).record
     bench.note("fp16 scale after overflow", record["loss_scale"])
     same = all(torch.equal(a, b) for a, b in zip(start, gather_state_of(loop, "lora_B"), strict=True))
     bench.note("fp16 overflow changed nothing", same)
     loop.engine.optimizer.loss_scaler.cur_scale = 2.0**8
-    losses = [loop._step(step)[0]["loss"] for step in range(1, 8)] + [loop._step(1)[0]["loss"]]
+    losses = [loop.step(step).record["loss"] for step in range(1, 8)] + [loop.step(1).record["loss"]]
     bench.note("fp16 losses", [losses[0], losses[-1]])
 
 
@@ -108,7 +109,7 @@ RESUMED = [
 
 
 def gather_state_of(loop: Loop, part: str) -> list[Tensor]:
-    return [p.detach().clone() for n, p in loop.engine.trained.items() if part in n]
+    return [p.detach().clone() for n, p in loop.engine.trainable_params.items() if part in n]
 
 
 def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
@@ -120,16 +121,16 @@ def resume_is_bit_identical(bench: Bench, zero: str, *overrides: str) -> None:
     config = bench.config(*keys, *(["method.dropout=0.1"] if has_dropout else []))
     straight = bench.loop(config, folder)
     for step in range(3):
-        straight._step(step)
-    assert straight._save(3)
+        straight.step(step)
+    assert straight.checkpointer.save(3)
     for step in range(3, 6):
-        straight._step(step)
+        straight.step(step)
     expected = _everything(straight)
 
     again = bench.loop(config, folder)
-    first, _ = checkpoint.load(again.engine, checkpoint.find(folder, "auto"), again.who, again.allocation)
+    first, _ = again.checkpointer.restore(find_resume_point(folder, "auto"))
     for step in range(first, 6):
-        again._step(step)
+        again.step(step)
     found = _everything(again)
     identical = set(found) == set(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
     bench.note(f"resume {name}", {"first step": first, "identical": identical, "tensors": len(expected)})
@@ -144,16 +145,16 @@ def chunks_equal_one_call(bench: Bench, zero: str, *overrides: str) -> None:
         with patch.object(trainer.kernels.label_loss, "CHUNK_ELEMENTS", chunk_elements):
             loop = bench.loop(config)
         for step in range(3):
-            loop._step(step)
-        states.append(gather_live(loop.engine, only_trained=True))
+            loop.step(step)
+        states.append(gather_live(loop.engine, only_trainable=True))
     if bench.world.is_main:
         far = {n: float((states[1][n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in states[0].items()}
         bench.note(" ".join(["chunks", zero, *overrides]), max(far.values()))
 
 
 def _everything(loop: Loop) -> dict[str, Tensor]:
-    live = {f"live/{n}": t for n, t in gather_live(loop.engine, only_trained=True).items()}
-    ranks = {} if loop.allocation is None else {f"ranks/{n}": t for n, t in loop.allocation.state().items()}
+    live = {f"live/{n}": t for n, t in gather_live(loop.engine, only_trainable=True).items()}
+    ranks = {f"ranks/{n}": t for n, t in loop.engine.runtime.state().items()}
     return {**gather_state(loop.engine), **live, **ranks}
 
 
@@ -162,17 +163,17 @@ def resume_at_another_stage(bench: Bench) -> None:
     folder = shared_folder()
     first = bench.loop(bench.config("zero=stage2"), folder)
     for step in range(2):
-        first._step(step)
-    first._save(2)
+        first.step(step)
+    first.checkpointer.save(2)
     expected = gather_state(first.engine)
     for zero in ("stage0", "stage1", "stage3", "stage2_offload", "stage3_offload"):
         other = bench.loop(bench.config(f"zero={zero}"), folder)
-        checkpoint.load(other.engine, checkpoint.find(folder, "auto"), other.who)
+        other.checkpointer.restore(find_resume_point(folder, "auto"))
         found = gather_state(other.engine)
         bench.note(f"stage2 → {zero}", all(torch.equal(found[n], expected[n]) for n in expected))
     wrong = bench.loop(bench.config("run.seed=5"), folder)
     try:
-        checkpoint.load(wrong.engine, checkpoint.find(folder, "auto"), wrong.who)
+        wrong.checkpointer.restore(find_resume_point(folder, "auto"))
     except CheckpointError as error:
         bench.note("another seed", str(error))
 
@@ -199,13 +200,13 @@ def generation_in_lockstep(bench: Bench) -> None:
 def not_finite_is_named(bench: Bench, zero: str) -> None:
     """Rank 1 alone meets a NaN: every rank stops at that step, no tensor has changed."""
     loop = bench.loop(bench.config(f"zero={zero}"))
-    loop._step(0)
+    loop.step(0)
     before = gather_state(loop.engine)
     if bench.world.rank == 1:
         loop.engine.loss = _Poisoned(loop.engine.loss)
     message: Any = None
     try:
-        loop._step(1)
+        loop.step(1)
     except TrainingError as error:
         message = str(error)
     messages = bench.world.world_size * [None]
@@ -218,16 +219,16 @@ def not_finite_is_named(bench: Bench, zero: str) -> None:
 
 def one_rank_cannot_write(bench: Bench) -> None:
     """Rank 1's disk is full: every rank hears of it, the run goes on, and the next checkpoint is there."""
-    loop, folder, said = bench.loop(bench.config("method=full", "zero=stage2")), shared_folder(), list[str]()
-    who = checkpoint.identity(loop.config, loop.data.fingerprint)
-    loop._step(0)
+    folder = shared_folder()
+    loop, logged = bench.loop(bench.config("method=full", "zero=stage2"), folder), LoggedLines()
+    loop.step(0)
     full = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
     with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
-        lost = checkpoint.save(loop.engine, folder, 1, who, loop.config.checkpoint, said.append)
-    loop._step(1)
-    kept = checkpoint.save(loop.engine, folder, 2, who, loop.config.checkpoint, said.append)
+        lost = loop.checkpointer.save(1)
+    loop.step(1)
+    kept = loop.checkpointer.save(2)
     there = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    bench.note("full disk on rank 1", gather_objects({"saved": [lost, kept], "said": said, "there": there}))
+    bench.note("full disk on rank 1", gather_objects({"saved": [lost, kept], "said": logged.lines, "there": there}))
 
 
 class _Poisoned:

@@ -68,13 +68,13 @@ def main() -> None:
         loop = bench.loop(bench.config(*overrides))
         assert all(module.training for module in loop.engine.model.modules()), "dropout, checkpointing"
         assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "the start-up proof has failed"
-        for step in range(loop.total_steps):
-            loop._step(step)
+        for step in range(loop.schedule.total_steps):
+            loop.step(step)
         state = gather_state(loop.engine)
         if bench.world.is_main:
-            key = (loop.config.method.name, loop.total_steps)
+            key = (loop.config.method.name, loop.schedule.total_steps)
             if key not in references:
-                base, steps = resolve(loop.config.model.name_or_path), loop.total_steps
+                base, steps = resolve(loop.config.model.name_or_path), loop.schedule.total_steps
                 references[key] = train_reference(base, loop.config, reference_batches(loop, steps), steps)
             found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
             bench.note(case, worst_distance(found, references[key]))

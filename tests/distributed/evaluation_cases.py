@@ -34,7 +34,7 @@ def main() -> None:
     for zero in ("stage0", "stage2", "stage3"):
         loop = bench.loop(bench.config(f"zero={zero}", *MEDICAL))
         loop.generator.end_ids = ENDS
-        found: dict[str, Any] = loop._evaluate().metrics
+        found: dict[str, Any] = loop.evaluate().metrics
         rows = loop.data.validation
         found["answers"] = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
         if bench.world.is_main:

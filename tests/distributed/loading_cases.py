@@ -22,7 +22,7 @@ from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.engine import Engine
 from trainer.kernels.label_loss import LabelLoss
-from trainer.methods import attach
+from trainer.methods import attach, create_runtime
 from trainer.models.loading import load_model
 
 CASES = {
@@ -101,7 +101,15 @@ def main() -> None:
             model = attach(base, config.method, seed=0)
         with Peak() as splitting:
             splitting.start = loading.start
-            engine = Engine(model, LabelLoss(model), config, bench.world, torch.bfloat16)
+            runtime = create_runtime(model, config.method)
+            engine = Engine(
+                model=model,
+                loss=LabelLoss(model),
+                config=config,
+                world=bench.world,
+                dtype=torch.bfloat16,
+                runtime=runtime,
+            )
         peaks = gather_objects([loading.grown_bytes, splitting.grown_bytes])
         wrong = differing(engine.model, folder) if config.method.bits == 16 else []
         bench.note(case, {"loading": [p[0] for p in peaks], "splitting": [p[1] for p in peaks], "wrong": wrong})

@@ -74,14 +74,14 @@ def main() -> None:
     for case, overrides in overrides_of_cells(sys.argv[2].split(",")).items():
         config = bench.config(*overrides)
         loop = bench.loop(config)
-        for step in range(loop.total_steps):
-            loop._step(step)
-        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trained=True)
+        for step in range(loop.schedule.total_steps):
+            loop.step(step)
+        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trainable=True)
         if bench.world.is_main:
-            key, base = (case.split()[:2], loop.total_steps), resolve(config.model.name_or_path)
+            key, base = (case.split()[:2], loop.schedule.total_steps), resolve(config.model.name_or_path)
             if str(key) not in references:
                 references[str(key)] = trained_reference(
-                    base, config, reference_batches(loop, loop.total_steps), loop.total_steps
+                    base, config, reference_batches(loop, loop.schedule.total_steps), loop.schedule.total_steps
                 )
             model, expected = references[str(key)]
             found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
@@ -95,7 +95,7 @@ def reloaded(loop: Any, live: Any, model: Any, base: str) -> float:
     if config.method.name == "full":
         return 0.0
     with tempfile.TemporaryDirectory() as name:
-        save_adapter(loop.engine.model, Path(name), live, loop.engine.start)
+        save_adapter(loop.engine.model, Path(name), live, loop.engine.runtime.initial_weights)
         fresh = reference_base(base, config)
         stock = config.method.name != "bottleneck"
         found = logits(PeftModel.from_pretrained(fresh, name) if stock else load_adapter(fresh, Path(name)))

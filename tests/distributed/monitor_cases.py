@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.distributed.support_cases import Bench
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_folder import open_run
 from trainer.config import TrainConfig
 from trainer.data.load import load_data
@@ -26,7 +26,7 @@ from trainer.models.loading import load_tokenizer
 from trainer.tracking.files import read_metrics, read_summary
 from trainer.training.finish import save_final
 from trainer.training.loop import Loop
-from trainer.training.run import _run
+from trainer.training.run import Job, run_job
 from trainer.training.stop_request import StopRequest
 
 FEW_ROWS = [
@@ -52,15 +52,16 @@ class Killed(BaseException):
 
 
 @contextmanager
+@contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    whole = Loop._step
+    whole = Loop.step
 
-    def _step(self: Loop, at: int) -> Any:
+    def step_or_die(self: Loop, at: int) -> Any:
         if at == step:
             raise Killed
         return whole(self, at)
 
-    with patch.object(Loop, "_step", _step):
+    with patch.object(Loop, "step", step_or_die):
         yield
 
 
@@ -73,9 +74,19 @@ def whole_run(bench: Bench, config: TrainConfig) -> Path:
     base = resolve(config.model.name_or_path)
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer, lambda _: None)
-    run = open_run(config, bench.world, lambda _: None)
+    run = open_run(config, bench.world)
     assert run.finished is None
-    _run(config, bench.world, run, base, tokenizer, data, StopRequest(), time.perf_counter())
+    job = Job(
+        config=config,
+        world=bench.world,
+        base_dir=base,
+        tokenizer=tokenizer,
+        data=data,
+        run=run,
+        stop=StopRequest(),
+        begin=time.perf_counter(),
+    )
+    run_job(job)
     barrier()
     return run.folder
 
@@ -106,8 +117,8 @@ def best_weights_are_kept(bench: Bench, case: str, overrides: list[str], killed_
     # Another engine takes exactly so many steps of the same schedule.
     loop = bench.loop(config)
     for step in range(summary["best_step"]):
-        loop._step(step)
-    save_final(loop.engine, folder / "reference", Tokenizer(), config, {})
+        loop.step(step)
+    save_final(loop.engine, folder / "reference", Tokenizer(), config)
     barrier()
     records = read_metrics(straight)
     facts = {
@@ -156,14 +167,14 @@ def a_best_that_cannot_be_saved(bench: Bench) -> None:
     folder = Path(from_main(tempfile.mkdtemp()))
     keys = ["zero=stage2", *BEST, "optim.learning_rate=0.02", "checkpoint.every_steps=0", "batch.max_steps=26"]
     straight: Any = read_summary(whole_run(bench, configured(bench, folder, "straight", *keys)))
-    best_step, write = straight["best_step"], checkpoint._write
+    best_step, write = straight["best_step"], Checkpointer._write
 
-    def full_disk(engine: Any, partial: Path, final: Path, *rest: Any) -> None:
-        if final.name == f"step-{best_step:08d}":
+    def full_disk(self: Checkpointer, partial: Path, *rest: Any) -> None:
+        if partial.name == f"step-{best_step:08d}.partial":
             raise OSError(28, "No space left on device")
-        write(engine, partial, final, *rest)
+        write(self, partial, *rest)
 
-    with patch.object(checkpoint, "_write", full_disk):
+    with patch.object(Checkpointer, "_write", full_disk):
         run = whole_run(bench, configured(bench, folder, "full-disk", *keys))
     summary: Any = read_summary(run)
     losses = {r["step"]: r["eval_loss"] for r in read_metrics(run)[1:] if "eval_loss" in r}

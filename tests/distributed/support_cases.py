@@ -8,17 +8,21 @@ import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load
+from trainer.config.identity import run_identity
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
-from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import build
 from trainer.training.loop import Loop
+from trainer.training.monitor import EvalMonitor
+from trainer.training.run import Job, create_generator
+from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
 
 STEPS = 5
@@ -53,23 +57,35 @@ class Bench:
         tokenizer = load_tokenizer(base, config.model)
         data = load_data(config, tokenizer, lambda _: None)
         built = build(config, self.world, base, data, tokenizer)
-        lockstep = config.zero.stage == 3
-        generator = Generator(built.engine.model, tokenizer, config.generate, data.end_ids, self.world.device, lockstep)
-        who = checkpoint.identity(config, data.fingerprint)
-        run = folder or Path(tempfile.gettempdir())
+        job = Job(
+            config=config,
+            world=self.world,
+            base_dir=base,
+            tokenizer=tokenizer,
+            data=data,
+            run=Run(folder or Path(tempfile.gettempdir())),
+            stop=StopRequest(),
+            begin=0.0,
+        )
+        checkpointer = Checkpointer(
+            engine=built.engine,
+            run_dir=job.run.folder,
+            run_identity=run_identity(config, data.fingerprint),
+            config=config.checkpoint,
+        )
         return Loop(
-            config,
-            self.world,
-            data,
-            built.packing,
-            built.engine,
-            generator,
-            Tracker(),
-            built.meter,
-            StopRequest(),
-            run,
-            who,
-            built.allocation,
+            config=config,
+            world=self.world,
+            data=data,
+            packing=built.packing,
+            engine=built.engine,
+            generator=create_generator(job, built),
+            tracker=Tracker(),
+            meter=built.meter,
+            stop=job.stop,
+            checkpointer=checkpointer,
+            monitor=EvalMonitor(config.eval),
+            schedule=Schedule(config, data.total_steps(config.batch), len(data.train), len(data.validation) > 0),
         )
 
     def note(self, case: str, value: Any) -> None:
@@ -87,7 +103,5 @@ class Bench:
 
 
 def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any]]]:
-    keys, train = loop.config, loop.data.train
-    return [
-        train.examples(global_batch(keys.run.seed, step, len(train), keys.batch.global_size)) for step in range(steps)
-    ]
+    train, seed, size = loop.data.train, loop.config.run.seed, loop.config.batch.global_size
+    return [train.examples(global_batch(seed, step, len(train), size)) for step in range(steps)]

@@ -1,16 +1,16 @@
-"""Checkpoints that are either complete or not there.
+"""Save and restore checkpoints that are either complete or not there.
 
 ``checkpoints/step-00000120/`` holds the adapter (stock PEFT), ``state.safetensors`` (fp32 masters and moments) and
-``state.json``; ``method=full`` keeps DeepSpeed's own sharded files in ``deepspeed/`` instead. It is written as
-``….partial``, synced, reopened, renamed, and marked with ``COMPLETE`` (sizes and SHA-256 of every file) last of all.
+``state.json``; ``method=full`` keeps DeepSpeed's own sharded files in ``deepspeed/`` instead. ``commit`` says how a
+folder becomes complete, ``resume`` which one a run resumes from.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,244 +18,158 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint.commit import checkpoint_dir, commit, complete, delete_old, find_corruption
-from trainer.config.method import METHODS
-from trainer.config.schema import CheckpointConfig, TrainConfig
-from trainer.distributed.process_group import World, from_main, gather_objects
+from trainer.checkpoint.commit import checkpoint_dir, commit, delete_old, find_corruption
+from trainer.checkpoint.sharded import save_sharded
+from trainer.config.schema import CheckpointConfig
+from trainer.distributed.process_group import from_main
 from trainer.engine.engine import Engine
-from trainer.engine.rank_allocation import Allocation
-from trainer.engine.whole_state import gather_live, gather_state, loss_scaler_state, restore_loss_scaler, restore_state
+from trainer.engine.whole_state import (
+    gather_live,
+    gather_state,
+    loss_scaler_state,
+    restore_loss_scaler,
+    restore_state,
+)
 from trainer.errors import AfinaError, CheckpointError
-from trainer.methods import save_adapter
 
-RANKS = "ranks/"  # names of what AdaLoRA's allocation keeps
+METHOD_STATE = "ranks/"  # prefix of what the method keeps in state.safetensors; AdaLoRA's ranks were the first
+SHARDED = "deepspeed"  # the folder of DeepSpeed's own files
 
-
-def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
-    """What a run must still have in common with its checkpoint; everything else may change."""
-    means = METHODS[config.method.name].keys | {"name"}
-    method = {name: value for name, value in asdict(config.method).items() if name in means - {"dropout"}}
-    return {
-        "model.name_or_path": config.model.name_or_path,
-        "model.revision": config.model.revision,
-        "batch.global_size": config.batch.global_size,
-        "run.seed": config.run.seed,
-        "data": data_fingerprint,
-        **{f"method.{k}": v for k, v in method.items()},
-    }
+logger = logging.getLogger(__name__)
 
 
-def save(
-    engine: Engine,
-    run: Path,
-    step: int,
-    who: dict[str, Any],
-    keys: CheckpointConfig,
-    say: Callable[[str], None],
-    allocation: Allocation | None = None,
-    watch: dict[str, Any] | None = None,
-    best_step: int | None = None,
-) -> bool:
-    """Write one checkpoint; a disk that is full costs a warning, not the run. A collective.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointer:
+    """Writes and reads the checkpoints of one run. Every method is a collective.
 
-    Args:
-        engine: whose trained state is written.
-        run: the run folder.
-        step: updates taken so far.
-        who: the run's :func:`identity`.
-        keys: the ``checkpoint`` group; older complete checkpoints beyond ``keep`` are deleted, after the new one is
-            complete.
-        say: told about a failure.
-        allocation: AdaLoRA's ranks, which are saved too.
-        watch: what the run knows of its evaluations, for :func:`load`.
-        best_step: the best of them, whose checkpoint is kept beside ``keep``.
-
-    Returns:
-        Whether the checkpoint is complete.
+    Attributes:
+        engine: whose state is saved and restored.
+        run_dir: the run folder.
+        run_identity: what the run must share with a checkpoint (``config.run_identity``).
+        config: the ``checkpoint`` group: how many are kept.
     """
-    folder = checkpoint_dir(run, step)
-    partial = folder.with_name(folder.name + ".partial")
-    if who["method.name"] == "full":
-        state, adapter = {}, {}
-        failure = _save_deepspeed(engine, partial)
-    else:
-        state, adapter = gather_state(engine), gather_live(engine, only_trained=True)
-        if allocation is not None:
-            state |= {RANKS + name: tensor for name, tensor in allocation.state().items()}
-        failure = None
-    if engine.world.is_main and failure is None:
-        facts = {
-            "step": step,
-            "identity": who,
-            "loss_scaler": loss_scaler_state(engine),
-            "world_size": engine.world.world_size,
-            "zero_stage": engine.zero_stage,
-            "resume": keys.resume,
-            "watch": watch,
-        }
-        try:
-            _write(engine, partial, folder, state, adapter, facts)
-        except (OSError, SafetensorError, AfinaError) as error:
-            failure = str(error)
+
+    engine: Engine
+    run_dir: Path
+    run_identity: dict[str, Any]
+    config: CheckpointConfig
+
+    def save(self, step: int, *, monitor_state: dict[str, Any] | None = None, best_step: int | None = None) -> bool:
+        """Save one checkpoint; a disk that is full costs a warning, not the run.
+
+        Args:
+            step: updates taken so far.
+            monitor_state: what the run knows of its evaluations, for :meth:`restore`.
+            best_step: the step of the best evaluation; its checkpoint is kept beside ``checkpoint.keep``.
+
+        Returns:
+            Whether the checkpoint is complete. Older ones beyond ``checkpoint.keep`` are deleted after that.
+        """
+        folder = checkpoint_dir(self.run_dir, step)
+        partial = folder.with_name(folder.name + ".partial")
+        failure, state, adapter = self._collect(partial)
+        if self.engine.world.is_main and failure is None:
+            try:
+                self._write(partial, state, adapter, self._metadata(step, monitor_state))
+                commit(partial, folder)
+            except (OSError, SafetensorError, AfinaError) as error:
+                failure = str(error)
+            else:
+                self._prune(best_step)
+        failure = from_main(failure)
+        if failure is not None:
+            if self.engine.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            logger.warning("the checkpoint of step %d could not be written (%s); the run goes on", step, failure)
+        return failure is None
+
+    def restore(self, folder: Path | None) -> tuple[int, dict[str, Any] | None]:
+        """Restore the engine, the method and the loss scaler. Files are read on rank 0 (``method=full``: on each rank).
+
+        Args:
+            folder: a complete checkpoint, as rank 0 found it; ``None`` restores nothing.
+
+        Returns:
+            Updates taken so far, 0 without a checkpoint; and what was saved as ``monitor_state``.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model, method, data, batch size or seed.
+        """
+        if folder is None:
+            return 0, None
+        engine = self.engine
+        metadata = from_main(json.loads((folder / "state.json").read_text()) if engine.world.is_main else {})
+        self._check_identity(folder, metadata["identity"])
+        step = int(metadata["step"])
+        if (folder / SHARDED).exists():
+            engine.deepspeed.load_checkpoint(str(folder / SHARDED), tag="state")
         else:
-            _delete_old(run / "checkpoints", keys.keep, best_step, say)
-    failure = from_main(failure)
-    if failure is not None:
-        if engine.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        say(f"warning: the checkpoint of step {step} could not be written ({failure}); the run goes on")
-    return failure is None
+            tensors = load_file(str(folder / "state.safetensors")) if engine.world.is_main else {}
+            restore_state(engine, tensors, step)
+            method_state = {n.removeprefix(METHOD_STATE): t for n, t in tensors.items() if n.startswith(METHOD_STATE)}
+            engine.runtime.restore(from_main(method_state))
+        restore_loss_scaler(engine, metadata["loss_scaler"])
+        return step, metadata.get("watch")
 
-
-def find(run: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: for ``auto`` the newest complete one of the run, or ``None``.
-
-    Raises:
-        CheckpointError: a named folder is not a complete checkpoint, or the newest one does not read as it was written.
-    """
-    if resume == "never":
-        return None
-    there = complete(run / "checkpoints")
-    # A run that went back to a named checkpoint and was then cut short goes on from what it has made since.
-    if resume != "auto" and not (there and _resumed_by(there[-1]) == resume):
-        verify(Path(resume), run)
-        return Path(resume)
-    if not there:
-        return None
-    verify(there[-1], run)
-    return there[-1]
-
-
-def verify(folder: Path, run: Path) -> None:
-    """Compare a checkpoint's files with the sizes and hashes in its marker.
-
-    Raises:
-        CheckpointError: names the file, and the newest other checkpoint that is good.
-    """
-    fault = find_corruption(folder)
-    if fault is None:
-        return
-    others = [c for c in complete(run / "checkpoints") if c != folder and find_corruption(c) is None]
-    hint = f"checkpoint.resume={others[-1]}" if others else "checkpoint.resume=never run.overwrite=true starts anew"
-    raise CheckpointError(fault, reason="so the checkpoint cannot be used", hint=hint)
-
-
-def load(
-    engine: Engine, folder: Path | None, who: dict[str, Any], allocation: Allocation | None = None
-) -> tuple[int, dict[str, Any] | None]:
-    """Restore a run from a checkpoint. A collective; the files are read on rank 0 (full: on each rank).
-
-    Args:
-        engine: freshly built.
-        folder: what rank 0 found; other ranks pass it too.
-        who: the run's :func:`identity`.
-        allocation: AdaLoRA's ranks, which are restored too.
-
-    Returns:
-        Updates taken so far, 0 without a checkpoint; and what was saved as ``watch``.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another model, method, data, batch size or seed.
-    """
-    if folder is None:
-        return 0, None
-    facts = json.loads((folder / "state.json").read_text()) if engine.world.is_main else {}
-    facts = from_main(facts)
-    for key, value in who.items():
-        saved = facts["identity"].get(key)
-        if saved != value:
-            raise CheckpointError(
-                f"{folder}: {key}",
-                value=value,
-                reason=f"was {saved} when the checkpoint was written, and changes what it means",
-                hint=f"{key}={saved}, or another run.name" if key != "data" else "the same data, or another run.name",
-            )
-    step = int(facts["step"])
-    if (folder / "deepspeed").exists():
-        engine.deepspeed.load_checkpoint(str(folder / "deepspeed"), tag="state")
-    else:
-        tensors = load_file(str(folder / "state.safetensors")) if engine.world.is_main else {}
-        restore_state(engine, tensors, step)
-        if allocation is not None:
-            held = {n.removeprefix(RANKS): t for n, t in tensors.items() if n.startswith(RANKS)}
-            allocation.restore(from_main(held))
-    restore_loss_scaler(engine, facts["loss_scaler"])
-    return step, facts.get("watch")
-
-
-def find_step(run: Path, step: int, world: World) -> tuple[Path, str | None]:
-    """The run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used. A collective."""
-    folder = checkpoint_dir(run, step)
-    try:
-        fault = find_corruption(folder) if world.is_main else None
-    except OSError as error:
-        fault = str(error)
-    return folder, from_main(fault)
-
-
-def _save_deepspeed(engine: Engine, partial: Path) -> str | None:
-    """Each rank's shard, by DeepSpeed; what went wrong on any rank is told on all of them."""
-    fault = None
-    if engine.world.is_main:
+    def inspect(self, step: int) -> tuple[Path, str | None]:
+        """Return the run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used."""
+        folder = checkpoint_dir(self.run_dir, step)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "deepspeed").mkdir(parents=True)
+            corruption = find_corruption(folder) if self.engine.world.is_main else None
         except OSError as error:
-            fault = str(error)
-    fault = from_main(fault)
-    if fault is not None:
-        return fault
-    faults: list[str] = []
-    files = engine.deepspeed.checkpoint_engine
-    write = files.save
+            corruption = str(error)
+        return folder, from_main(corruption)
 
-    def save(state_dict: Any, path: str) -> None:
+    def _collect(self, partial: Path) -> tuple[str | None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Gather what rank 0 writes: why that failed, the state, the adapter. All weights are written here, sharded."""
+        engine = self.engine
+        if engine.runtime.trains_base_weights:
+            return save_sharded(engine, partial, SHARDED), {}, {}
+        state, adapter = gather_state(engine), gather_live(engine, only_trainable=True)
+        state |= {METHOD_STATE + name: tensor for name, tensor in engine.runtime.state().items()}
+        return None, state, adapter
+
+    def _metadata(self, step: int, monitor_state: dict[str, Any] | None) -> dict[str, Any]:
+        """Build ``state.json``."""
+        return {
+            "step": step,
+            "identity": self.run_identity,
+            "loss_scaler": loss_scaler_state(self.engine),
+            "world_size": self.engine.world.world_size,
+            "zero_stage": self.engine.zero_stage,
+            "resume": self.config.resume,
+            "watch": monitor_state,
+        }
+
+    def _write(
+        self,
+        partial: Path,
+        state: dict[str, torch.Tensor],
+        adapter: dict[str, torch.Tensor],
+        metadata: dict[str, Any],
+    ) -> None:
+        """Write rank 0's files and read them back."""
+        if state:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.engine.runtime.save(self.engine.model, partial / "adapter", adapter)
+            save_file(state, str(partial / "state.safetensors"))
+            reread = load_file(str(partial / "state.safetensors"))
+            if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
+                raise CheckpointError(str(partial / "state.safetensors"), reason="does not read back as it was written")
+        (partial / "state.json").write_text(json.dumps(metadata, indent=1))
+
+    def _prune(self, best_step: int | None) -> None:
+        """Delete older checkpoints beyond ``checkpoint.keep``."""
         try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
-            # Raised here, it would leave the other ranks waiting in DeepSpeed's next collective.
-            faults.append(f"rank {engine.world.rank}: {path}: {error}")
+            delete_old(self.run_dir / "checkpoints", self.config.keep, best_step)
+        except OSError as error:  # the new one is complete all the same
+            logger.warning("older checkpoints could not be deleted (%s); the run goes on", error)
 
-    files.save = save
-    try:
-        engine.deepspeed.save_checkpoint(str(partial / "deepspeed"), tag="state")
-    except OSError as error:
-        faults.append(f"rank {engine.world.rank}: {error}")
-    finally:
-        files.save = write
-    return next((fault for of_rank in gather_objects(faults) for fault in of_rank), None)
-
-
-def _write(
-    engine: Engine,
-    partial: Path,
-    folder: Path,
-    state: dict[str, torch.Tensor],
-    adapter: dict[str, torch.Tensor],
-    facts: dict[str, Any],
-) -> None:
-    if state:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_adapter(engine.model, partial / "adapter", adapter, engine.start)
-        save_file(state, str(partial / "state.safetensors"))
-        reread = load_file(str(partial / "state.safetensors"))
-        if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
-            raise CheckpointError(str(partial / "state.safetensors"), reason="does not read back as it was written")
-    (partial / "state.json").write_text(json.dumps(facts, indent=1))
-    commit(partial, folder)
-
-
-def _delete_old(checkpoints: Path, keep: int, best_step: int | None, say: Callable[[str], None]) -> None:
-    try:
-        delete_old(checkpoints, keep, best_step)
-    except OSError as error:  # the new one is complete all the same
-        say(f"warning: older checkpoints could not be deleted ({error}); the run goes on")
-
-
-def _resumed_by(folder: Path) -> str | None:
-    """``checkpoint.resume`` of the run that wrote a checkpoint; ``None`` when it cannot be read."""
-    try:
-        return str(json.loads((folder / "state.json").read_text())["resume"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    def _check_identity(self, folder: Path, saved: dict[str, Any]) -> None:
+        for key, value in self.run_identity.items():
+            was = saved.get(key)
+            if was != value:
+                hint = "the same data, or another run.name" if key == "data" else f"{key}={was}, or another run.name"
+                reason = f"was {was} when the checkpoint was written, and changes what it means"
+                raise CheckpointError(f"{folder}: {key}", value=value, reason=reason, hint=hint)

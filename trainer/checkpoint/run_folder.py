@@ -1,21 +1,23 @@
-"""The run folder at a start: anew, going on, or already finished. Rank 0 looks and decides, the others follow."""
+"""Open a run folder: fresh, resumed, or already finished. Rank 0 looks and decides, the others follow."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, load, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
 from trainer.tracking.files import METRICS_FILE, read_metrics, read_summary
+
+logger = logging.getLogger(__name__)
 
 # Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
 _WHERE_AND_HOW = ("log.", "launch.", "checkpoint.", "compare.")
@@ -28,7 +30,7 @@ class Run:
 
     Attributes:
         folder: ``run.dir / run.name``.
-        resume_from: the checkpoint to go on from; ``None`` starts at step 0.
+        resume_from: the checkpoint to resume from; ``None`` starts at step 0.
         finished: the summary of a run that needs nothing more.
     """
 
@@ -37,12 +39,12 @@ class Run:
     finished: dict[str, Any] | None = None
 
     def scores_before(self) -> dict[str, float]:
-        """The evaluation before training, from metrics.jsonl; empty when there was none."""
+        """Read the evaluation before training from metrics.jsonl; empty when there was none."""
         first = next((r for r in self._metrics() if r["step"] == 0), {})
         return {k: v for k, v in first.items() if k not in ("step", "epoch")}
 
     def last_logged_step(self) -> int:
-        """The last step in metrics.jsonl; 0 when there is none."""
+        """Read the last step in metrics.jsonl; 0 when there is none."""
         return max((int(r["step"]) for r in self._metrics()), default=0)
 
     def _metrics(self) -> list[dict[str, Any]]:
@@ -50,50 +52,50 @@ class Run:
         return read_metrics(self.folder) if (self.folder / METRICS_FILE).exists() else []
 
 
-def open_run(config: TrainConfig, world: World, say: Callable[[str], None]) -> Run:
-    """Find out what there is to do. A collective.
+def open_run(config: TrainConfig, world: World) -> Run:
+    """Open the run folder and find out what there is to do. A collective.
 
     Raises:
         ConfigError: the folder holds a finished run of another configuration.
-        CheckpointError: the checkpoint to go on from cannot be used.
+        CheckpointError: the checkpoint to resume from cannot be used.
     """
     decision: Run | AfinaError
     try:
-        decision = _decide(config, say) if world.is_main else Run(Path())
+        decision = _decide(config) if world.is_main else Run(Path())
     except AfinaError as error:
         decision = error
     decision = from_main(decision)
     if isinstance(decision, AfinaError):
         if world.is_main:
             raise decision
-        raise SystemExit(decision.exit_code)  # rank 0 tells it once
+        raise SystemExit(decision.exit_code)  # rank 0 reports it once
     return decision
 
 
-def _decide(config: TrainConfig, say: Callable[[str], None]) -> Run:
+def _decide(config: TrainConfig) -> Run:
     folder = run_folder(config)
     if config.run.overwrite and folder.exists():
         aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.rename(aside)
-        say(f"run.overwrite: the old run was moved to {aside}")
+        logger.info(f"run.overwrite: the old run was moved to {aside}")
     summary = read_summary(folder) if folder.exists() else None
     if summary and summary.get("status") == "finished":
         _same_result(config, folder)
-        say(f"{folder} is finished; nothing is redone (run.overwrite=true starts anew)")
-        say(json.dumps(summary, indent=1))
+        logger.info(f"{folder} is finished; nothing is redone (run.overwrite=true starts afresh)")
+        logger.info(json.dumps(summary, indent=1))
         return Run(folder, finished=summary)
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(folder, resume_from=checkpoint.find(folder, config.checkpoint.resume))
+    return Run(folder, resume_from=find_resume_point(folder, config.checkpoint.resume))
 
 
 def _unused(path: Path) -> Path:
-    """The path itself, or with a number behind it: two may be moved aside within one second."""
+    """Return the path, or it with a number behind: two may be moved aside within one second."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
 def _same_result(config: TrainConfig, folder: Path) -> None:
-    """A finished run answers only for the configuration that it was run with."""
+    """Refuse a finished run of other settings: it answers only for the configuration that it was run with."""
     try:
         before = load([], folder / "config.yaml")
     except AfinaError:

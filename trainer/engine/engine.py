@@ -1,10 +1,10 @@
-"""DeepSpeed behind a few plain calls: accumulate, update, gather, restore.
+"""Run a model under DeepSpeed ZeRO: gradient accumulation, reduction, clipping and the optimizer step.
 
-What a rank holds of the trained tensors:
+Mixed precision by stage, and what a rank holds of the trainable parameters:
 
 =======  ==========================================================================================
-stage 0  the tensors themselves, fp32; a 16-bit forward runs under autocast
-stage 1  16-bit tensors, and its share of their fp32 masters and moments
+stage 0  the parameters themselves, fp32; a 16-bit forward runs under autocast
+stage 1  16-bit parameters, and its share of their fp32 masters and moments
 stage 2  the same, and only its share of the reduced gradients
 stage 3  its share of everything
 =======  ==========================================================================================
@@ -28,59 +28,68 @@ from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.optimizer import adamw
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import trie_context
-from trainer.methods import OrthogonalTerm, trainable_parameters
+from trainer.methods import MethodRuntime, trainable_parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One optimizer step: the global gradient norm before clipping, and whether the step was taken."""
+    """One optimizer step.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping.
+        applied: whether the step was taken; a gradient that is not finite is not applied, on any rank.
+        gradient_scale: what the reduced gradient was multiplied by: clipping, and fp16's loss scale taken out.
+    """
 
     grad_norm: float
     applied: bool
+    gradient_scale: float = 1.0
 
 
 class Engine:
     """A model under DeepSpeed.
 
     Args:
-        model: with its trained parameters attached.
+        model: with its trainable parameters attached.
         loss: of this model.
         config: the whole configuration.
         world: this process; the process group must be up.
         dtype: of forward and backward.
-        orthogonal: AdaLoRA's term, whose hooks are on the model already.
-        start: of adapters that start in the base, for saving them.
+        runtime: of the method; its hooks are on the model already.
+
+    Attributes:
+        trainable_params: by name, in the model's order; under ZeRO-3 each rank holds a part of each.
+        deepspeed: DeepSpeed's engine.
+        optimizer: DeepSpeed's optimizer, or torch's under stage 0.
     """
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         loss: LabelLoss,
         config: TrainConfig,
         world: World,
         dtype: torch.dtype,
-        orthogonal: OrthogonalTerm | None = None,
-        start: dict[str, Tensor] | None = None,
+        runtime: MethodRuntime,
     ) -> None:
         import deepspeed
 
-        self.model, self.world, self.dtype = model, world, dtype
+        self.model, self.loss, self.world, self.dtype, self.runtime = model, loss, world, dtype, runtime
         self.zero_stage = config.zero.stage
         self.max_grad_norm = config.optim.max_grad_norm
-        self.trained = trainable_parameters(model)
-        self.loss, self.start = loss, start
-        self.orthogonal = orthogonal
+        self.trainable_params = trainable_parameters(model)
         # Reducing once a step is cheapest, but keeps a whole gradient on every rank: right for adapters, not for all
         # weights, which are reduced (and under stages 2 and 3 partitioned) micro-batch by micro-batch.
-        self.reduces_once = config.method.name != "full" and self.zero_stage > 0
+        self.reduces_once = not runtime.trains_base_weights and self.zero_stage > 0
         if self.zero_stage == 0:
-            for parameter in self.trained.values():
+            for parameter in self.trainable_params.values():
                 parameter.data = parameter.data.float()
-        optimizer = adamw(self.trained.values(), config.optim, on_gpu=world.device.type == "cuda")
-        keys = deepspeed_config(config, dtype, world.world_size)
+        optimizer = adamw(self.trainable_params.values(), config.optim, on_gpu=world.device.type == "cuda")
+        ds_config = deepspeed_config(config, dtype, world.world_size)
         if self.zero_stage == 3:
-            partition(model, keys, world, dtype)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=keys)
+            partition(model, ds_config, world, dtype)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
@@ -89,12 +98,12 @@ class Engine:
         return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Summed cross-entropy of one micro-batch: float32 scalar."""
+        """Return the summed cross-entropy of one micro-batch: float32 scalar."""
         with trie_context(batch.paths), self._autocast():
             return self.loss(self.deepspeed, batch)
 
     def label_logits(self, batch: MicroBatch) -> Tensor:
-        """Logits at the label positions of one micro-batch, (labels, vocabulary)."""
+        """Return the logits at the label positions of one micro-batch, (labels, vocabulary)."""
         with trie_context(batch.paths), self._autocast():
             return self.loss.logits(self.deepspeed, batch)
 
@@ -103,7 +112,7 @@ class Engine:
         return torch.autocast(self.world.device.type, self.dtype, enabled=wanted)
 
     def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[list[float], bool]:
-        """Forward and backward of this rank's micro-batches, then reduce the gradients over the ranks.
+        """Accumulate gradients over this rank's micro-batches (forward and backward), then reduce them over the ranks.
 
         Args:
             batches: as many on every rank, at least one.
@@ -122,8 +131,7 @@ class Engine:
                 if not self.reduces_once:
                     last = k == len(batches) - 1 and self.zero_stage > 0
                     self.deepspeed.set_gradient_accumulation_boundary(last)
-                if self.orthogonal is not None:  # once an update: ranks are averaged, micro-batches are summed
-                    self.orthogonal.scale = self.loss_scale if k == 0 else 0.0
+                self.runtime.before_backward(self.loss_scale if k == 0 else 0.0)
                 batch = batch.to(self.world.device)
                 with trie_context(batch.paths):  # the backward too: gradient checkpointing attends again in it
                     loss = self.loss_sum(batch)
@@ -136,30 +144,34 @@ class Engine:
         return [float(s) for s in torch.stack(sums).cpu()], local_is_finite
 
     def update(self, learning_rate: float) -> Update:
-        """Clip, then one AdamW step. A step whose gradient norm is not finite is not taken, on any rank."""
+        """Clip, then take one AdamW step. A step whose gradient norm is not finite is not taken, on any rank."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        loss_scale = self.loss_scale  # DeepSpeed may change it in the step
         if self.zero_stage == 0:
             limit = self.max_grad_norm or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(list(self.trained.values()), limit))
-            if not math.isfinite(norm):
+            norm = float(torch.nn.utils.clip_grad_norm_(list(self.trainable_params.values()), limit))
+            applied = math.isfinite(norm)
+            if applied:
+                self.deepspeed.step()
+            else:
                 self.deepspeed.zero_grad()
-                return Update(norm, applied=False)
+        else:
             self.deepspeed.step()
-            return Update(norm, applied=True)
-        self.deepspeed.step()
-        return Update(float(self.deepspeed.get_global_grad_norm()), applied=not self.optimizer.overflow)
+            norm, applied = float(self.deepspeed.get_global_grad_norm()), not self.optimizer.overflow
+        clipped = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
+        return Update(norm, applied, clipped / loss_scale)
 
     def train(self) -> None:
-        """Dropout and gradient checkpointing on."""
+        """Turn dropout and gradient checkpointing on."""
         self.deepspeed.train()
 
     def eval(self) -> None:
-        """Dropout and gradient checkpointing off."""
+        """Turn dropout and gradient checkpointing off."""
         self.deepspeed.eval()
 
     def _local_gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        gradients = [p.grad for p in self.trainable_params.values() if p.grad is not None]
         if not gradients:
             return True
         norms = torch.stack([g.abs().amax().float() for g in gradients if g.numel()])

@@ -24,7 +24,7 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     out: dict[str, Tensor] = {}
-    for name, parameter in engine.trained.items():
+    for name, parameter in engine.trainable_params.items():
         for kind in ("weight", *MOMENTS):
             if engine.zero_stage == 0:
                 held = parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
@@ -55,36 +55,58 @@ def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None
     if engine.world.is_main:
         _check(engine, tensors)
     _make_moments(engine, step)
-    for name, parameter in engine.trained.items():
+    for name, parameter in engine.trainable_params.items():
         for kind in ("weight", *MOMENTS):
             value = _from_main(engine, tensors.get(f"{kind}/{name}"), whole_shape(parameter))
             if kind == "weight":
-                set_weight(engine, parameter, value)
+                _set_weight(engine, parameter, value)
             elif engine.zero_stage == 0:
                 engine.optimizer.state[parameter][kind].copy_(value)
             else:
                 safe_set_full_optimizer_state(parameter, value, kind)
 
 
-def whole_weight(engine: Engine, parameter: nn.Parameter) -> Tensor:
-    """The fp32 master of a trained tensor, whole, on every rank."""
-    from deepspeed.utils import safe_get_full_fp32_param
+class EngineTensors:
+    """The engine's trainable parameters as whole fp32 tensors by name, for a method's runtime.
 
-    return parameter.detach() if engine.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+    Args:
+        engine: whose parameters they are.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.device = engine, engine.world.device
+
+    def names(self) -> list[str]:
+        """Names of the trainable parameters, in the model's order."""
+        return list(self.engine.trainable_params)
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the whole shape of a parameter."""
+        return whole_shape(self.engine.trainable_params[name])
+
+    def weight(self, name: str) -> Tensor:
+        """Return the fp32 master of a parameter, whole, on every rank. A collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self.engine.trainable_params[name]
+        return parameter.detach() if self.engine.zero_stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the reduced gradient of a parameter, fp32 and whole, on every rank; before the update, which clears
+        it. It is neither clipped nor, in fp16, freed of the loss scale. A collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self.engine.trainable_params[name]
+        found = parameter.grad if self.engine.zero_stage == 0 else safe_get_full_grad(parameter)
+        assert found is not None, "gradients are asked for between the backward and the update"
+        return found.detach().to(torch.float32, copy=True)  # under stage 0 clipping scales the gradient in place
+
+    def set_weight(self, name: str, value: Tensor) -> None:
+        """Overwrite a parameter: its master, and the copy that the forward uses. A collective."""
+        _set_weight(self.engine, self.engine.trainable_params[name], value)
 
 
-def whole_gradient(engine: Engine, parameter: nn.Parameter) -> Tensor:
-    """The reduced gradient of a trained tensor, fp32 and whole, on every rank; before the update, which clears it. It
-    is neither clipped nor, in fp16, freed of the loss scale."""
-    from deepspeed.utils import safe_get_full_grad
-
-    held = parameter.grad if engine.zero_stage == 0 else safe_get_full_grad(parameter)
-    assert held is not None, "gradients are asked for between the backward and the update"
-    return held.detach().float()
-
-
-def set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a trained tensor another value: its master, and the copy that the forward uses."""
+def _set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
 
     if engine.zero_stage == 0:
@@ -97,7 +119,7 @@ def set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
 def _make_moments(engine: Engine, step: int) -> None:
     """AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
     if engine.zero_stage == 0:
-        adam, held = engine.optimizer, list(engine.trained.values())
+        adam, held = engine.optimizer, list(engine.trainable_params.values())
     else:
         adam = engine.optimizer.optimizer
         flat = "fp32_partitioned_groups_flat" if engine.zero_stage == 3 else "single_partition_of_fp32_groups"
@@ -126,11 +148,11 @@ def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
         setattr(engine.optimizer.loss_scaler, name, value)
 
 
-def gather_live(engine: Engine, only_trained: bool) -> dict[str, Tensor]:
+def gather_live(engine: Engine, only_trainable: bool) -> dict[str, Tensor]:
     """The tensors that the forward uses, whole, in their own dtype, on the CPU of rank 0 (empty on the others)."""
     out: dict[str, Tensor] = {}
     for name, parameter in engine.model.named_parameters():
-        if only_trained and name not in engine.trained:
+        if only_trainable and name not in engine.trainable_params:
             continue
         with whole(parameter):
             if engine.world.is_main:
@@ -156,7 +178,7 @@ def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tenso
 
 
 def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in engine.trained.items():
+    for name, parameter in engine.trainable_params.items():
         for kind in ("weight", *MOMENTS):
             found = tensors.get(f"{kind}/{name}")
             if found is None or found.shape != whole_shape(parameter):

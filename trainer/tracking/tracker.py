@@ -23,7 +23,7 @@ class Tracker:
         is_main: bool,
         total_steps: int,
         resume_step: int,
-        facts: Mapping[str, Any] | None = None,
+        model_info: Mapping[str, Any] | None = None,
     ) -> Tracker:
         """The tracker of this process.
 
@@ -33,11 +33,11 @@ class Tracker:
             is_main: True on rank 0.
             total_steps: steps of the whole run, for the bar and the time that is left.
             resume_step: the step that the run goes on from, 0 at a start; later lines of `metrics.jsonl` are dropped.
-            facts: what W&B shall know beside the config (parameters, world size, …).
+            model_info: what W&B shall know beside the config (parameters, world size, …).
         """
         if not is_main:
             return Tracker()
-        return _MainTracker(config, Path(folder), total_steps, resume_step, facts or {})
+        return _MainTracker(config, Path(folder), total_steps, resume_step, model_info or {})
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Record one step: everything of the step in one mapping with an integer ``step``.
@@ -62,7 +62,7 @@ class Tracker:
 
 class _MainTracker(Tracker):
     def __init__(
-        self, config: TrainConfig, folder: Path, total_steps: int, resume_step: int, facts: Mapping[str, Any]
+        self, config: TrainConfig, folder: Path, total_steps: int, resume_step: int, model_info: Mapping[str, Any]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._every_steps = config.log.every_steps
@@ -70,7 +70,7 @@ class _MainTracker(Tracker):
         self._told_disk = False
         self._metrics = MetricsFile(folder, resume_step=resume_step)
         self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
-        self._wandb = WandbRun(config, folder, facts, say=self.say)
+        self._wandb = WandbRun(config, folder, model_info, say=self.say)
 
     def log(self, record: Mapping[str, Any]) -> None:
         record = dict(record)

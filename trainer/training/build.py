@@ -5,72 +5,86 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from trainer.config import TrainConfig
-from trainer.config.method import given
 from trainer.data.batching.packing import Packing
 from trainer.data.load import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.engine import Engine
 from trainer.engine.meter import Meter, give_back_memory
-from trainer.engine.rank_allocation import Allocation
 from trainer.engine.verify_trie import choose_packing
+from trainer.engine.whole_state import EngineTensors
 from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
-from trainer.methods import (
-    OrthogonalTerm,
-    attach,
-    copy_initial_weights,
-    count_parameters,
-    digests,
-    trainable_parameters,
-)
+from trainer.methods import attach, count_parameters, create_runtime
 from trainer.methods.targets import describe_unreached
 from trainer.models.loading import compute_dtype, load_model
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Built:
-    """A model under DeepSpeed, what is to be said of it, the meter of its cost, and what adapters started as."""
+    """What a run trains.
+
+    Attributes:
+        engine: the model under DeepSpeed, with the method's runtime.
+        packing: how examples share a forward.
+        model_info: numbers and words about them, for the log and W&B.
+        meter: of what a step costs.
+    """
 
     engine: Engine
-    allocation: Allocation | None
     packing: Packing
-    facts: dict[str, Any]
+    model_info: dict[str, Any]
     meter: Meter
-    started: dict[str, str]
 
 
-def build(config: TrainConfig, world: World, folder: str, data: Data, tokenizer: Any) -> Built:
-    """Load the base, attach what is trained, choose the packing, hand it to DeepSpeed. The process group must be up."""
+def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenizer: Any) -> Built:
+    """Load the base, attach what is trained, choose the packing, hand it to DeepSpeed. The process group must be up.
+
+    Args:
+        config: the whole configuration.
+        world: this process.
+        base_dir: the base model's local folder or hub id.
+        data: the first step's rows are what the packing is verified on.
+        tokenizer: of the base.
+
+    Raises:
+        ConfigError: something that was asked for is not possible with this model or data.
+        ModelError: the base cannot be loaded.
+    """
+    method = config.method
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
-    base = load_model(folder, config.model, config.method, dtype, world.device, config.zero.stage)
+    base = load_model(base_dir, config.model, method, dtype, world.device, config.zero.stage)
     if "choice_accuracy" in config.eval.metrics:
-        letter_tokens(data.validation)  # said now, not after the first hours
-    method, steps = config.method, data.total_steps(config.batch)
+        letter_tokens(data.validation)  # an error now, not after the first hours
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
-    model = attach(base, method, config.run.seed, steps, text)
-    started = digests(trainable_parameters(model)) if world.is_main and method.name != "full" else {}
-    start = copy_initial_weights(model, method)
-    orthogonal = OrthogonalTerm(model, given(method.orth_reg_weight)) if method.name == "adalora" else None
-    if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
-        model = model.to(world.device)  # where DeepSpeed would put it; the packing is tried where it will run
+    model = attach(base, method, config.run.seed, data.total_steps(config.batch), text)
+    runtime = create_runtime(model, method)
+    if world.device.type == "cuda" and config.zero.stage < 3 and method.bits == 16:
+        model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
     loss = LabelLoss(model)
     # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
     packing, why = distributed.from_main(choose_packing(model, loss, config, data, tokenizer.pad_token_id))
     give_back_memory(world.device)
-    trained, total = count_parameters(model)
-    facts = {
-        "trainable_parameters": trained,
+    experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
+    model_info = {**_describe_model(model, dtype, world), "packing": why, "experts": experts}
+    meter = Meter(world, model, dtype)
+    engine = Engine(model=model, loss=loss, config=config, world=world, dtype=dtype, runtime=runtime)
+    runtime.bind(EngineTensors(engine))
+    return Built(engine, packing, model_info, meter)
+
+
+def _describe_model(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Any]:
+    """Count parameters and name dtype and devices; before ZeRO partitions the model."""
+    trainable, total = count_parameters(model)
+    return {
+        "trainable_parameters": trainable,
         "total_parameters": total,
-        "trainable_percent": 100 * trained / total,
+        "trainable_percent": 100 * trainable / total,
         "world_size": world.world_size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
-        "packing": why,
-        "experts": describe_unreached(base, method.bits) if method.name != "full" else None,
     }
-    meter = Meter(world, model, dtype)
-    engine = Engine(model, loss, config, world, dtype, orthogonal, start)
-    allocation = Allocation(engine) if method.name == "adalora" else None
-    return Built(engine, allocation, packing, facts, meter, started)

@@ -1,7 +1,7 @@
-"""Watching the evaluations: which is the best, when more training is in vain, when the rows are learnt by heart.
+"""Monitor the evaluations: best weights, early stopping, overfitting.
 
-Plain numbers in, decisions out. Every rank feeds it the same numbers and hears the same. Its state is a small JSON
-object that goes with each checkpoint, so that a run that was cut decides as an undisturbed one.
+Plain numbers in, decisions out. Every rank feeds it the same numbers and decides the same. Its state is a small JSON
+object that goes with each checkpoint, so that a resumed run decides as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Decision:
 
     Attributes:
         is_best: it is a new best by ``eval.best_metric``, to be saved.
-        warning: to be told to people now: overfitting has begun.
-        stop: why training is to end here, or ``None``.
+        warning: overfitting has begun: to be shown now.
+        stop: why training is to end here (early stopping), or ``None``.
     """
 
     is_best: bool = False
@@ -36,51 +36,51 @@ class EvalMonitor:
     """The evaluations of a run so far, as far as they decide anything.
 
     Args:
-        keys: the ``eval`` group.
-        state: what :meth:`state` gave when the checkpoint was saved that the run goes on from. What it says of the
-            best counts only if the same metric of the same rows is watched now.
+        eval_config: the ``eval`` group.
+        state: what :meth:`state` returned when the checkpoint was saved that the run resumes from. What it says of the
+            best counts only if the same metric of the same rows is monitored now.
     """
 
-    def __init__(self, keys: EvalConfig, state: Mapping[str, Any] | None = None) -> None:
-        self.keys = keys
-        self.metric = keys.best_metric or ("eval_loss" if keys.patience is not None else None)
-        self.watched = [self.metric, keys.max_rows]
+    def __init__(self, eval_config: EvalConfig, state: Mapping[str, Any] | None = None) -> None:
+        self.config = eval_config
+        self.metric = eval_config.best_metric or ("eval_loss" if eval_config.patience is not None else None)
+        self.monitored = [self.metric, eval_config.max_rows]
         state = state or {}
         # Of the steps since the evaluation before.
         self.losses, self.steps = float(state.get("losses", 0.0)), int(state.get("steps", 0))
         self.is_overfitting = bool(state.get("is_overfitting", False))
-        same = state.get("watched") == self.watched
+        same = state.get("watched") == self.monitored
         self.best: State | None = state["best"] if same else None  # its step, value and all scores
         self.without_best = int(state["without_best"]) if same else 0
         self._best_before: State | None = None
 
     @property
     def best_step(self) -> int | None:
-        """The step whose weights the run ends with, so far; ``None`` where the last weights are wanted anyway."""
-        return self.best["step"] if self.best is not None and self.keys.best_metric else None
+        """The step that the final weights would be of, so far; ``None`` where the last weights are wanted anyway."""
+        return self.best["step"] if self.best is not None and self.config.best_metric else None
 
     def state(self) -> State:
-        """For a checkpoint: what a new ``Watch`` needs to go on from here."""
+        """Return what a checkpoint must keep, for a new ``EvalMonitor`` to resume from here."""
         return {
             "losses": self.losses,
             "steps": self.steps,
             "is_overfitting": self.is_overfitting,
-            "watched": self.watched,
+            "watched": self.monitored,
             "best": self.best,
             "without_best": self.without_best,
         }
 
     def trained(self, loss: float) -> None:
-        """One update was made; ``loss`` is the mean of its global batch, nats a label token."""
+        """Record one update; ``loss`` is the mean of its global batch, nats a label token."""
         self.losses += loss
         self.steps += 1
 
     def evaluated(self, step: int, scores: Mapping[str, float]) -> Decision:
-        """The scores after ``step`` updates, by their names in metrics.jsonl. Those of step 0 decide nothing: weights
-        that were not trained are not an end.
+        """Decide on the scores after ``step`` updates, by their names in metrics.jsonl. Those of step 0 decide nothing:
+        untrained weights are not an end.
 
         Raises:
-            ConfigError: the watched metric is not among them: the held-out rows cannot have it.
+            ConfigError: the monitored metric is not among them: the held-out rows cannot have it.
         """
         if self.metric is not None and self.metric not in scores:
             reason = "no held-out row can be scored by it"
@@ -93,18 +93,18 @@ class EvalMonitor:
         self.losses, self.steps = 0.0, 0
         warning = None
         if gap is not None and not was_overfitting:
-            cures = "fewer batch.epochs, a lower optim.learning_rate or more rows"
-            if self.keys.best_metric is None:
-                cures += ", or end with the best weights: eval.best_metric=eval_loss"
-            warning = f"warning: step {step}: overfitting: {gap} (eval.overfit_gap={self.keys.overfit_gap:g}) → {cures}"
-        return Decision(is_best and self.keys.best_metric is not None, warning, self._stop(gap))
+            hints = "fewer batch.epochs, a lower optim.learning_rate or more rows"
+            if self.config.best_metric is None:
+                hints += ", or end with the best weights: eval.best_metric=eval_loss"
+            warning = f"step {step}: overfitting: {gap} (eval.overfit_gap={self.config.overfit_gap:g}) → {hints}"
+        return Decision(is_best and self.config.best_metric is not None, warning, self._stop(gap))
 
     def not_saved(self) -> None:
-        """The new best could not be saved: the one before is the best there is, and may be beaten again."""
+        """Take the new best back, since it could not be saved: the one before is the best there is."""
         self.best = self._best_before
 
     def lose_best(self) -> None:
-        """The checkpoint of the best is no longer there."""
+        """Forget the best: its checkpoint is no longer there."""
         self.best = None
 
     def _is_best(self, step: int, scores: Mapping[str, float]) -> bool:
@@ -123,8 +123,8 @@ class EvalMonitor:
         return value < best if self.metric in LOWER_IS_BETTER else value > best
 
     def _gap(self, scores: Mapping[str, float]) -> str | None:
-        """Both losses in words, where the held-out one is too far above."""
-        limit, held_out = self.keys.overfit_gap, scores.get("eval_loss")
+        """Describe both losses, where the held-out one is too far above."""
+        limit, held_out = self.config.overfit_gap, scores.get("eval_loss")
         if limit is None or held_out is None or not self.steps:
             return None
         mean = self.losses / self.steps
@@ -133,9 +133,9 @@ class EvalMonitor:
         return f"eval_loss {held_out:.4f} is {held_out - mean:.4f} above the mean training loss {mean:.4f}"
 
     def _stop(self, gap: str | None) -> str | None:
-        if gap is not None and self.keys.stop_on_overfit:
+        if gap is not None and self.config.stop_on_overfit:
             return f"overfitting: {gap}"
-        patience = self.keys.patience
+        patience = self.config.patience
         if patience is None or self.without_best < patience:
             return None
         times = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.commit import archive_after
 from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig, to_yaml
+from trainer.config.identity import run_identity
 from trainer.data.load import Data, describe, load_data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.meter import device_name
-from trainer.engine.rank_allocation import describe as describe_ranks
 from trainer.errors import PREEMPTED_EXIT_CODE, AfinaError
 from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
@@ -23,122 +24,198 @@ from trainer.models.loading import load_tokenizer
 from trainer.tracking.environment import write_environment
 from trainer.tracking.files import write_summary
 from trainer.tracking.tracker import Tracker
-from trainer.training.build import build
-from trainer.training.finish import build_summary, copy_refused, log_result, save_final
-from trainer.training.loop import Loop, Outcome
+from trainer.training.build import Built, build
+from trainer.training.finish import build_summary, copy_rejected_rows, log_result, save_final
+from trainer.training.loop import Loop, Outcome, open_monitor
+from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a run starts from, before its model is loaded.
+
+    Attributes:
+        config: the whole configuration.
+        world: this process.
+        base_dir: the base model's local folder or hub id.
+        tokenizer: of the base.
+        data: the prepared rows.
+        run: the run folder, and where it resumes from.
+        stop: set when the process is asked to stop.
+        begin: ``time.perf_counter()`` at the start of the process's work.
+    """
+
+    config: TrainConfig
+    world: World
+    base_dir: str
+    tokenizer: Any
+    data: Data
+    run: Run
+    stop: StopRequest
+    begin: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return time.perf_counter() - self.begin
 
 
 def train(config: TrainConfig, world: World) -> int:
-    """One run from start to end on this rank. Returns the exit code; errors are recorded in the run's summary."""
+    """Run one training run on this rank. Returns the exit code; errors are recorded in the run's summary."""
     begin = time.perf_counter()
-    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if world.is_main else (lambda _: None)
     stop = StopRequest().install()
-    folder = resolve(config.model.name_or_path, config.model.revision)
-    tokenizer = load_tokenizer(folder, config.model)
-    data = load_data(config, tokenizer, say)
+    base_dir = resolve(config.model.name_or_path, config.model.revision)
+    tokenizer = load_tokenizer(base_dir, config.model)
+    data = load_data(config, tokenizer, logger.info)
     distributed.init(world)
     try:
-        run = open_run(config, world, say)
+        run = open_run(config, world)
         if run.finished is not None:
             return 0
+        job = Job(
+            config=config,
+            world=world,
+            base_dir=base_dir,
+            tokenizer=tokenizer,
+            data=data,
+            run=run,
+            stop=stop,
+            begin=begin,
+        )
         try:
-            outcome = _run(config, world, run, folder, tokenizer, data, stop, begin)
+            outcome = run_job(job)
             distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
         except Exception as error:
-            _record_failure(run, error, world, begin)
+            _record_failure(job, error)
             raise
         return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
     finally:
         distributed.shutdown()
 
 
-def _run(
-    config: TrainConfig,
-    world: World,
-    run: Run,
-    folder: str,
-    tokenizer: Any,
-    data: Data,
-    stop: StopRequest,
-    begin: float,
-) -> Outcome:
-    built = build(config, world, folder, data, tokenizer)
-    who = checkpoint.identity(config, data.fingerprint)
-    first_step, watched = checkpoint.load(built.engine, run.resume_from, who, built.allocation)
-    generator = Generator(
-        built.engine.model, tokenizer, config.generate, data.end_ids, world.device, lockstep=config.zero.stage == 3
+def run_job(job: Job) -> Outcome:
+    """Build the model, resume, train, save what was trained, and write the summary. A collective."""
+    config, world, run = job.config, job.world, job.run
+    built = build(config, world, job.base_dir, job.data, job.tokenizer)
+    checkpointer = Checkpointer(
+        engine=built.engine,
+        run_dir=run.folder,
+        run_identity=run_identity(config, job.data.fingerprint),
+        config=config.checkpoint,
     )
-    engine, packing, meter, ranks = built.engine, built.packing, built.meter, built.allocation
-    loop = Loop(config, world, data, packing, engine, generator, Tracker(), meter, stop, run.folder, who, ranks)
-    devices = distributed.gather_objects(device_name(world.device))
-    hosts = distributed.gather_objects(socket.gethostname())
-    if world.is_main:
-        archive_after(run.folder, first_step)
-        (run.folder / "config.yaml").write_text(to_yaml(config))
-        copy_refused(data, run.folder)
-        write_environment(run.folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
-    loop.tracker = tracker = Tracker.open(
+    first_step, monitor_state = checkpointer.restore(run.resume_from)
+    _write_run_files(job, first_step)
+    schedule = Schedule(
+        config, job.data.total_steps(config.batch), len(job.data.train), has_validation=len(job.data.validation) > 0
+    )
+    tracker = Tracker.open(
         config,
         run.folder,
         is_main=world.is_main,
-        total_steps=loop.total_steps,
+        total_steps=schedule.total_steps,
         resume_step=first_step,
-        facts=built.facts,
+        model_info=built.model_info,
     )
     summary: dict[str, Any] = {"status": "failed"}
     try:
-        _introduce(tracker, config, data, built.facts, first_step, run)
-        outcome = loop.train(first_step, watched)
-        if outcome.status == "finished":
-            save_final(built.engine, run.folder, tokenizer, config, built.started)
-            if built.allocation is not None:
-                tracker.say(describe_ranks(built.allocation.ranks()))
-        summary = build_summary(outcome, built.facts, run, time.perf_counter() - begin)
-        if world.is_main:
-            write_summary(run.folder, summary)
-        log_result(tracker, config, outcome, run, summary, loop.total_steps)
+        _log_start(job, built.model_info, first_step)
+        loop = Loop(
+            config=config,
+            world=world,
+            data=job.data,
+            packing=built.packing,
+            engine=built.engine,
+            generator=create_generator(job, built),
+            tracker=tracker,
+            meter=built.meter,
+            stop=job.stop,
+            checkpointer=checkpointer,
+            monitor=open_monitor(config, monitor_state, checkpointer),
+            schedule=schedule,
+        )
+        outcome = loop.train(first_step)
+        summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
-        summary |= {"error": _error_facts(error, world)}
+        summary |= {"error": _describe_error(error, world)}
         raise
     finally:
         tracker.close(summary)
 
 
-def _introduce(
-    tracker: Tracker, config: TrainConfig, data: Data, facts: dict[str, Any], first_step: int, run: Run
-) -> None:
-    for line in describe(data, config):
-        tracker.say(line)
-    tracker.say(
-        f"model: {config.model.name_or_path} in {facts['dtype']} on {facts['world_size']} × {facts['device']}, "
-        f"ZeRO stage {config.zero.stage}; trained {facts['trainable_parameters']:,} of {facts['total_parameters']:,} "
-        f"parameters ({facts['trainable_percent']:.2f} %)"
+def create_generator(job: Job, built: Built) -> Generator:
+    """Create what answers prompts with the model in training; under ZeRO-3 all ranks generate in lockstep."""
+    config = job.config
+    return Generator(
+        built.engine.model,
+        job.tokenizer,
+        config.generate,
+        job.data.end_ids,
+        job.world.device,
+        lockstep=config.zero.stage == 3,
     )
-    if facts["experts"] is not None:
-        tracker.say(str(facts["experts"]))
-    tracker.say(str(facts["packing"]))
-    tracker.say(f"run: {run.folder}" + (f", going on after step {first_step}" if first_step else ""))
 
 
-def _error_facts(error: BaseException, world: World) -> dict[str, Any]:
+def _write_run_files(job: Job, first_step: int) -> None:
+    """Write what the run folder holds from the start, and archive checkpoints that the run has gone back behind."""
+    world, folder = job.world, job.run.folder
+    devices = distributed.gather_objects(device_name(world.device))
+    hosts = distributed.gather_objects(socket.gethostname())
+    if world.is_main:
+        archive_after(folder, first_step)
+        (folder / "config.yaml").write_text(to_yaml(job.config))
+        copy_rejected_rows(job.data, folder)
+        write_environment(folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
+
+
+def _log_start(job: Job, model_info: dict[str, Any], first_step: int) -> None:
+    for line in describe(job.data, job.config):
+        logger.info(line)
+    logger.info(
+        f"model: {job.config.model.name_or_path} in {model_info['dtype']} on {model_info['world_size']} × "
+        f"{model_info['device']}, ZeRO stage {job.config.zero.stage}; trained "
+        f"{model_info['trainable_parameters']:,} of {model_info['total_parameters']:,} "
+        f"parameters ({model_info['trainable_percent']:.2f} %)"
+    )
+    if model_info["experts"] is not None:
+        logger.info(model_info["experts"])
+    logger.info(model_info["packing"])
+    logger.info(f"run: {job.run.folder}" + (f", resumed after step {first_step}" if first_step else ""))
+
+
+def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[str, Any]:
+    """Save what was trained, write the summary, log the result."""
+    if outcome.status == "finished":
+        save_final(built.engine, job.run.folder, job.tokenizer, job.config)
+        if (found := built.engine.runtime.describe()) is not None:
+            logger.info(found)
+    summary = build_summary(outcome, built.model_info, job.run, job.seconds)
+    if job.world.is_main:
+        write_summary(job.run.folder, summary)
+    log_result(job.config, outcome, job.run, summary, total_steps)
+    return summary
+
+
+def _describe_error(error: BaseException, world: World) -> dict[str, Any]:
     kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
     return {"kind": kind, "message": str(error), "rank": getattr(error, "rank", None) or world.rank}
 
 
-def _record_failure(run: Run, error: Exception, world: World, begin: float) -> None:
-    """Whichever rank fails writes it down: rank 0 may never hear of it."""
+def _record_failure(job: Job, error: Exception) -> None:
+    """Write the summary of a failed run, on whichever rank fails: rank 0 may never hear of it."""
     write_summary(
-        run.folder,
+        job.run.folder,
         {
             "status": "failed",
-            "steps": run.last_logged_step(),
-            "wall_seconds": time.perf_counter() - begin,
+            "steps": job.run.last_logged_step(),
+            "wall_seconds": job.seconds,
             "trainable_parameters": None,
             "total_parameters": None,
             "train_loss": None,
             "metrics": {},
-            "error": _error_facts(error, world),
+            "error": _describe_error(error, job.world),
         },
     )

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer import files
-from trainer.checkpoint import checkpointer as checkpoint
-from trainer.checkpoint import commit as seal
-from trainer.config.schema import MethodConfig
+from trainer.checkpoint import checkpointer, commit
+from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.resume import find_resume_point, verify
+from trainer.config.schema import CheckpointConfig, MethodConfig
 from trainer.errors import CheckpointError
-from trainer.methods import attach, trainable_parameters
+from trainer.methods import attach, create_runtime, runtime, trainable_parameters
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "state.safetensors", "state.json")
 
@@ -30,14 +31,18 @@ class Run:
     def __init__(self, folder: Path, model: Any) -> None:
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.model = attach(model, MethodConfig(r=2, target_modules=["q_proj"]), seed=0)
+        self.runtime = create_runtime(self.model, MethodConfig(r=2))
         self.weights = {n: p.detach() for n, p in trainable_parameters(self.model).items()}
 
     def write(self, step: int) -> Path:
         final = self.checkpoints / f"step-{step:08d}"
         partial = final.with_name(final.name + ".partial")
         state = {f"weight/{n}": t.clone() for n, t in self.weights.items()}
-        engine: Any = SimpleNamespace(model=self.model, start={})
-        checkpoint._write(engine, partial, final, state, self.weights, {"step": step, "resume": self.resume})
+        engine: Any = SimpleNamespace(model=self.model, runtime=self.runtime)
+        config = CheckpointConfig(resume=self.resume)
+        writer = Checkpointer(engine=engine, run_dir=self.folder, run_identity={}, config=config)
+        writer._write(partial, state, self.weights, {"step": step, "resume": self.resume})
+        commit.commit(partial, final)
         return final
 
 
@@ -54,18 +59,18 @@ def test_a_checkpoint_names_every_file_of_its_own(run: Run) -> None:
     there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {"COMPLETE"}
     assert set(marker) == there >= set(FILES)
     assert [f.name for f in run.checkpoints.iterdir()] == ["step-00000003"]
-    checkpoint.verify(folder, run.folder)
+    verify(folder, run.folder)
 
 
 def test_auto_takes_the_newest_complete_one(run: Run) -> None:
-    assert checkpoint.find(run.folder, "auto") is None
+    assert find_resume_point(run.folder, "auto") is None
     run.checkpoints.mkdir(parents=True)
-    assert checkpoint.find(run.folder, "auto") is None
+    assert find_resume_point(run.folder, "auto") is None
     folders = [run.write(step) for step in (9, 10, 100)]
-    assert checkpoint.find(run.folder, "auto") == folders[-1]
+    assert find_resume_point(run.folder, "auto") == folders[-1]
     (folders[-1] / "COMPLETE").unlink()
-    assert checkpoint.find(run.folder, "auto") == folders[1]
-    assert checkpoint.find(run.folder, "never") is None
+    assert find_resume_point(run.folder, "auto") == folders[1]
+    assert find_resume_point(run.folder, "never") is None
 
 
 def test_a_partial_one_is_never_found(run: Run) -> None:
@@ -74,7 +79,7 @@ def test_a_partial_one_is_never_found(run: Run) -> None:
         shutil.copytree(good, run.checkpoints / name)  # even with a marker in it
     (run.checkpoints / "step-00000007").mkdir()
     (run.checkpoints / "step-00000007" / "COMPLETE.partial").write_text("{}")
-    assert checkpoint.find(run.folder, "auto") == good
+    assert find_resume_point(run.folder, "auto") == good
 
 
 def broken(how: str, file: Path) -> None:
@@ -100,17 +105,17 @@ def test_a_broken_file_is_named_with_the_newest_good_checkpoint(run: Run, how: s
     broken(how, newest / name)
     for resume in ("auto", str(newest)):
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.find(run.folder, resume)
+            find_resume_point(run.folder, resume)
         message = str(caught.value)
         assert str(newest / name) in message
         assert message.endswith(f"checkpoint.resume={good}")
-    assert checkpoint.find(run.folder, str(first)) == first
+    assert find_resume_point(run.folder, str(first)) == first
 
 
 def test_without_a_good_one_the_way_to_start_anew_is_named(run: Run) -> None:
     broken("missing", run.write(1) / "state.json")
     with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never run\.overwrite=true starts anew"):
-        checkpoint.find(run.folder, "auto")
+        find_resume_point(run.folder, "auto")
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "step-00000001.partial"])
@@ -118,7 +123,7 @@ def test_a_named_folder_must_be_complete(run: Run, name: str) -> None:
     good = run.write(2)
     (run.checkpoints / "step-00000001.partial").mkdir()
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.find(run.folder, str(run.checkpoints / name))
+        find_resume_point(run.folder, str(run.checkpoints / name))
     assert "no readable COMPLETE marker" in str(caught.value)
     assert str(caught.value).endswith(f"checkpoint.resume={good}")
 
@@ -137,7 +142,7 @@ def test_any_flipped_bit_of_any_file_is_found(run: Run, data: st.DataObject) -> 
     (folder / name).write_bytes(bytes(changed))
     try:
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.find(run.folder, "auto")
+            find_resume_point(run.folder, "auto")
         assert str(folder) in str(caught.value)
     finally:
         (folder / name).write_bytes(content)
@@ -150,7 +155,7 @@ def test_a_marker_that_says_something_else(run: Run, marker: str) -> None:
     folder = run.write(1)
     (folder / "COMPLETE").write_text(marker)
     with pytest.raises(CheckpointError, match="no readable COMPLETE marker"):
-        checkpoint.find(run.folder, "auto")
+        find_resume_point(run.folder, "auto")
 
 
 def names(run: Run) -> list[str]:
@@ -164,7 +169,7 @@ def test_keep_deletes_older_complete_ones_only(run: Run, keep: int, left: list[i
     (run.checkpoints / "step-00000003" / "COMPLETE").unlink()
     (run.checkpoints / "step-00000006.partial").mkdir()
     (run.checkpoints / "notes").mkdir()
-    seal.delete_old(run.checkpoints, keep)
+    commit.delete_old(run.checkpoints, keep)
     steps = sorted({*left, 3})
     assert names(run) == sorted([*(f"step-{s:08d}" for s in steps), "step-00000006.partial", "notes"])
 
@@ -175,23 +180,23 @@ def test_keep_deletes_older_complete_ones_only(run: Run, keep: int, left: list[i
 def test_the_best_is_kept_beside_the_newest(run: Run, best: int | None, left: list[int]) -> None:
     folders = {step: run.write(step) for step in (1, 2, 4, 5)}
     for _ in range(2):
-        seal.delete_old(run.checkpoints, 1, best)
+        commit.delete_old(run.checkpoints, 1, best)
         assert names(run) == [folders[step].name for step in left]
-    assert checkpoint.find(run.folder, "auto") == folders[5], "a run goes on from the newest, not from the best"
+    assert find_resume_point(run.folder, "auto") == folders[5], "a run goes on from the newest, not from the best"
     newer = run.write(6)
-    seal.delete_old(run.checkpoints, 1, 6)
+    commit.delete_old(run.checkpoints, 1, 6)
     assert names(run) == [newer.name]
 
 
 def test_a_broken_newest_one_names_the_best_as_a_good_one(run: Run) -> None:
     folders = {step: run.write(step) for step in (1, 2, 3)}
-    seal.delete_old(run.checkpoints, 1, 1)
+    commit.delete_old(run.checkpoints, 1, 1)
     broken("flipped", folders[3] / "state.json")
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.find(run.folder, "auto")
+        find_resume_point(run.folder, "auto")
     assert str(caught.value).endswith(f"checkpoint.resume={folders[1]}")
-    seal.archive_after(run.folder, 1)
-    assert checkpoint.find(run.folder, "auto") == folders[1]
+    commit.archive_after(run.folder, 1)
+    assert find_resume_point(run.folder, "auto") == folders[1]
 
 
 def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +208,10 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            seal.delete_old(run.checkpoints, 1)
+            commit.delete_old(run.checkpoints, 1)
     assert first.exists()
     assert not (first / "COMPLETE").exists()
-    assert checkpoint.find(run.folder, "auto") == second
+    assert find_resume_point(run.folder, "auto") == second
 
 
 @pytest.mark.parametrize(
@@ -215,14 +220,14 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
         (files, "sync"),
         (files, "sha256"),
         (files, "write_atomically"),
-        (checkpoint, "save_file"),
-        (checkpoint, "save_adapter"),
+        (checkpointer, "save_file"),
+        (runtime, "save_adapter"),
     ],
 )
 def test_a_kill_while_writing_leaves_the_one_before(
     run: Run, monkeypatch: pytest.MonkeyPatch, room: Any, killed_in: str
 ) -> None:
-    """At every call of every step of the writing, also of a step that is written anew."""
+    """At every call of every step of the writing, also of a step that is written again."""
     good = run.write(1)
     original = getattr(room, killed_in)
     survived = 0
@@ -242,42 +247,42 @@ def test_a_kill_while_writing_leaves_the_one_before(
                 survived += 1
             else:
                 break
-        found = checkpoint.find(run.folder, "auto")
+        found = find_resume_point(run.folder, "auto")
         # the marker's own folder entry may be synced last: by then the new one is whole
         assert found is not None
-        assert found == good or seal.find_corruption(found) is None
+        assert found == good or commit.find_corruption(found) is None
         shutil.rmtree(run.checkpoints / "step-00000002", ignore_errors=True)
     assert survived >= 1
-    assert checkpoint.find(run.folder, "auto") == run.checkpoints / "step-00000002"
+    assert find_resume_point(run.folder, "auto") == run.checkpoints / "step-00000002"
     assert not list(run.checkpoints.glob("*.partial"))
 
 
 def test_state_that_does_not_read_back_is_not_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     good = run.write(1)
     with monkeypatch.context() as patch:
-        read = checkpoint.load_file
-        patch.setattr(checkpoint, "load_file", lambda f: {n: t + 1 for n, t in read(f).items()})
+        read = checkpointer.load_file
+        patch.setattr(checkpointer, "load_file", lambda f: {n: t + 1 for n, t in read(f).items()})
         with pytest.raises(CheckpointError, match=r"state\.safetensors: does not read back"):
             run.write(2)
-    assert checkpoint.find(run.folder, "auto") == good
-    assert torch.equal(*(checkpoint.load_file(good / "state.safetensors")[k] for k in [min_key(good)] * 2))
+    assert find_resume_point(run.folder, "auto") == good
+    assert torch.equal(*(checkpointer.load_file(good / "state.safetensors")[k] for k in [min_key(good)] * 2))
 
 
 def min_key(folder: Path) -> str:
-    return min(checkpoint.load_file(folder / "state.safetensors"))
+    return min(checkpointer.load_file(folder / "state.safetensors"))
 
 
 def test_going_back_sets_the_later_ones_aside(run: Run) -> None:
     folders = {step: run.write(step) for step in (2, 4, 6)}
     named = str(folders[2])
-    assert checkpoint.find(run.folder, named) == folders[2]
-    seal.archive_after(run.folder, 2)
-    assert checkpoint.find(run.folder, "auto") == folders[2]
+    assert find_resume_point(run.folder, named) == folders[2]
+    commit.archive_after(run.folder, 2)
+    assert find_resume_point(run.folder, "auto") == folders[2]
     assert len(list(run.checkpoints.glob("superseded-0-step-*/COMPLETE"))) == 2
     run.resume = named
     again = run.write(4)
-    assert checkpoint.find(run.folder, named) == again, "the same command goes on, it does not go back once more"
+    assert find_resume_point(run.folder, named) == again, "the same command goes on, it does not go back once more"
     run.resume = "auto"
     run.write(6)
-    seal.archive_after(run.folder, 4)
+    commit.archive_after(run.folder, 4)
     assert len(list(run.checkpoints.glob("superseded-*/COMPLETE"))) == 3

@@ -1,4 +1,4 @@
-"""The run folder at a start: anew, going on, finished; and a finished run answers for its own settings only."""
+"""The run folder at a start: fresh, resumed, finished; and a finished run answers for its own settings only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.logged_lines import LoggedLines
 from tests.helpers.tokenizers import write_rows
 from trainer.checkpoint import run_folder as runs
 from trainer.checkpoint.run_folder import Run
@@ -21,13 +22,13 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self.where = folder / "runs"
         self.data = write_rows(folder / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 4)
-        self.said: list[str] = []
+        self.logged = LoggedLines()
 
     def config(self, *overrides: str) -> TrainConfig:
         return load(["model=tiny", f"data.path={self.data}", "run.name=one", f"run.dir={self.where}", *overrides])
 
     def decide(self, *overrides: str) -> Run:
-        return runs._decide(self.config(*overrides), self.said.append)
+        return runs._decide(self.config(*overrides))
 
     def leave(self, status: str, *overrides: str) -> Path:
         """A run as one that ended so would leave it."""
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
-def test_a_new_name_starts_anew(folder: Folder) -> None:
+def test_a_new_name_starts_afresh(folder: Folder) -> None:
     assert folder.decide() == Run(folder.where / "one")
     assert (folder.where / "one").is_dir()
     assert folder.decide() == Run(folder.where / "one")  # an empty folder is a run that had not begun
@@ -60,7 +61,7 @@ def test_a_finished_run_gives_its_summary(folder: Folder) -> None:
     before = {f: f.read_bytes() for f in left.iterdir()}
     decision = folder.decide()
     assert decision.finished == SUMMARY
-    assert json.dumps(SUMMARY, indent=1) in folder.said
+    assert json.dumps(SUMMARY, indent=1) in folder.logged.lines
     assert {f: f.read_bytes() for f in left.iterdir()} == before
 
 
@@ -116,7 +117,7 @@ def test_overwrite_moves_the_old_folder_aside_each_time(folder: Folder) -> None:
     aside = sorted(f for f in folder.where.iterdir() if f.name.startswith("one."))
     assert len(aside) == 3
     assert all((f / "summary.json").exists() for f in aside)
-    assert sum("moved to" in text for text in folder.said) == 3
+    assert sum("moved to" in text for text in folder.logged.lines) == 3
 
 
 def test_metrics_of_before(tmp_path: Path) -> None:

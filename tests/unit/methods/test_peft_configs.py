@@ -18,15 +18,13 @@ from trainer.config.rules.method import adalora_times
 from trainer.config.suggestions import config_fields
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import (
-    OrthogonalTerm,
-    RankAllocator,
     attach,
-    copy_initial_weights,
     load_adapter,
     save_adapter,
     trainable_parameters,
 )
-from trainer.methods.adalora import orthogonal_gradient
+from trainer.methods.adalora import OrthogonalTerm, RankAllocator, orthogonal_gradient
+from trainer.methods.initial_weights import copy_initial_weights
 
 ADALORA: dict[str, Any] = METHODS["adalora"].needs
 KINDS: dict[str, dict[str, Any]] = {
@@ -120,7 +118,7 @@ def adalora_model(total_steps: int = 10, **keys: Any) -> Any:
 def test_ranks_are_taken_as_peft_takes_them(times: dict[str, int]) -> None:
     """Against stock PEFT's own allocator on the same model, gradients and updates."""
     mine, stock = adalora_model(20, **times), adalora_model(20, **times)
-    allocator = RankAllocator.of(mine.peft_config["default"], 2 * 2)
+    allocator = RankAllocator.from_peft(mine.peft_config["default"], 2 * 2)
     rates = torch.Generator().manual_seed(5)
     seen = set()
     for step in range(1, 21):
@@ -153,18 +151,18 @@ def test_the_orthogonal_gradient_is_autograds() -> None:
 
 
 def test_the_orthogonal_term_enters_once_and_as_stock_peft_adds_it() -> None:
-    loss_mask = {"input_ids": IDS, "labels": IDS}
+    inputs = {"input_ids": IDS, "labels": IDS}
     stock = adalora_model(orth_reg_weight=0.3)
     for name, parameter in trainable_parameters(stock).items():
         if "lora_E" in name:
             parameter.data.normal_()
     mine = adalora_model(orth_reg_weight=0.3)
     mine.load_state_dict(stock.state_dict())
-    stock(**loss_mask).loss.backward()
+    stock(**inputs).loss.backward()
     term = OrthogonalTerm(mine, 0.3)
     for scale in (0.0, 1.0, 0.0):  # as of three micro-batches, of which one carries it
         term.scale = scale
-        out = mine.get_base_model()(**loss_mask).loss  # without stock PEFT's own term
+        out = mine.get_base_model()(**inputs).loss  # without stock PEFT's own term
         (out / 3).backward()
     expected = {n: p.grad for n, p in trainable_parameters(stock).items()}
     for name, parameter in trainable_parameters(mine).items():

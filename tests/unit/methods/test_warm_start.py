@@ -19,8 +19,9 @@ from trainer.config import load, run_folder
 from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base, check_method
 from trainer.errors import CheckpointError, ConfigError
-from trainer.methods import attach, digests, save_adapter, trainable_parameters
+from trainer.methods import attach, save_adapter, trainable_parameters
 from trainer.methods.load import ADAPTER_FILE, load_adapter
+from trainer.methods.parameters import digests
 from trainer.tracking.files import read_metrics, read_summary
 
 CONTINUED = [
