@@ -112,9 +112,9 @@ def test_a_broken_file_is_named_with_the_newest_good_checkpoint(run: Run, how: s
     assert find_resume_point(run.folder, str(first)) == first
 
 
-def test_without_a_good_one_the_way_to_start_anew_is_named(run: Run) -> None:
+def test_without_a_good_one_the_way_to_start_afresh_is_named(run: Run) -> None:
     broken("missing", run.write(1) / "state.json")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never run\.overwrite=true starts anew"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never run\.overwrite=true starts afresh"):
         find_resume_point(run.folder, "auto")
 
 
