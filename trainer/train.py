@@ -1,4 +1,6 @@
-"""Load, build, run: what every rank of a job does. ``python -m trainer.train`` and torchrun start here."""
+"""Start training: read the arguments, load the config, turn errors into exit codes. ``python -m trainer.train`` and
+torchrun start here, on every rank.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
-    known = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     world = distributed.from_environment()
     configure_logging(rank=world.rank)
     silence_libraries()
     try:
-        return train(load(known.overrides, known.config), world)
+        return train(load(parsed.overrides, parsed.config), world)
     except Exception as error:
-        told = error if isinstance(error, AfinaError) else explain_full_disk(error)
-        if told is None:
+        known_error = error if isinstance(error, AfinaError) else explain_full_disk(error)
+        if known_error is None:
             raise
-        if told.rank in (None, world.rank):
+        if known_error.rank in (None, world.rank):
             rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
-            print(f"{rank}error: {told}", file=sys.stderr, flush=True)
-        return told.exit_code
+            print(f"{rank}error: {known_error}", file=sys.stderr, flush=True)
+        return known_error.exit_code
 
 
 if __name__ == "__main__":

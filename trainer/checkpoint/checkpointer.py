@@ -43,7 +43,7 @@ class Checkpointer:
     """Writes and reads the checkpoints of one run. Every method is a collective.
 
     Attributes:
-        engine: whose state is saved and restored.
+        engine: of the state that is saved and restored.
         run_dir: the run folder.
         run_identity: what the run must share with a checkpoint (``config.run_identity``).
         config: the ``checkpoint`` group: how many are kept.

@@ -14,7 +14,7 @@ def save_sharded(engine: Engine, partial: Path, name: str) -> str | None:
     """Write each rank's shard with DeepSpeed. A collective.
 
     Args:
-        engine: whose state is written.
+        engine: of the state that is written.
         partial: the folder that the checkpoint is written in; an older one is deleted.
         name: of the folder in it.
 

@@ -1,4 +1,4 @@
-"""The typed configuration in DeepSpeed's terms."""
+"""Translate the typed configuration into DeepSpeed's terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.config.schema import TrainConfig
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """The typed configuration in DeepSpeed's terms, with ``zero.extra`` merged last.
+    """Translate the typed configuration into DeepSpeed's terms (mixed precision too), with ``zero.extra`` merged last.
 
     DeepSpeed's batch arithmetic is told 1 everywhere: the loss is already divided by the label tokens of the global
     batch, and each step says itself when it ends.

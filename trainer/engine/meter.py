@@ -1,4 +1,4 @@
-"""What a step costs: time, tokens, memory, and how much of the device's arithmetic it used."""
+"""Measure what a step costs: time, tokens, memory, and the share of the device's arithmetic that it used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer.distributed.process_group import World
 
 
 class Meter:
-    """Turns a step's raw numbers into the keys of metrics.jsonl.
+    """Turn a step's raw numbers into the keys of metrics.jsonl.
 
     Args:
         world: this process.
-        model: the model with its trained parameters; counted here, before ZeRO cuts it up.
+        model: with its trainable parameters; counted here, before ZeRO partitions it.
         dtype: of its arithmetic.
     """
 
@@ -27,14 +27,14 @@ class Meter:
         from trainer.methods import count_parameters
 
         self.world = world
-        trained, total = count_parameters(model)
+        trainable, total = count_parameters(model)
         # A forward is 2 operations a weight and token, the backward 2 more for the activations, and 2 for the
-        # gradient of each trained weight (Kaplan et al., 2020; attention itself is left out).
-        self.operations_a_token = 4 * total + 2 * trained
+        # gradient of each trainable weight (Kaplan et al., 2020; attention itself is left out).
+        self.operations_a_token = 4 * total + 2 * trainable
         self.peak = _matmul_peak(world.device, dtype) * world.world_size
 
     def measure(self, seconds: float, data_seconds: float, useful: int, computed: int) -> dict[str, float | int]:
-        """The cost of one step over all ranks.
+        """Return the cost of one step over all ranks.
 
         Args:
             seconds: wall time of the step.
@@ -54,8 +54,8 @@ class Meter:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """Give what is free, but still held by the allocators, back to the system: after a phase whose tensors were unlike
-    those to come. On CPU glibc keeps it else, in pieces that no larger tensor fits into."""
+    """Return what is free, but still held by the allocators, to the system: after a phase with tensors unlike those to
+    come. On CPU glibc keeps it else, in pieces that no larger tensor fits into."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # another C library, or none that is found so
@@ -63,19 +63,19 @@ def give_back_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the GPU, or resident on the CPU."""
+    """Return the most memory that this process has held: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people call it."""
+    """Return the device as people call it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that a plain square matrix product reaches here: what utilization is measured against."""
+    """Measure the operations a second of a plain square matrix product: what utilization is measured against."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")

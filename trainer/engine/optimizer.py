@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate: a pure function of the step, so nothing of it needs saving."""
+"""Make the optimizer; compute the learning rate, a pure function of the step, so nothing of it needs saving."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig
 
 
 def peak_learning_rate(config: TrainConfig) -> float:
-    """``optim.learning_rate``, or the method's default when it is null."""
+    """Return ``optim.learning_rate``, or the method's default when it is null."""
     given = config.optim.learning_rate
     return METHODS[config.method.name].learning_rate if given is None else given
 
 
 def adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig, on_gpu: bool) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019). Its rate is set by the loop before each step, so it starts at zero."""
+    """Make AdamW (Loshchilov & Hutter, 2019). Its rate is set by the loop before each step, so it starts at zero."""
     return torch.optim.AdamW(
         parameters,
         lr=0.0,
@@ -31,14 +31,14 @@ def adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig, on_gpu: bool) 
 
 
 def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
-    """Steps of linear warmup: ``warmup_steps``, else ``warmup_ratio`` of all, rounded up."""
+    """Return the steps of linear warmup: ``warmup_steps``, else ``warmup_ratio`` of all, rounded up."""
     if schedule.warmup_steps is not None:
         return min(schedule.warmup_steps, total_steps)
     return math.ceil(schedule.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is a little more than 7
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of one update.
+    """Return the rate of one update.
 
     Args:
         step: from 0.

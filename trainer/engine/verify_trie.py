@@ -1,4 +1,4 @@
-"""Is a trie right on this model? Proved at start-up on a few real rows, on the loaded model, against padded rows."""
+"""Verify at start-up, on the loaded model and a few real rows, that a trie gives the loss and gradient of padded rows."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Relative distance, trie against padded rows, computed in ``dtype``: of the summed loss, and (Frobenius) of the
-    gradients put together."""
+    """How far a trie is from padded rows, computed in ``dtype``: relative distance of the summed loss, and (Frobenius)
+    of the gradients put together."""
 
     loss_distance: float
     gradient_distance: float
@@ -52,7 +52,7 @@ class Verification:
 
     @property
     def bound(self) -> float:
-        """What is allowed."""
+        """The largest distance that is allowed."""
         return BOUNDS.get(self.dtype, BOUNDS[torch.float32])
 
     @property
@@ -68,17 +68,17 @@ class Verification:
 
 
 def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data, pad_id: int) -> tuple[Packing, str]:
-    """The packing of a run, and a sentence for the user that says why.
+    """Choose the packing of a run; return it with a sentence for the user that says why.
 
     Args:
-        model: with its trained parameters, before DeepSpeed; where it is now, it is tried.
+        model: with its trainable parameters, before DeepSpeed; it is verified on the device where it is now.
         loss: of this model.
         config: ``batch.packing`` is followed; ``auto`` falls back to padded, ``trie`` does not.
-        data: the first step's rows are tried.
+        data: the first step's rows are what it is verified on.
         pad_id: fills padding.
 
     Raises:
-        ConfigError: ``batch.packing=trie``, and a trie is not possible or not proved.
+        ConfigError: ``batch.packing=trie``, and a trie is not possible or not verified.
     """
     limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
     padded, trie = Packing(False, limits, pad_id), Packing(True, limits, pad_id)
@@ -88,11 +88,11 @@ def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data,
     if reason is None:
         groups = verification_rows(config, data, smallest_window(model))
         with first_layers(model) as layers:
-            proofs = [proof for rows in groups for proof in verify_in_each_dtype(model, loss, rows, pad_id)]
+            found = [one for rows in groups for one in verify_in_each_dtype(model, loss, rows, pad_id)]
         tried = f"{sum(map(len, groups))} rows{layers}"
-        worst = max(proofs, key=lambda p: max(p.loss_distance, p.gradient_distance) / p.bound)
+        worst = max(found, key=lambda v: max(v.loss_distance, v.gradient_distance) / v.bound)
         if worst.holds:
-            return trie, f"packing: trie, proved on {tried} against padded ({worst})"
+            return trie, f"packing: trie, verified on {tried} against padded ({worst})"
         reason = f"on {tried} it differs from padded ({worst})"
     if config.batch.packing == "trie":
         raise ConfigError(
@@ -102,7 +102,7 @@ def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data,
 
 
 def trie_obstacle(model: Any) -> str | None:
-    """Why this model cannot be tried on a trie at all; ``None`` when it can."""
+    """Return why this model cannot run a trie at all; ``None`` when it can."""
     config = model.config
     if config._attn_implementation != KERNEL:
         return f"attention is {config._attn_implementation}, which knows padded rows only"
@@ -122,7 +122,7 @@ def trie_obstacle(model: Any) -> str | None:
 
 
 def smallest_window(model: Any) -> int | None:
-    """Tokens of the narrowest sliding window of its layers, if any has one."""
+    """Return the tokens of the narrowest sliding window of its layers, if any has one."""
     config = model.config
     windows = [getattr(module, "sliding_window", None) for module in model.modules()]
     kinds = getattr(config, "layer_types", None)
@@ -132,12 +132,12 @@ def smallest_window(model: Any) -> int | None:
 
 
 def verification_rows(config: TrainConfig, data: Data, window: int | None) -> list[list[Tokens]]:
-    """Real rows of the first step, in groups that are tried one after the other; short, so that a try takes a second.
+    """Pick real rows of the first step, in groups that are verified one after the other; short: each takes a second.
 
-    First the two rows that share most, cut around their fork. They come again with every token learnt, one of them cut
-    short: so there are labels at forks, labels that count more than once, and an end inside another row, whatever the
-    data holds. Then, if any training row is longer than the sliding window, such a
-    row, and one that leaves it shortly before its end.
+    First the two rows that share most, cut around their fork. They come again with every token in the loss, one of them
+    cut short: so there are labels at forks, labels that count more than once, and an end inside another row, whatever
+    the data holds. Then, if any training row is longer than the sliding window, such a row, and one that leaves it
+    shortly before its end.
     """
     chosen = global_batch(config.run.seed, 0, len(data.train), config.batch.global_size)
     rows = data.train.tokens(chosen[:64])
@@ -147,16 +147,16 @@ def verification_rows(config: TrainConfig, data: Data, window: int | None) -> li
     start = max(0, int(begins[at]) - KEPT)
     picked = [Tokens(rows[i].ids[start : start + 2 * KEPT], rows[i].loss_mask[start : start + 2 * KEPT]) for i in pair]
     first, second = picked[0].ids, picked[-1].ids
-    groups = [[*picked, _all_learnt(first), _all_learnt(second[: len(second) * 2 // 3 + 1])]]
+    groups = [[*picked, _all_in_loss(first), _all_in_loss(second[: len(second) * 2 // 3 + 1])]]
     longer = np.flatnonzero(data.train.lengths > (window or np.inf))
     if window is not None and len(longer):
         ids = data.train.tokens(longer[:1])[0].ids[: window + BEHIND_WINDOW]
         twin = np.concatenate([ids[:-OTHER_TAIL], ids[-OTHER_TAIL:][::-1]])
-        groups.append([_all_learnt(ids), _all_learnt(twin)])
+        groups.append([_all_in_loss(ids), _all_in_loss(twin)])
     return groups
 
 
-def _all_learnt(ids: np.ndarray) -> Tokens:
+def _all_in_loss(ids: np.ndarray) -> Tokens:
     return Tokens(ids, np.ones(len(ids), dtype=bool))
 
 
@@ -176,7 +176,7 @@ def verify_in_each_dtype(model: nn.Module, loss: LabelLoss, rows: Sequence[Token
 
 @contextlib.contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """The same values in fp32; the tensors of before are kept and put back."""
+    """Hold the same values in fp32; the tensors of before are kept and restored."""
     tensors = [*model.parameters(), *model.buffers()]
     held = [(t, t.data) for t in tensors if t.is_floating_point() and t.dtype != torch.float32]
     for tensor, data in held:
@@ -191,24 +191,24 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
 def verify(
     model: nn.Module, loss: LabelLoss, rows: Sequence[Tokens], pad_id: int, with_gradients: bool = True
 ) -> Verification:
-    """Losses and gradients of some rows in one trie, against padded rows.
+    """Compare losses and gradients of some rows in one trie with those of padded rows.
 
     Args:
-        model: in evaluation or training mode; dropout is off while it is tried, and its gradients are left alone.
+        model: in evaluation or training mode; dropout is off while it is verified, and its gradients are left alone.
         loss: of this model.
         rows: with at least one label.
         pad_id: fills padding.
         with_gradients: else their distance is 0.
     """
     unlimited = Limits(len(rows), 0)
-    trained = _some([p for p in model.parameters() if p.requires_grad]) if with_gradients else []
+    trainable_params = _some([p for p in model.parameters() if p.requires_grad]) if with_gradients else []
     was_training = model.training
     model.eval()
     try:
         which = list(range(len(rows)))
         padded, trie = Packing(False, unlimited, pad_id), Packing(True, unlimited, pad_id)
-        expected = _loss_and_gradients(model, loss, [padded.collate(rows, which)], trained)
-        found = _loss_and_gradients(model, loss, [trie.collate(rows, which)], trained)
+        expected = _loss_and_gradients(model, loss, [padded.collate(rows, which)], trainable_params)
+        found = _loss_and_gradients(model, loss, [trie.collate(rows, which)], trainable_params)
     finally:
         model.train(was_training)
     loss_distance, gradient_distance = _distance(found, expected)
@@ -217,20 +217,20 @@ def verify(
 
 
 def _some(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """First, last and some between, as many as ``MAX_ELEMENTS`` allow; at least one."""
+    """Pick the first, the last and some between, as many as ``MAX_ELEMENTS`` allow; at least one."""
     step = max(1, sum(p.numel() for p in parameters) // MAX_ELEMENTS)
     return parameters[::step]
 
 
 def _loss_and_gradients(
-    model: nn.Module, loss: LabelLoss, batches: Sequence[MicroBatch], trained: list[nn.Parameter]
+    model: nn.Module, loss: LabelLoss, batches: Sequence[MicroBatch], trainable_params: list[nn.Parameter]
 ) -> tuple[Tensor, list[Tensor]]:
-    total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trained]
+    total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trainable_params]
     device = next(model.parameters()).device
     for batch in (b.to(device) for b in batches):
-        with trie_context(batch.paths), torch.set_grad_enabled(bool(trained)):
+        with trie_context(batch.paths), torch.set_grad_enabled(bool(trainable_params)):
             value = loss(model, batch)
-            gradients = torch.autograd.grad(value, trained, allow_unused=True) if trained else ()
+            gradients = torch.autograd.grad(value, trainable_params, allow_unused=True) if trainable_params else ()
         total = total + value.detach().cpu()
         for held, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
@@ -239,7 +239,7 @@ def _loss_and_gradients(
 
 
 def _distance(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
-    """Relative distance of the losses, and of the gradients put together."""
+    """Return the relative distance of the losses, and of the gradients put together."""
     loss = float((found[0] - expected[0]).abs() / expected[0].abs().clamp_min(1e-12))
     apart = sum(float((f - e).square().sum()) for f, e in zip(found[1], expected[1], strict=True))
     whole = sum(float(e.square().sum()) for e in expected[1])

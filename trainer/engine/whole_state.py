@@ -1,4 +1,4 @@
-"""The trained state as whole tensors, whatever ZeRO has made of it; and back, to the bit.
+"""Gather the trainable state as whole tensors, whatever ZeRO has made of it; and restore it, to the bit.
 
 Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in
 the model. Every function here is a collective: all ranks call it.
@@ -20,7 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_state(engine: Engine) -> dict[str, Tensor]:
-    """Masters and moments of every trained tensor, fp32 on the CPU; on rank 0 only, the others get an empty dict."""
+    """Gather masters and moments of every trainable parameter, fp32 on the CPU; on rank 0 only, the others get an empty
+    dict."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     out: dict[str, Tensor] = {}
@@ -40,7 +41,7 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
 
 
 def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None:
-    """Put a gathered state back, at any world size and ZeRO stage.
+    """Restore a gathered state, at any world size and ZeRO stage.
 
     Args:
         engine: freshly built.
@@ -70,7 +71,7 @@ class EngineTensors:
     """The engine's trainable parameters as whole fp32 tensors by name, for a method's runtime.
 
     Args:
-        engine: whose parameters they are.
+        engine: of these parameters.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -117,7 +118,7 @@ def _set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _make_moments(engine: Engine, step: int) -> None:
-    """AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
+    """Make AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
     if engine.zero_stage == 0:
         adam, held = engine.optimizer, list(engine.trainable_params.values())
     else:
@@ -135,7 +136,7 @@ def _make_moments(engine: Engine, step: int) -> None:
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any]:
-    """The fp16 loss scaler's numbers; empty in other dtypes."""
+    """Return the fp16 loss scaler's numbers; empty in other dtypes."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if engine.dtype != torch.float16 or scaler is None:
         return {}
@@ -143,13 +144,13 @@ def loss_scaler_state(engine: Engine) -> dict[str, Any]:
 
 
 def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
-    """Put the loss scaler's numbers back."""
+    """Restore the loss scaler's numbers."""
     for name, value in saved.items():
         setattr(engine.optimizer.loss_scaler, name, value)
 
 
 def gather_live(engine: Engine, only_trainable: bool) -> dict[str, Tensor]:
-    """The tensors that the forward uses, whole, in their own dtype, on the CPU of rank 0 (empty on the others)."""
+    """Gather the tensors that the forward uses, whole, in their own dtype, on rank 0's CPU (the others: empty)."""
     out: dict[str, Tensor] = {}
     for name, parameter in engine.model.named_parameters():
         if only_trainable and name not in engine.trainable_params:
@@ -161,13 +162,13 @@ def gather_live(engine: Engine, only_trainable: bool) -> dict[str, Tensor]:
 
 
 def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
-    """The forward's own copy; DeepSpeed would rewrite it from the master only at the next step."""
+    """Rewrite the forward's own copy; DeepSpeed would rewrite it from the master only at the next step."""
     with whole(parameter, modifier_rank=0):
         parameter.data.copy_(value.reshape(parameter.shape))
 
 
 def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tensor:
-    """Rank 0's tensor on every rank: the checkpoint's disk may be rank 0's own."""
+    """Broadcast rank 0's tensor: the checkpoint's disk may be rank 0's own."""
     device = engine.world.device
     held = torch.empty(shape, dtype=torch.float32, device=device)
     if engine.world.is_main:

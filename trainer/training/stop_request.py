@@ -1,4 +1,4 @@
-"""Being asked to stop: remember it, finish the step, save, leave."""
+"""Remember a request to stop: the loop finishes the step, saves and leaves."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_right_models_are_accepted(name: str, dtype: torch.dtype) -> None:
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         packing, why = choose_packing(model, loss, config("trie"), rows_like([17, 20, 22, 25, 30, 31, 34], 14, seed), 0)
         assert packing.uses_trie
-        assert "proved on" in why
+        assert "verified on" in why
         after = dict(model.named_parameters())
         assert all(torch.equal(after[n], b) and after[n].dtype == b.dtype for n, b in before.items())
         assert all(p.grad is None for p in after.values())
