@@ -1,4 +1,4 @@
-"""Verify at start-up, on the loaded model and a few real rows, that a trie gives the loss and gradient of padded rows."""
+"""Verify at start-up, on the loaded model and real rows, that a trie gives the loss and gradient of padded rows."""
 
 from __future__ import annotations
 
