@@ -16,6 +16,7 @@ from trainer.data.templates.template import Template
 from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live
 from trainer.errors import TrainingError
+from trainer.tracking.files import build_summary
 from trainer.training.loop import Outcome
 
 logger = logging.getLogger(__name__)
@@ -63,21 +64,20 @@ def copy_rejected_rows(data: Data, run_dir: Path) -> None:
                     shutil.copyfileobj(rows, out)
 
 
-def build_summary(outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
-    """Build summary.json. ``metrics`` are those of the weights that the run ends with."""
-    before = run.scores_before()
-    return {
-        "status": outcome.status,
-        "steps": outcome.steps,
-        "wall_seconds": seconds,
-        "trainable_parameters": model_info["trainable_parameters"],
-        "total_parameters": model_info["total_parameters"],
-        "train_loss": outcome.train_loss,
-        "metrics": {**outcome.scores, **{f"{k}_before": v for k, v in before.items()}},
-        "best_step": outcome.best_step,
-        "stopped_early": outcome.stopped_early,
-        "error": None,
-    }
+def summarize(outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
+    """Build the summary of a run that ended well; its metrics are those of the weights that it ends with."""
+    before = {f"{name}_before": value for name, value in run.scores_before().items()}
+    return build_summary(
+        status=outcome.status,
+        steps=outcome.steps,
+        wall_seconds=seconds,
+        trainable_parameters=model_info["trainable_parameters"],
+        total_parameters=model_info["total_parameters"],
+        train_loss=outcome.train_loss,
+        metrics={**outcome.scores, **before},
+        best_step=outcome.best_step,
+        stopped_early=outcome.stopped_early,
+    )
 
 
 def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int) -> None:

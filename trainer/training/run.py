@@ -17,15 +17,15 @@ from trainer.data.load import Data, describe, load_data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.meter import device_name
-from trainer.errors import PREEMPTED_EXIT_CODE, AfinaError
+from trainer.errors import PREEMPTED_EXIT_CODE
 from trainer.evaluation.generator import Generator
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.environment import write_environment
-from trainer.tracking.files import write_summary
+from trainer.tracking.files import build_summary, describe_error, write_summary
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
-from trainer.training.finish import build_summary, copy_rejected_rows, log_result, save_final
+from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
 from trainer.training.loop import Loop, Outcome, open_monitor
 from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
@@ -119,7 +119,7 @@ def run_job(job: Job) -> Outcome:
         resume_step=first_step,
         model_info=built.model_info,
     )
-    summary: dict[str, Any] = {"status": "failed"}
+    summary: dict[str, Any] = {}
     try:
         _log_start(job, built.model_info, first_step)
         loop = Loop(
@@ -140,7 +140,7 @@ def run_job(job: Job) -> Outcome:
         summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
-        summary |= {"error": _describe_error(error, world)}
+        summary = _failure(job, error)
         raise
     finally:
         tracker.close(summary)
@@ -192,30 +192,23 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
         save_final(built.engine, job.run.folder, job.tokenizer, job.config)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
-    summary = build_summary(outcome, built.model_info, job.run, job.seconds)
+    summary = summarize(outcome, built.model_info, job.run, job.seconds)
     if job.world.is_main:
         write_summary(job.run.folder, summary)
     log_result(job.config, outcome, job.run, summary, total_steps)
     return summary
 
 
-def _describe_error(error: BaseException, world: World) -> dict[str, Any]:
-    kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
-    return {"kind": kind, "message": str(error), "rank": getattr(error, "rank", None) or world.rank}
-
-
 def _record_failure(job: Job, error: Exception) -> None:
     """Write the summary of a failed run, on whichever rank fails: rank 0 may never hear of it."""
-    write_summary(
-        job.run.folder,
-        {
-            "status": "failed",
-            "steps": job.run.last_logged_step(),
-            "wall_seconds": job.seconds,
-            "trainable_parameters": None,
-            "total_parameters": None,
-            "train_loss": None,
-            "metrics": {},
-            "error": _describe_error(error, job.world),
-        },
+    write_summary(job.run.folder, _failure(job, error))
+
+
+def _failure(job: Job, error: Exception) -> dict[str, Any]:
+    """Build the summary of a run that failed."""
+    return build_summary(
+        status="failed",
+        steps=job.run.last_logged_step(),
+        wall_seconds=job.seconds,
+        error=describe_error(error, job.world.rank),
     )
