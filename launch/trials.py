@@ -62,14 +62,14 @@ def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> 
 
 
 def is_done(trial: Trial) -> bool:
-    """Finished, and with this very config: several trials of the same name may have been given other values."""
+    """Return whether it is finished, and with what changes the result as here: a name may have been given twice."""
     if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
         return False
     try:
         there = trainer.config.load([], trial.folder / "config.yaml")
     except AfinaError:
         return False  # the training process will say what is the matter
-    return own_name(there) == own_name(trial.config)
+    return not trainer.config.changed_result_fields(there, trial.config)
 
 
 def own_name(config: TrainConfig) -> str:

@@ -83,11 +83,15 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
         raise ConfigError("compare.methods", reason="none can be trained here", hint=str(candidates[0].refused))
     for candidate in able[1:]:  # the untrained model scores the same for all
         candidate.overrides.append("eval.before=false")
-    given = next((text.partition("=")[2] for text in typed if text.startswith("run.name=")), None)
+    given = next((text.partition("=")[2] for text in reversed(typed) if text.startswith("run.name=")), None)
     keys = base.compare
     parts = [own_name(candidate.config) for candidate in able if candidate.config]
     own = digest([*parts, f"{keys.rows} {keys.tune} {keys.tune_rows}"], "compare-")
-    return Path(base.run.dir) / (given or own), candidates
+    folder = Path(base.run.dir) / (given or own)
+    if base.log.group is None:  # the tries of learning rates too, wherever their folders are
+        for candidate in able:
+            candidate.overrides.append(f"log.group={torchrun.quote(folder.name)}")
+    return folder, candidates
 
 
 def _entrant(name: str, typed: Sequence[str]) -> Candidate:
@@ -166,7 +170,7 @@ def _two_digits(rate: float) -> float:
 
 
 def _trial(candidate: Candidate, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
-    where = {"run.dir": str(folder), "run.name": name, "log.group": folder.name}
+    where = {"run.dir": str(folder), "run.name": name}
     placed = [f"{key}={torchrun.quote(value)}" for key, value in where.items()]
     overrides = [*candidate.overrides, *more, f"{RATE}={rate!r}", *placed]
     return Trial(name, overrides, {}, trainer.config.load(overrides))

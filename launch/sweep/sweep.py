@@ -36,12 +36,13 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
     configs = [trainer.config.load(combination, config_file) for combination in combinations]
     # only a name given here counts: a config file of an old run holds that run's name
     given = configs[0].run.name if "run.name" in _values(combinations[0]) else None
-    # else a digest of what is trained, so that the same sweep finds its folder again
-    sweep_name = given or digest([own_name(config) for config in configs], "sweep-")
-    sweep_folder = Path(configs[0].run.dir) / sweep_name
-
     varied = _varied(combinations)
     names = _trial_names(varied) if varied[0] else [own_name(configs[0])]
+    # else a digest of what is trained, so that the same sweep finds its folder again; with the trials' names, since
+    # sweeps over micro sizes or ZeRO stages all train the same
+    sweep_name = given or digest([f"{own_name(c)} {name}" for c, name in zip(configs, names, strict=True)], "sweep-")
+    sweep_folder = Path(configs[0].run.dir) / sweep_name
+
     trials = []
     for name, values, combination, config in zip(names, varied, combinations, configs, strict=True):
         where = {"run.dir": str(sweep_folder), "run.name": name, "log.group": config.log.group or sweep_name}

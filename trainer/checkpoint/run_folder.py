@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -12,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.resume import find_resume_point
-from trainer.config import TrainConfig, load, run_folder
+from trainer.config import TrainConfig, changed_result_fields, load, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
 from trainer.tracking.files import METRICS_FILE, read_metrics, read_summary
 
 logger = logging.getLogger(__name__)
-
-# Keys that say where and how a run is carried out; a finished run is the same run whatever they say.
-_WHERE_AND_HOW = ("log.", "launch.", "checkpoint.", "compare.")
-_NOT_THE_RESULT = ("run.name", "run.dir", "run.overwrite", "data.cache_dir", *_WHERE_AND_HOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +95,7 @@ def _same_result(config: TrainConfig, folder: Path) -> None:
         before = load([], folder / "config.yaml")
     except AfinaError:
         return  # moved data, or a key of an older version: the summary still stands
-    was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
-    changed = [
-        f"{k} {was.get(k)} → {now.get(k)}"
-        for k in {**now, **was}  # zero.extra may have lost keys
-        if was.get(k) != now.get(k) and not k.startswith(_NOT_THE_RESULT)
-    ]
+    changed = [f"{key} {was} → {now}" for key, was, now in changed_result_fields(before, config)]
     if changed:
         raise ConfigError(
             str(folder),
@@ -113,10 +103,3 @@ def _same_result(config: TrainConfig, folder: Path) -> None:
             f"({', '.join(changed[:4])}{' …' if len(changed) > 4 else ''})",
             hint="another run.name, or run.overwrite=true (the old folder is moved aside)",
         )
-
-
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return out

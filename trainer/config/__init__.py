@@ -1,6 +1,7 @@
 """The configuration: typed keys (``schema``), Hydra composition (``load``), rules between keys (``rules``), names."""
 
 from trainer.config.compose import find_adapter, find_data, load, sources, to_yaml
+from trainer.config.identity import changed_result_fields, result_fields, run_identity
 from trainer.config.messages import redact
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
@@ -11,6 +12,7 @@ __all__ = [
     "METRICS",
     "Key",
     "TrainConfig",
+    "changed_result_fields",
     "conf_dir",
     "expand_sweep",
     "find_adapter",
@@ -21,7 +23,9 @@ __all__ = [
     "load",
     "method_label",
     "redact",
+    "result_fields",
     "run_folder",
+    "run_identity",
     "run_name",
     "sources",
     "to_yaml",

@@ -1,4 +1,4 @@
-"""A configuration field that carries its own documentation and its own limits."""
+"""A configuration field that carries its own documentation, its own limits, and whether it changes a run's result."""
 
 from __future__ import annotations
 
@@ -6,17 +6,26 @@ from dataclasses import field
 from typing import Any
 
 
-def key(default: Any, help: str, **limits: Any) -> Any:
-    """A documented config field.
+def key(default: Any, help: str, *, changes_result: bool = True, resume_may_change: bool = False, **limits: Any) -> Any:
+    """Return a documented dataclass field.
+
+    The two marks are all that ``identity.py`` knows: a run's default name, "is this finished run the same" and what a
+    checkpoint must match are derived from them.
 
     Args:
         default: the value when no YAML and no override sets it; a list or dict is copied for each config.
         help: one sentence: meaning, unit, effect or cost.
+        changes_result: whether another value gives other weights (beyond the order of sums). ``False`` for where and
+            how a run is carried out, saved, scored and logged: it may differ and the run is still the same run.
+        resume_may_change: of a field that changes the result, whether a run may be resumed from a checkpoint that was
+            written with another value (a longer run, another learning rate): the state that was saved keeps its
+            meaning. ``False`` binds the checkpoint to the value.
         **limits: any of ``choices`` (tuple of allowed values), ``ge``, ``gt``, ``le``, ``lt`` (numeric bounds).
     """
     unknown = set(limits) - {"choices", "ge", "gt", "le", "lt"}
     assert not unknown, f"unknown limits {unknown}"
-    metadata = {"help": help, **limits}
+    assert changes_result or not resume_may_change, "what does not change the result may always change at a resume"
+    metadata = {"help": help, "changes_result": changes_result, "resume_may_change": resume_may_change, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

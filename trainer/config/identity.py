@@ -1,20 +1,86 @@
+"""Which configurations are the same run, derived from the marks ``changes_result`` and ``resume_may_change`` of fields.
+
+Three questions have one answer: a run's default name, whether a finished run is the one that was asked for, and whether
+a checkpoint belongs to a run.
+"""
+
 from __future__ import annotations
 
-from dataclasses import asdict
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
+from trainer.config.suggestions import conf_dir, config_fields
+
+# Fields that hold paths: in the checkout they are taken relative to it, so that a run has the same name in each.
+PATH_FIELDS = frozenset({"data.path", "data.validation", "data.template", "method.adapter"})
+
+
+def result_fields(config: TrainConfig) -> dict[str, Any]:
+    """Return ``{dotted key: value}`` of every field that changes the result, in the schema's order."""
+    return {
+        name: _portable(value) if name in PATH_FIELDS else value
+        for name, value in _values(config).items()
+        if config_fields()[name].changes_result
+    }
+
+
+def changed_result_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Compare two configurations by what changes the result; none changed: they are the same run.
+
+    Returns:
+        ``(dotted key, value before, value now)`` of each key that differs. A key below a mapping (``zero.extra.…``)
+        stands for itself; ``None`` is the value where it is not there.
+    """
+    was, is_now = _flatten(result_fields(before)), _flatten(result_fields(now))
+    return [(key, was.get(key), is_now.get(key)) for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
 
 
 def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
-    means = METHODS[config.method.name].keys | {"name"}
-    method = {name: value for name, value in asdict(config.method).items() if name in means - {"dropout"}}
-    return {
-        "model.name_or_path": config.model.name_or_path,
-        "model.revision": config.model.revision,
-        "batch.global_size": config.batch.global_size,
-        "run.seed": config.run.seed,
-        "data": data_fingerprint,
-        **{f"method.{k}": v for k, v in method.items()},
-    }
+    """Return what a run must have in common with a checkpoint that it is resumed from; everything else may change.
+
+    It is written into every checkpoint, so its keys cannot change: a run is refused when one of them is not there.
+
+    Args:
+        config: of the run.
+        data_fingerprint: of the prepared data; it stands for the whole ``data`` section.
+
+    Returns:
+        ``{dotted key: value}`` of the fields that change the result and that a resumed run may not change, of
+        ``method`` those that mean something for the method; and ``data``.
+    """
+    meaningful = METHODS[config.method.name].keys | {"name"}
+    identity: dict[str, Any] = {"data": data_fingerprint}
+    for name, value in _values(config).items():
+        entry, (section, field) = config_fields()[name], name.split(".")
+        bound = entry.changes_result and not entry.resume_may_change
+        if bound and section != "data" and (section != "method" or field in meaningful):
+            identity[name] = value
+    return identity
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    tree = dataclasses.asdict(config)
+    return {name: tree[section][field] for name in config_fields() for section, field in [name.split(".")]}
+
+
+def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
+
+
+def _portable(path: Any) -> Any:
+    """A path, a list of them, or a list of ``{path: …}``; those in the checkout relative to it."""
+    root = conf_dir().parent
+    if isinstance(path, list):
+        return [_portable(item) for item in path]
+    if isinstance(path, dict):
+        return {key: _portable(value) if key == "path" else value for key, value in path.items()}
+    if isinstance(path, str) and Path(path).is_relative_to(root):
+        return str(Path(path).relative_to(root))
+    return path

@@ -24,7 +24,7 @@ class MethodConfig:
     )
     r: int | None = key(None, "rank of the adapters; more rank, more trainable parameters", ge=1)
     alpha: float | None = key(None, "adapter scale is alpha / r; null means 2 * r (adalora: 2 * init_r)", gt=0)
-    dropout: float = key(0.0, "share of adapter inputs dropped in training", ge=0, lt=1)
+    dropout: float = key(0.0, "share of adapter inputs dropped in training", ge=0, lt=1, resume_may_change=True)
     target_modules: Any = key(
         "all_linear",
         "attention_min (q, v), attention (q, k, v, o), all_linear (all linear layers but the head), or a list of names",

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from pathlib import Path
 
+from trainer.config.identity import result_fields
 from trainer.config.schema import TrainConfig
-from trainer.config.suggestions import conf_dir
 
 MAX_SLUG_LENGTH = 40
 
-# What does not change the result: where it is written, how it is watched, started and saved.
-_LEFT_OUT_SECTIONS = ("log", "launch", "checkpoint", "compare")
-_LEFT_OUT_KEYS = (
-    *(("run", "name"), ("run", "dir"), ("run", "overwrite")),
-    *(("data", "cache_dir"), ("data", "workers"), ("data", "max_refused")),
-)
-
 
 def run_name(config: TrainConfig) -> str:
-    """``run.name``, or ``{model}-{method}-{8 hex digits of the keys that change the result}``."""
+    """Return ``run.name``, or ``{model}-{method}-{8 hex digits of the fields that change the result}``."""
     if config.run.name:
         return config.run.name
     slug = re.sub(r"[^a-z0-9]+", "-", Path(config.model.name_or_path).name.lower()).strip("-")[:MAX_SLUG_LENGTH]
@@ -47,25 +39,5 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def _digest(config: TrainConfig) -> str:
-    tree = dataclasses.asdict(config)
-    for section in _LEFT_OUT_SECTIONS:
-        del tree[section]
-    for section, name in _LEFT_OUT_KEYS:
-        del tree[section][name]
-    for name in ("path", "validation", "template"):
-        tree["data"][name] = _portable(tree["data"][name])
-    tree["method"]["adapter"] = _portable(tree["method"]["adapter"])
-    text = json.dumps(tree, sort_keys=True, default=str)
+    text = json.dumps(result_fields(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _portable(path: object) -> object:
-    """Paths in the checkout relative to it, so that a recipe has the same name in every checkout."""
-    root = conf_dir().parent
-    if isinstance(path, list):
-        return [_portable(item) for item in path]
-    if isinstance(path, dict):
-        return {key: _portable(value) if key == "path" else value for key, value in path.items()}
-    if isinstance(path, str) and Path(path).is_relative_to(root):
-        return str(Path(path).relative_to(root))
-    return path

@@ -1,8 +1,9 @@
 """Every key of the configuration, typed and documented. No torch, no Hydra: plain dataclasses.
 
-A field made with :func:`key` carries its own documentation and its own limits, so the sentence a user reads in
-``afina config --keys`` and the check that refuses a wrong value cannot drift apart. The ``method`` group is in
-``method.py``. Rules that need more than one key are in ``rules.py``.
+A field made with :func:`key` carries its own documentation, its own limits and whether it changes the result, so the
+sentence a user reads in ``afina config --keys``, the check that refuses a wrong value and the run's default name cannot
+drift apart. The ``method`` group is in ``method.py``; the sections that never change a result are in ``execution.py``.
+Rules that need more than one key are in ``rules/``.
 """
 
 # ruff: noqa: RUF009 - key() returns a dataclass field, made afresh for each class.
@@ -13,13 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.dataset_spec import FORMATS
+from trainer.config.execution import CheckpointConfig, CompareConfig, GenerateConfig, LaunchConfig, LogConfig
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
 
 
 @dataclass(slots=True)
 class ModelConfig:
-    """The base model and how it is held in memory."""
+    """The base model and how it is held in memory.
+
+    Attention kernels and gradient checkpointing compute the same products in another order, and ``trust_remote_code``
+    only permits: they do not change the result.
+    """
 
     name_or_path: str = key("smollm2_135m", "a name of `afina fetch`, a local folder, or a hub id")
     revision: str | None = key(None, "branch, tag or commit of a hub model; pin it for repeatable runs")
@@ -27,21 +33,31 @@ class ModelConfig:
         "auto",
         "16-bit type of the forward and backward; auto: bf16 where the hardware has it, else fp16 on GPU, fp32 on CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
+        resume_may_change=True,
     )
     attention: str = key(
         "auto",
         "attention kernel; auto: sdpa where the model has it",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
+        changes_result=False,
     )
     gradient_checkpointing: bool = key(
-        False, "recompute activations in the backward: about 30 % slower, far less memory (non-reentrant)"
+        False,
+        "recompute activations in the backward: about 30 % slower, far less memory (non-reentrant)",
+        changes_result=False,
     )
-    trust_remote_code: bool = key(False, "run Python code that comes with the model; only for sources you trust")
+    trust_remote_code: bool = key(
+        False, "run Python code that comes with the model; only for sources you trust", changes_result=False
+    )
 
 
 @dataclass(slots=True)
 class DataConfig:
-    """Where the examples come from and how they become tokens."""
+    """Where the examples come from and how they become tokens.
+
+    How many processes do it, where its result is cached and how many unusable rows are put up with do not change the
+    tokens. A checkpoint is bound to the tokens themselves, by their fingerprint.
+    """
 
     path: Any = key(
         "???",
@@ -80,164 +96,149 @@ class DataConfig:
     )
     validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
     max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
-    max_refused: Any = key(0, "rows that may be unusable before it is an error: a whole number, or a share below 1")
-    workers: int | None = key(None, "processes that tokenise; null: one a CPU core for files over 8 MB, else one", ge=1)
-    cache_dir: str | None = key(None, "folder of the prepared tokens; null: the user's cache folder")
+    max_refused: Any = key(
+        0, "rows that may be unusable before it is an error: a whole number, or a share below 1", changes_result=False
+    )
+    workers: int | None = key(
+        None, "processes that tokenise; null: one a CPU core for files over 8 MB, else one", ge=1, changes_result=False
+    )
+    cache_dir: str | None = key(
+        None, "folder of the prepared tokens; null: the user's cache folder", changes_result=False
+    )
 
 
 @dataclass(slots=True)
 class BatchConfig:
-    """How many examples make an update, and how they are cut into device forwards."""
+    """How many examples make an update, and how they are cut into device forwards.
+
+    The gradient of a global batch is the same however it is cut, so micro-batch sizes and packing do not change the
+    result: they may be lowered when memory is short, and the run resumes.
+    """
 
     global_size: int = key(16, "examples an update, over all devices; the only size that changes what is learnt", ge=1)
-    micro_size: int | None = key(None, "rows a device forward; null: as many as micro_tokens allow", ge=1)
+    micro_size: int | None = key(
+        None, "rows a device forward; null: as many as micro_tokens allow", ge=1, changes_result=False
+    )
     micro_tokens: int = key(
-        4096, "computed tokens (with padding) a device forward: lower it when memory is short", ge=8
+        4096,
+        "computed tokens (with padding) a device forward: lower it when memory is short",
+        ge=8,
+        changes_result=False,
     )
     packing: str = key(
         "auto",
         "trie: what rows begin with in common is computed once, with the same gradient; auto: trie where it is proved",
         choices=("auto", "trie", "padded"),
+        changes_result=False,
     )
-    epochs: float = key(1.0, "passes over the training rows", gt=0)
-    max_steps: int | None = key(None, "stop after so many updates, whatever epochs says", ge=1)
+    epochs: float = key(1.0, "passes over the training rows", gt=0, resume_may_change=True)
+    max_steps: int | None = key(None, "stop after so many updates, whatever epochs says", ge=1, resume_may_change=True)
 
 
 @dataclass(slots=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, 2019)."""
+    """AdamW (Loshchilov & Hutter, 2019). A resumed run may take other values from there on, as with the schedule."""
 
-    learning_rate: float | None = key(None, "peak rate; null: the method's default (lora 2e-4, full 2e-5)", gt=0)
-    weight_decay: float = key(0.0, "decoupled weight decay on every trained tensor", ge=0)
-    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
-    beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1)
-    eps: float = key(1e-8, "added to the root of the second moment", gt=0)
-    max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0 does not clip", ge=0)
+    learning_rate: float | None = key(
+        None, "peak rate; null: the method's default (lora 2e-4, full 2e-5)", gt=0, resume_may_change=True
+    )
+    weight_decay: float = key(0.0, "decoupled weight decay on every trained tensor", ge=0, resume_may_change=True)
+    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1, resume_may_change=True)
+    beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1, resume_may_change=True)
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0, resume_may_change=True)
+    max_grad_norm: float = key(
+        1.0, "clip the global gradient norm to this; 0 does not clip", ge=0, resume_may_change=True
+    )
 
 
 @dataclass(slots=True)
 class ScheduleConfig:
     """Learning rate over the steps."""
 
-    name: str = key("cosine", "shape after the warmup", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = key(0.03, "share of all steps in which the rate rises linearly from 0", ge=0, le=1)
-    warmup_steps: int | None = key(None, "the same as a number of steps; overrules warmup_ratio", ge=0)
+    name: str = key(
+        "cosine", "shape after the warmup", choices=("cosine", "linear", "constant"), resume_may_change=True
+    )
+    warmup_ratio: float = key(
+        0.03, "share of all steps in which the rate rises linearly from 0", ge=0, le=1, resume_may_change=True
+    )
+    warmup_steps: int | None = key(
+        None, "the same as a number of steps; overrules warmup_ratio", ge=0, resume_may_change=True
+    )
 
 
 @dataclass(slots=True)
 class ZeroConfig:
-    """DeepSpeed ZeRO (Rajbhandari et al., 2020): what is split over the devices instead of copied."""
+    """DeepSpeed ZeRO (Rajbhandari et al., 2020): what is split over the devices instead of copied.
 
-    stage: int = key(2, "0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters", choices=(0, 1, 2, 3))
-    offload_optimizer: str = key("none", "where optimizer states live", choices=("none", "cpu"))
-    offload_params: str = key("none", "where parameters wait (stage 3 only)", choices=("none", "cpu"))
-    extra: dict[str, Any] = key({}, "raw DeepSpeed keys, merged last; a key that afina sets itself is refused")
+    Where tensors lie does not change the result. A raw DeepSpeed key may: ``extra`` counts.
+    """
 
-
-@dataclass(slots=True)
-class CheckpointConfig:
-    """When the state is saved, and whether a run goes on from it."""
-
-    every_steps: int = key(100, "save every so many steps; 0: only when asked to stop", ge=0)
-    every_epoch: bool = key(False, "save at the end of each pass over the data")
-    keep: int = key(2, "complete checkpoints that are kept; older ones are deleted", ge=1)
-    resume: str = key("auto", "auto: from the newest complete checkpoint of the run; never; or a checkpoint folder")
+    stage: int = key(
+        2,
+        "0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
+        choices=(0, 1, 2, 3),
+        changes_result=False,
+    )
+    offload_optimizer: str = key("none", "where optimizer states live", choices=("none", "cpu"), changes_result=False)
+    offload_params: str = key(
+        "none", "where parameters wait (stage 3 only)", choices=("none", "cpu"), changes_result=False
+    )
+    extra: dict[str, Any] = key(
+        {}, "raw DeepSpeed keys, merged last; a key that afina sets itself is refused", resume_may_change=True
+    )
 
 
 @dataclass(slots=True)
 class EvalConfig:
-    """Scores on the held-out rows."""
+    """Scores on the held-out rows.
 
-    every_steps: int = key(0, "evaluate every so many steps; 0: only before and after", ge=0)
-    every_epoch: bool = key(False, "evaluate at the end of each pass over the data")
-    before: bool = key(True, "evaluate before the first step, so that the gain can be told")
-    max_rows: int | None = key(None, "use only the first so many held-out rows; null: all", ge=1)
+    Evaluations look on and change no weight; only the fields that choose which weights a run ends with, and when,
+    change the result: ``best_metric``, ``patience``, ``stop_on_overfit``.
+    """
+
+    every_steps: int = key(0, "evaluate every so many steps; 0: only before and after", ge=0, changes_result=False)
+    every_epoch: bool = key(False, "evaluate at the end of each pass over the data", changes_result=False)
+    before: bool = key(True, "evaluate before the first step, so that the gain can be told", changes_result=False)
+    max_rows: int | None = key(None, "use only the first so many held-out rows; null: all", ge=1, changes_result=False)
     metrics: list[str] = key(
         ["loss"],
         "any of loss (and perplexity), choice_accuracy (likeliest letter of a multiple choice), and of written answers "
         "exact_match, f1 (of words), rouge_l, chrf",
+        changes_result=False,
     )
     best_metric: str | None = key(
         None,
         "end with the weights of the evaluation that is best by this metric (eval_loss, eval_perplexity, or one of "
         "metrics), saving a checkpoint at each new best; null: with the last weights",
+        resume_may_change=True,
     )
     patience: int | None = key(
-        None, "stop after so many evaluations in a row without a new best by best_metric (null: eval_loss)", ge=1
+        None,
+        "stop after so many evaluations in a row without a new best by best_metric (null: eval_loss)",
+        ge=1,
+        resume_may_change=True,
     )
     overfit_gap: float | None = key(
-        0.5, "warn when eval_loss is more than this above the mean training loss since the evaluation before", gt=0
+        0.5,
+        "warn when eval_loss is more than this above the mean training loss since the evaluation before",
+        gt=0,
+        changes_result=False,
     )
-    stop_on_overfit: bool = key(False, "end the run there")
-    batch_size: int = key(32, "rows a device that are generated at once", ge=1)
-    samples: int = key(3, "answers shown after each evaluation that writes any", ge=0)
-
-
-@dataclass(slots=True)
-class GenerateConfig:
-    """How answers are sampled."""
-
-    max_new_tokens: int = key(64, "longest answer in tokens", ge=1)
-    temperature: float = key(1.0, "below 1 sharper, above 1 more varied; only with do_sample", gt=0)
-    top_p: float = key(1.0, "sample from the smallest set with this probability; only with do_sample", gt=0, le=1)
-    do_sample: bool = key(False, "sample; false takes the likeliest token each time (greedy)")
-
-
-@dataclass(slots=True)
-class LogConfig:
-    """What is written and where."""
-
-    every_steps: int = key(1, "a line of metrics every so many steps", ge=1)
-    wandb: str = key(
-        "auto",
-        "Weights & Biases; auto: online when a key is set, else offline",
-        choices=("auto", "online", "offline", "off"),
-    )
-    project: str = key("afina", "W&B project")
-    entity: str | None = key(None, "W&B team or user; null: the key's own")
-    group: str | None = key(None, "W&B group, for runs that belong together")
-    name: str | None = key(None, "W&B display name; null: run.name")
-    tags: list[str] = key([], "W&B tags")
-
-
-@dataclass(slots=True)
-class LaunchConfig:
-    """How `afina train` starts the job. `torchrun -m trainer.train` and `sbatch` ignore this group."""
-
-    kind: str = key("here", "here: this process; torchrun: one process a device", choices=("here", "torchrun"))
-    nproc_per_node: int | None = key(None, "processes a node; null: one a GPU, or one", ge=1)
-    nodes: int = key(1, "nodes of the job", ge=1)
-    node_rank: int = key(0, "number of this node, from 0", ge=0)
-    master_address: str = key("127.0.0.1", "host of node 0, as the others reach it")
-    master_port: int = key(29500, "port on node 0; 0 picks a free one (one node only)", ge=0, le=65535)
-
-
-@dataclass(slots=True)
-class CompareConfig:
-    """What `afina compare` puts side by side. A run by itself takes no notice of it."""
-
-    methods: list[str] = key(
-        [
-            *("full", "lora r=8", "lora r=16", "lora r=32", "lora r=64", "qlora", "qlora_8bit", "dora"),
-            *("adalora", "prefix", "prompt", "ia3", "bottleneck"),
-        ],
-        "options of method, each with keys of its own: \"compare.methods=[full,'lora r=8','qlora quant_type=fp4']\"",
-    )
-    rows: int | None = key(None, "training rows, the same for each method; null: data.max_rows", ge=1)
-    tune: list[float] = key(
-        [], "learning rates that are tried first, as multiples of the method's own: [0.3,1,3]; []: its own is taken"
-    )
-    tune_rows: int = key(320, "training rows of such a try", ge=1)
+    stop_on_overfit: bool = key(False, "end the run there", resume_may_change=True)
+    batch_size: int = key(32, "rows a device that are generated at once", ge=1, changes_result=False)
+    samples: int = key(3, "answers shown after each evaluation that writes any", ge=0, changes_result=False)
 
 
 @dataclass(slots=True)
 class RunConfig:
-    """The run folder and its seed."""
+    """The run folder and its seed. Only the seed changes the result."""
 
-    name: str | None = key(None, "folder name; null: made from model, method and a digest of the config")
-    dir: str = key("runs", "where run folders are made")
+    name: str | None = key(
+        None, "folder name; null: made from model, method and a digest of the config", changes_result=False
+    )
+    dir: str = key("runs", "where run folders are made", changes_result=False)
     seed: int = key(0, "seed of the split, the order, the adapters' start and dropout", ge=0)
-    overwrite: bool = key(False, "start anew; the old folder is moved aside, never deleted")
+    overwrite: bool = key(False, "start anew; the old folder is moved aside, never deleted", changes_result=False)
 
 
 @dataclass(slots=True)

@@ -50,6 +50,16 @@ class ConfigField(NamedTuple):
     base: Any
     optional: bool
 
+    @property
+    def changes_result(self) -> bool:
+        """Whether another value gives another result; see :func:`trainer.config.fields.key`."""
+        return bool(self.field.metadata["changes_result"])
+
+    @property
+    def resume_may_change(self) -> bool:
+        """Whether a run may be resumed from a checkpoint that was written with another value."""
+        return bool(self.field.metadata["resume_may_change"])
+
 
 @cache
 def config_fields() -> dict[str, ConfigField]:

@@ -66,7 +66,11 @@ def test_a_finished_run_gives_its_summary(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "same", ["log.wandb=off", "log.tags=[a]", "launch.kind=torchrun", "checkpoint.keep=5", "data.cache_dir=/x"]
+    "same",
+    [
+        *("log.wandb=off", "log.tags=[a]", "launch.kind=torchrun", "checkpoint.keep=5", "data.cache_dir=/x"),
+        *("data.workers=2", "batch.micro_tokens=2048", "zero=stage3", "eval.metrics=[exact_match]"),
+    ],
 )
 def test_how_a_run_is_carried_out_is_not_its_result(folder: Folder, same: str) -> None:
     folder.leave("finished")

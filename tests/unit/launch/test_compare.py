@@ -184,6 +184,16 @@ def test_rates_are_tried_on_fewer_rows_until_the_best_is_no_longer_at_the_edge(r
     assert "0.0004 → 1.3979" in Path("there/c/compare.md").read_text()
 
 
+def test_all_runs_of_a_comparison_are_one_group_unless_one_is_typed(runs: Runs) -> None:
+    assert compare([*TINY, methods("lora r=8", "ia3"), "compare.tune=[1]"]) == 0
+    assert len(runs.trials) > 3
+    assert {trial.config.log.group for trial in runs.trials} == {"c"}
+    runs.trials.clear()
+    assert compare([*TINY, methods("lora r=8"), "compare.tune=[1]", "run.name=d", "log.group=theirs"]) == 0
+    assert len(runs.trials) > 1
+    assert {trial.config.log.group for trial in runs.trials} == {"theirs"}
+
+
 def test_a_rate_at_which_training_diverges_is_not_taken(runs: Runs) -> None:
     runs.diverges = 3e-4
     assert compare([*TINY, methods("lora r=8"), "compare.tune=[1,2]"]) == 0

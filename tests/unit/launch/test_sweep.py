@@ -103,6 +103,17 @@ def test_names() -> None:
     assert len(long[0]) < 100
 
 
+def test_a_sweep_over_what_does_not_change_the_result_has_a_folder_and_runs_of_its_own() -> None:
+    tiny = ["debug=tiny", "data.max_length=512"]
+    tokens, stages = plan([*tiny, "batch.micro_tokens=1024,2048"]), plan([*tiny, "zero=stage0,stage2"])
+    more = plan([*tiny, "batch.micro_tokens=512,1024"])
+    assert len({tokens[0], stages[0], more[0]}) == 3
+    for folder, trials in (tokens, stages, more):
+        assert len({trial.folder for trial in trials}) == 2
+        assert {trial.folder.parent for trial in trials} == {folder}
+    assert plan([*tiny, "method.r=4,8"])[0] == plan([*tiny, "method.r=4,8", "batch.micro_tokens=2048"])[0]
+
+
 def test_its_own_name_and_group_are_kept() -> None:
     folder, trials = plan(["debug=tiny", "method.r=4,8", "run.name=mine", "run.dir=elsewhere", "log.group=theirs"])
     assert folder == Path("elsewhere/mine")
@@ -127,6 +138,17 @@ def test_nothing_starts_when_a_config_is_wrong(stand_in: Path, overrides: list[s
     with pytest.raises(ConfigError):
         sweep(["debug=tiny", *overrides])
     assert trained(stand_in) == []
+
+
+@pytest.mark.slow
+def test_a_trial_is_finished_by_its_result_not_by_how_it_was_computed(stand_in: Path) -> None:
+    typed = ["debug=tiny", "method.r=4", "data.max_length=512"]
+    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s"]) == 0
+    assert trained(stand_in) == ["micro_tokens1024", "micro_tokens2048"]
+    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "zero=stage3", "data.workers=2"]) == 0
+    assert len(trained(stand_in)) == 2
+    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "method.r=8"]) == 0
+    assert len(trained(stand_in)) == 4, "a finished r=4 is not r=8"
 
 
 @pytest.mark.slow

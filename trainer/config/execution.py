@@ -1,0 +1,100 @@
+"""The sections that say how a run is saved, sampled from, logged and launched; see ``schema.py``.
+
+No field here changes what a run's weights end as, so each is marked ``changes_result=False``.
+"""
+
+# ruff: noqa: RUF009 - key() returns a dataclass field, made for each class.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.fields import key
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """When the state is saved, and whether a run is resumed from it. A saved run trains on as if it had not been."""
+
+    every_steps: int = key(100, "save every so many steps; 0: only when asked to stop", ge=0, changes_result=False)
+    every_epoch: bool = key(False, "save at the end of each pass over the data", changes_result=False)
+    keep: int = key(2, "complete checkpoints that are kept; older ones are deleted", ge=1, changes_result=False)
+    resume: str = key(
+        "auto",
+        "auto: from the newest complete checkpoint of the run; never; or a checkpoint folder",
+        changes_result=False,
+    )
+
+
+@dataclass(slots=True)
+class GenerateConfig:
+    """How answers are sampled, after training and for scores: no weight depends on it."""
+
+    max_new_tokens: int = key(64, "longest answer in tokens", ge=1, changes_result=False)
+    temperature: float = key(
+        1.0, "below 1 sharper, above 1 more varied; only with do_sample", gt=0, changes_result=False
+    )
+    top_p: float = key(
+        1.0, "sample from the smallest set with this probability; only with do_sample", gt=0, le=1, changes_result=False
+    )
+    do_sample: bool = key(False, "sample; false takes the likeliest token each time (greedy)", changes_result=False)
+
+
+@dataclass(slots=True)
+class LogConfig:
+    """What is logged and where: it only reports."""
+
+    every_steps: int = key(1, "a line of metrics every so many steps", ge=1, changes_result=False)
+    wandb: str = key(
+        "auto",
+        "Weights & Biases; auto: online when a key is set, else offline",
+        choices=("auto", "online", "offline", "off"),
+        changes_result=False,
+    )
+    project: str = key("afina", "W&B project", changes_result=False)
+    entity: str | None = key(None, "W&B team or user; null: the key's own", changes_result=False)
+    group: str | None = key(None, "W&B group, for runs that belong together", changes_result=False)
+    name: str | None = key(None, "W&B display name; null: run.name", changes_result=False)
+    tags: list[str] = key([], "W&B tags", changes_result=False)
+
+
+@dataclass(slots=True)
+class LaunchConfig:
+    """How `afina train` starts the job; `torchrun -m trainer.train` and `sbatch` ignore this group.
+
+    One global batch gives the same update on any number of processes.
+    """
+
+    kind: str = key(
+        "here", "here: this process; torchrun: one process a device", choices=("here", "torchrun"), changes_result=False
+    )
+    nproc_per_node: int | None = key(None, "processes a node; null: one a GPU, or one", ge=1, changes_result=False)
+    nodes: int = key(1, "nodes of the job", ge=1, changes_result=False)
+    node_rank: int = key(0, "number of this node, from 0", ge=0, changes_result=False)
+    master_address: str = key("127.0.0.1", "host of node 0, as the others reach it", changes_result=False)
+    master_port: int = key(
+        29500, "port on node 0; 0 picks a free one (one node only)", ge=0, le=65535, changes_result=False
+    )
+
+
+@dataclass(slots=True)
+class CompareConfig:
+    """What `afina compare` puts side by side. No run by itself reads it."""
+
+    methods: list[str] = key(
+        [
+            *("full", "lora r=8", "lora r=16", "lora r=32", "lora r=64", "qlora", "qlora_8bit", "dora"),
+            *("adalora", "prefix", "prompt", "ia3", "bottleneck"),
+        ],
+        "options of method, each with keys of its own: \"compare.methods=[full,'lora r=8','qlora quant_type=fp4']\"",
+        changes_result=False,
+    )
+    rows: int | None = key(
+        None, "training rows, the same for each method; null: data.max_rows", ge=1, changes_result=False
+    )
+    tune: list[float] = key(
+        [],
+        "learning rates that are tried first, as multiples of the method's own: [0.3,1,3]; []: its own is taken",
+        changes_result=False,
+    )
+    tune_rows: int = key(320, "training rows of such a try", ge=1, changes_result=False)
