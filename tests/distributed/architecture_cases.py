@@ -1,7 +1,7 @@
 """Under torchrun on two ranks: every architecture, trained, saved, and loaded by stock PEFT, against one plain process.
 
 Tiny random models of each, with the tiny tokenizer beside them: LoRA on all linear layers under ZeRO-2 and ZeRO-3, and
-other methods on the architectures whose layers are unlike Llama's. The plain process is told the names of the layers
+other methods on the architectures whose layers are unlike Llama's. The plain process gets the names of the layers
 outright.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
+from tests.distributed.bench import Bench, gather_weights, reference_batches
 from tests.distributed.method_cases import METHODS, logits
-from tests.distributed.support_cases import Bench, reference_batches
 from tests.helpers.architectures import ARCHITECTURES, tiny
 from tests.helpers.reference import reference_base, reference_model, trained_reference, worst_distance
 from trainer.config import TrainConfig
 from trainer.distributed import process_group as distributed
-from trainer.engine.whole_state import gather_live, gather_state
+from trainer.engine.whole_state import gather_live
 from trainer.methods import load_adapter, save_adapter
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
@@ -86,27 +86,21 @@ def save_models(bench: Bench, folder: Path) -> None:
     distributed.barrier()
 
 
-def main() -> None:
-    bench = Bench()
-    shared = Path(distributed.from_main(tempfile.mkdtemp()))
-    save_models(bench, shared)
-    for case, (name, overrides) in cases().items():
-        folder = str(checkpoint_dir(shared, name))
-        # Norms of queries and keys make gradients smaller yet than those that the bench's own eps is for.
-        config = bench.config(*overrides, f"model.name_or_path={folder}", "batch.max_steps=3", "optim.eps=1e-4")
-        loop = bench.loop(config)
-        for step in range(loop.schedule.total_steps):
-            loop.step(step)
-        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trainable=True)
-        if bench.world.is_main:
-            steps = loop.schedule.total_steps
-            model, expected = trained_reference(
-                folder, config, reference_batches(loop, steps), steps, partial(plain, name)
-            )
-            found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
-            distance, again = worst_distance(found, expected), reloaded(loop, live, model, folder)
-            bench.note(case, [distance, again, loop.packing.uses_trie])
-    bench.finish()
+def matches_plain_process(bench: Bench, shared: Path, name: str, overrides: list[str]) -> list[Any] | None:
+    """Relative distance of the update and of the saved adapter's logits, and whether tries were used."""
+    folder = str(checkpoint_dir(shared, name))
+    # Norms of queries and keys make gradients smaller yet than those that the bench's own eps is for.
+    config = bench.config(*overrides, f"model.name_or_path={folder}", "batch.max_steps=3", "optim.eps=1e-4")
+    loop = bench.loop(config)
+    steps = loop.schedule.total_steps
+    for step in range(steps):
+        loop.step(step)
+    found, live = gather_weights(loop), gather_live(loop.engine, only_trainable=True)
+    if not bench.world.is_main:
+        return None
+    batches = reference_batches(loop, steps)
+    model, expected = trained_reference(folder, config, batches, steps, partial(plain, name))
+    return [worst_distance(found, expected), reloaded(loop, live, model, folder), loop.packing.uses_trie]
 
 
 def reloaded(loop: Any, live: dict[str, torch.Tensor], model: Any, folder: str) -> float:
@@ -117,8 +111,19 @@ def reloaded(loop: Any, live: dict[str, torch.Tensor], model: Any, folder: str) 
         fresh = reference_base(folder, loop.config)
         stock = loop.config.method.name != "bottleneck"
         found = logits(PeftModel.from_pretrained(fresh, name) if stock else load_adapter(fresh, Path(name)))
-    assert not torch.allclose(expected, logits(reference_base(folder, loop.config)), rtol=1e-3), "nothing was learnt"
+    assert not torch.allclose(expected, logits(reference_base(folder, loop.config)), rtol=1e-3), "nothing was trained"
     return float((found - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    bench = Bench()
+    shared = bench.shared_folder()
+    save_models(bench, shared)
+    each = {
+        case: partial(matches_plain_process, shared=shared, name=name, overrides=overrides)
+        for case, (name, overrides) in cases().items()
+    }
+    bench.record(each)
 
 
 if __name__ == "__main__":

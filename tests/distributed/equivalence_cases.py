@@ -6,9 +6,12 @@ padded rows, where an error that five steps hide has time to grow.
 
 from __future__ import annotations
 
-from tests.distributed.support_cases import Bench, reference_batches
+from functools import partial
+
+from torch import Tensor
+
+from tests.distributed.bench import Bench, gather_weights, reference_batches
 from tests.helpers.reference import train_reference, worst_distance
-from trainer.engine.whole_state import gather_state
 from trainer.models.embedded import resolve
 
 CUTS = {
@@ -34,7 +37,7 @@ def cases(world_size: int) -> dict[str, list[str]]:
 
 
 def five_steps() -> dict[str, list[str]]:
-    """Tries (the default, once proved) in threes under every stage; under stages 2 and 3 in every cut, and beside
+    """Tries (the default, once verified) in threes under every stage; under stages 2 and 3 in every cut, and beside
     padded rows; gradient checkpointing and all weights under every stage."""
     out: dict[str, list[str]] = {}
     for zero in ZERO:
@@ -61,25 +64,30 @@ def five_steps() -> dict[str, list[str]]:
     return out
 
 
-def main() -> None:
-    bench = Bench()
-    references = {}
-    for case, overrides in cases(bench.world.world_size).items():
+class Equivalence:
+    """Train each case and compare it with the plain process; one reference for all cuts of the same method."""
+
+    def __init__(self) -> None:
+        self.references: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def __call__(self, bench: Bench, overrides: list[str]) -> float | None:
         loop = bench.loop(bench.config(*overrides))
         assert all(module.training for module in loop.engine.model.modules()), "dropout, checkpointing"
-        assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "the start-up proof has failed"
+        assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "verify_trie fell back"
         for step in range(loop.schedule.total_steps):
             loop.step(step)
-        state = gather_state(loop.engine)
-        if bench.world.is_main:
-            key = (loop.config.method.name, loop.schedule.total_steps)
-            if key not in references:
-                base, steps = resolve(loop.config.model.name_or_path), loop.schedule.total_steps
-                references[key] = train_reference(base, loop.config, reference_batches(loop, steps), steps)
-            found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
-            bench.note(case, worst_distance(found, references[key]))
-    bench.finish()
+        found = gather_weights(loop)
+        if not bench.world.is_main:
+            return None
+        steps = loop.schedule.total_steps
+        key = (loop.config.method.name, steps)
+        if key not in self.references:
+            base = resolve(loop.config.model.name_or_path)
+            self.references[key] = train_reference(base, loop.config, reference_batches(loop, steps), steps)
+        return worst_distance(found, self.references[key])
 
 
 if __name__ == "__main__":
-    main()
+    bench, equivalence = Bench(), Equivalence()
+    by_name = cases(bench.world.world_size)
+    bench.record({name: partial(equivalence, overrides=overrides) for name, overrides in by_name.items()})

@@ -6,16 +6,18 @@ the other goes on would hang.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.support_cases import Bench
+from tests.distributed.bench import Bench
 from trainer.evaluation.evaluate import _answers
 from trainer.evaluation.text_metrics import SCORES
 from trainer.models.embedded import resolve
 
+ZERO = ("stage0", "stage2", "stage3")
 MEDICAL = [
     "data=medical",
     "data.on_too_long=drop",
@@ -28,19 +30,21 @@ MEDICAL += ["generate.max_new_tokens=8", "eval.metrics=[loss,choice_accuracy,exa
 ENDS = list(range(3, 140))
 
 
-def main() -> None:
-    bench = Bench()
-    expected: dict[str, Any] = {}
-    for zero in ("stage0", "stage2", "stage3"):
+class Evaluation:
+    """Evaluate under a ZeRO stage; one reference for all."""
+
+    def __init__(self) -> None:
+        self.expected: dict[str, Any] = {}
+
+    def __call__(self, bench: Bench, zero: str) -> dict[str, Any]:
         loop = bench.loop(bench.config(f"zero={zero}", *MEDICAL))
         loop.generator.end_ids = ENDS
         found: dict[str, Any] = loop.evaluate().metrics
         rows = loop.data.validation
         found["answers"] = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
-        if bench.world.is_main:
-            expected = expected or reference(loop)
-            bench.note(zero, {"found": found, "expected": expected})
-    bench.finish()
+        if bench.world.is_main and not self.expected:
+            self.expected = reference(loop)
+        return {"found": found, "expected": self.expected}
 
 
 def reference(loop: Any) -> dict[str, Any]:
@@ -71,4 +75,5 @@ def reference(loop: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    evaluation = Evaluation()
+    Bench().record({zero: partial(evaluation, zero=zero) for zero in ZERO})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.distributed.support_cases import Bench
+from tests.distributed.bench import Bench
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.engine import Engine
@@ -87,35 +88,32 @@ def differing(model: Any, folder: Path) -> list[str]:
     return found
 
 
-def main() -> None:
-    bench = Bench()
-    folder = Path(sys.argv[2])
-    whole = distributed.from_main(save_model(folder) if bench.world.is_main else None)
-    bench.note("whole", whole)
-    for case, overrides in CASES.items():
-        config = bench.config(
-            "zero=stage3", "method.r=2", "model.dtype=bf16", f"model.name_or_path={folder}", *overrides
+def whole_bytes(bench: Bench, folder: Path) -> int:
+    return distributed.from_main(save_model(folder) if bench.world.is_main else None)
+
+
+def peaks(bench: Bench, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Bytes that each rank grew by until the model was loaded, and until it was split; weights that came out wrong."""
+    config = bench.config("zero=stage3", "method.r=2", "model.dtype=bf16", f"model.name_or_path={folder}", *overrides)
+    with Peak() as loading:
+        base = load_model(str(folder), config.model, config.method, torch.bfloat16, bench.world.device, 3)
+        model = attach(base, config.method, seed=0)
+    with Peak() as splitting:
+        splitting.start = loading.start
+        engine = Engine(
+            model=model,
+            loss=LabelLoss(model),
+            config=config,
+            world=bench.world,
+            dtype=torch.bfloat16,
+            runtime=create_runtime(model, config.method),
         )
-        with Peak() as loading:
-            base = load_model(str(folder), config.model, config.method, torch.bfloat16, bench.world.device, 3)
-            model = attach(base, config.method, seed=0)
-        with Peak() as splitting:
-            splitting.start = loading.start
-            runtime = create_runtime(model, config.method)
-            engine = Engine(
-                model=model,
-                loss=LabelLoss(model),
-                config=config,
-                world=bench.world,
-                dtype=torch.bfloat16,
-                runtime=runtime,
-            )
-        peaks = gather_objects([loading.grown_bytes, splitting.grown_bytes])
-        wrong = differing(engine.model, folder) if config.method.bits == 16 else []
-        bench.note(case, {"loading": [p[0] for p in peaks], "splitting": [p[1] for p in peaks], "wrong": wrong})
-        del base, model, engine
-    bench.finish()
+    grown = gather_objects([loading.grown_bytes, splitting.grown_bytes])
+    wrong = differing(engine.model, folder) if config.method.bits == 16 else []
+    return {"loading": [g[0] for g in grown], "splitting": [g[1] for g in grown], "wrong": wrong}
 
 
 if __name__ == "__main__":
-    main()
+    model_dir = Path(sys.argv[2])
+    each = {name: partial(peaks, folder=model_dir, overrides=overrides) for name, overrides in CASES.items()}
+    Bench().record({"whole": partial(whole_bytes, folder=model_dir), **each})

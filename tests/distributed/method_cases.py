@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from tests.distributed.support_cases import Bench, reference_batches
+from tests.distributed.bench import Bench, gather_weights, reference_batches
 from tests.helpers.reference import reference_base, trained_reference, worst_distance
 from trainer.config.rules.matrix import ZERO, cells, refusal
-from trainer.engine.whole_state import gather_live, gather_state
+from trainer.engine.whole_state import gather_live
 from trainer.methods import load_adapter, save_adapter
 from trainer.models.embedded import resolve
 
@@ -39,7 +40,7 @@ METHODS: dict[str, list[str]] = {
 IN_BF16 = "bf16 stage2"
 
 
-def overrides_of_cells(methods: list[str]) -> dict[str, list[str]]:
+def list_cells(methods: list[str]) -> dict[str, list[str]]:
     """Overrides of every cell of these methods that the matrix does not refuse, by the cell's name; and of each method
     one that computes in bf16."""
     base = ["batch.max_steps=3", "data.max_length=400", "batch.micro_tokens=400"]
@@ -68,25 +69,26 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits[:, -10:].float()
 
 
-def main() -> None:
-    bench = Bench()
-    references: dict[Any, Any] = {}
-    for case, overrides in overrides_of_cells(sys.argv[2].split(",")).items():
+class Cell:
+    """Train a cell and compare it with the plain process; one reference for all stages of a method on a base."""
+
+    def __init__(self) -> None:
+        self.references: dict[str, Any] = {}
+
+    def __call__(self, bench: Bench, case: str, overrides: list[str]) -> list[float] | None:
         config = bench.config(*overrides)
         loop = bench.loop(config)
-        for step in range(loop.schedule.total_steps):
+        steps = loop.schedule.total_steps
+        for step in range(steps):
             loop.step(step)
-        state, live = gather_state(loop.engine), gather_live(loop.engine, only_trainable=True)
-        if bench.world.is_main:
-            key, base = (case.split()[:2], loop.schedule.total_steps), resolve(config.model.name_or_path)
-            if str(key) not in references:
-                references[str(key)] = trained_reference(
-                    base, config, reference_batches(loop, loop.schedule.total_steps), loop.schedule.total_steps
-                )
-            model, expected = references[str(key)]
-            found = {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}
-            bench.note(case, [worst_distance(found, expected), reloaded(loop, live, model, base)])
-    bench.finish()
+        found, live = gather_weights(loop), gather_live(loop.engine, only_trainable=True)
+        if not bench.world.is_main:
+            return None
+        key, base = f"{case.split()[:2]} {steps}", resolve(config.model.name_or_path)
+        if key not in self.references:
+            self.references[key] = trained_reference(base, config, reference_batches(loop, steps), steps)
+        model, expected = self.references[key]
+        return [worst_distance(found, expected), reloaded(loop, live, model, base)]
 
 
 def reloaded(loop: Any, live: Any, model: Any, base: str) -> float:
@@ -103,4 +105,6 @@ def reloaded(loop: Any, live: Any, model: Any, base: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    cell = Cell()
+    chosen = list_cells(sys.argv[2].split(","))
+    Bench().record({case: partial(cell, case=case, overrides=overrides) for case, overrides in chosen.items()})

@@ -1,12 +1,12 @@
-"""Whole runs under torchrun that overfit on few rows: the best weights, the early stop, the warning."""
+"""Under torchrun on two ranks: whole runs that overfit on few rows: the best weights, the early stop, the warning."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed.support_cases import Bench
+from tests.distributed.bench import Bench
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_folder import open_run
 from trainer.config import TrainConfig
 from trainer.data.load import load_data
-from trainer.distributed.process_group import barrier, from_main
+from trainer.distributed.process_group import barrier
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.files import read_metrics, read_summary
@@ -38,7 +38,7 @@ FULL = ["method=full", "rank=null", "optim.learning_rate=0.003"]
 # Its last ranks are taken at step 29, after the best evaluation: the adapter has all that it had then.
 ADALORA = ["method=adalora", "method.tinit=1", "method.tfinal=11"]
 # Name, overrides, and how many steps after the best one a second run is killed.
-CASES: dict[str, tuple[list[str], int | None]] = {
+BEST_CASES: dict[str, tuple[list[str], int | None]] = {
     "stage0": (["zero=stage0"], None),
     "stage2": (["zero=stage2"], 1),
     "stage3": (["zero=stage3"], 3),
@@ -51,7 +51,6 @@ class Killed(BaseException):
     """As sudden as a kill -9, for all that the program does about it."""
 
 
-@contextmanager
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
     whole = Loop.step
@@ -107,8 +106,8 @@ def final(run: Path) -> Path:
     return next(folder for folder in (run / "adapter", run / "model") if folder.exists())
 
 
-def best_weights_are_kept(bench: Bench, case: str, overrides: list[str], killed_after: int | None) -> None:
-    folder = Path(from_main(tempfile.mkdtemp()))
+def best_weights_are_kept(bench: Bench, overrides: list[str], killed_after: int | None) -> dict[str, Any]:
+    folder = bench.shared_folder()
     keys = ["optim.learning_rate=0.02", *BEST, *overrides]
     config = configured(bench, folder, "straight", *keys)
     straight = whole_run(bench, config)
@@ -121,7 +120,7 @@ def best_weights_are_kept(bench: Bench, case: str, overrides: list[str], killed_
     save_final(loop.engine, folder / "reference", Tokenizer(), config)
     barrier()
     records = read_metrics(straight)
-    facts = {
+    seen = {
         "steps": summary["steps"],
         "best": summary["best_step"],
         "stopped": summary["stopped_early"],
@@ -134,8 +133,8 @@ def best_weights_are_kept(bench: Bench, case: str, overrides: list[str], killed_
         "kept": [int(f.name.removeprefix("step-")) for f in sorted((straight / "checkpoints").iterdir())],
     }
     if killed_after is not None:
-        facts |= _cut(bench, folder, summary["best_step"] + killed_after, straight, keys)
-    bench.note(f"best {case}", facts)
+        seen |= _cut(bench, folder, summary["best_step"] + killed_after, straight, keys)
+    return seen
 
 
 class Tokenizer:
@@ -162,9 +161,9 @@ def _cut(bench: Bench, folder: Path, step: int, straight: Path, keys: list[str])
     return {"killed": killed, "same summary": alike, "same weights": same(final(run), final(straight))}
 
 
-def a_best_that_cannot_be_saved(bench: Bench) -> None:
+def a_best_that_cannot_be_saved(bench: Bench) -> dict[str, Any]:
     """The disk is full at the best evaluation: the best of those that were saved is put back."""
-    folder = Path(from_main(tempfile.mkdtemp()))
+    folder = bench.shared_folder()
     keys = ["zero=stage2", *BEST, "optim.learning_rate=0.02", "checkpoint.every_steps=0", "batch.max_steps=26"]
     straight: Any = read_summary(whole_run(bench, configured(bench, folder, "straight", *keys)))
     best_step, write = straight["best_step"], Checkpointer._write
@@ -178,18 +177,17 @@ def a_best_that_cannot_be_saved(bench: Bench) -> None:
         run = whole_run(bench, configured(bench, folder, "full-disk", *keys))
     summary: Any = read_summary(run)
     losses = {r["step"]: r["eval_loss"] for r in read_metrics(run)[1:] if "eval_loss" in r}
-    facts = {
+    return {
         "lost": best_step,
         "best": summary["best_step"],
         "best of the others": min((s for s in losses if s != best_step), key=lambda s: losses[s]),
         "metric": summary["metrics"]["eval_loss"] == losses[summary["best_step"]],
-        "said": [line for line in (run / "log.txt").read_text().splitlines() if "could not be written" in line],
+        "logged": [line for line in (run / "log.txt").read_text().splitlines() if "could not be written" in line],
     }
-    bench.note("best on a full disk", facts)
 
 
-def overfitting_is_told_once(bench: Bench) -> None:
-    folder = Path(from_main(tempfile.mkdtemp()))
+def overfitting_is_logged_once(bench: Bench) -> dict[str, Any]:
+    folder = bench.shared_folder()
     keys = ["zero=stage2", "optim.learning_rate=0.01", "schedule.name=constant", "eval.overfit_gap=0.3"]
     run = whole_run(bench, configured(bench, folder, "warned", *keys, "batch.max_steps=24"))
     stopped = whole_run(bench, configured(bench, folder, "stopped", *keys, "eval.stop_on_overfit=true"))
@@ -200,16 +198,22 @@ def overfitting_is_told_once(bench: Bench) -> None:
             gaps[record["step"]] = record["eval_loss"] - sum(losses) / len(losses)
             losses = []
     summary: Any = read_summary(stopped)
-    facts = {
+    return {
         "warnings": [line for line in (run / "log.txt").read_text().splitlines() if "overfitting:" in line],
         "gaps": gaps,
         "stopped": {key: summary[key] for key in ("status", "steps", "stopped_early", "best_step")},
     }
-    bench.note("overfitting", facts)
 
 
-def watch_whole_runs(bench: Bench) -> None:
-    for case, (overrides, killed_after) in CASES.items():
-        best_weights_are_kept(bench, case, overrides, killed_after)
-    a_best_that_cannot_be_saved(bench)
-    overfitting_is_told_once(bench)
+CASES: dict[str, Callable[[Bench], Any]] = {
+    **{
+        f"best {case}": partial(best_weights_are_kept, overrides=overrides, killed_after=killed_after)
+        for case, (overrides, killed_after) in BEST_CASES.items()
+    },
+    "best on a full disk": a_best_that_cannot_be_saved,
+    "overfitting": overfitting_is_logged_once,
+}
+
+
+if __name__ == "__main__":
+    Bench().record(CASES)

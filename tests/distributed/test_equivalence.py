@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.equivalence_cases import cases
-from tests.helpers.processes import torchrun
+from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("equivalence_cases.py")
 NORM = 1e-5
 # bf16 is measured, not promised: this only tells rounding from a wrong gradient.
 BF16_BOUND = 0.2
+RANKS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def distances(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, float]:
+@pytest.fixture(scope="module")
+def distances(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """Each case's largest relative distance to the plain process, from one torchrun of all cases."""
-    results = tmp_path_factory.mktemp("equivalence") / "results.json"
-    torchrun(SCRIPT, results, nproc=request.param, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=600)
-    found = json.loads(results.read_text())
-    assert set(found) == set(cases(request.param))
-    return found
+    return run_cases(SCRIPT, tmp_path_factory.mktemp("equivalence"), nproc=request.param)
 
 
-def test_fp32_is_within_the_norm(distances: dict[str, float]) -> None:
-    outside = {case: d for case, d in distances.items() if "bf16" not in case and not d <= NORM}
-    assert not outside
-
-
-def test_bf16_error_is_reported(distances: dict[str, float], record_property: pytest.RecordProperty) -> None:
-    errors = {case: d for case, d in distances.items() if "bf16" in case}
-    if not errors:
-        pytest.skip("bf16 is measured on one and two ranks")
-    print(f"bf16 distance after five steps: {errors}")
-    record_property("bf16", errors)
-    assert all(d <= BF16_BOUND for d in errors.values())
+@pytest.mark.parametrize(
+    ("distances", "case"),
+    [(ranks, case) for ranks in RANKS for case in cases(ranks)],
+    indirect=["distances"],
+    scope="module",
+)
+def test_every_cut_is_the_plain_process(distances: Cases, case: str, record_property: pytest.RecordProperty) -> None:
+    distance = distances[case]
+    if "bf16" in case:
+        print(f"distance: {distance}")
+        record_property("bf16", distance)
+    assert distance <= (BF16_BOUND if "bf16" in case else NORM)

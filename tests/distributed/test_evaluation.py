@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import torchrun
+from tests.distributed.evaluation_cases import ZERO
+from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("evaluation_cases.py")
 
 
-def test_every_metric_is_that_of_stock_transformers(tiny_model: Path, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    torchrun(SCRIPT, results, nproc=2, env={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_seconds=300)
-    found = json.loads(results.read_text())
-    assert set(found) == {"stage0", "stage2", "stage3"}
-    for zero, both in found.items():
-        for name, value in both["expected"].items():
-            expected = value if name == "answers" else pytest.approx(value, rel=1e-5)
-            assert both["found"][name] == expected, (zero, name)
-        assert len(set(both["expected"]["answers"])) > 5
+@pytest.fixture(scope="module")
+def scores(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return run_cases(SCRIPT, tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_every_metric_is_that_of_stock_transformers(scores: Cases, zero: str) -> None:
+    found, expected = scores[zero]["found"], scores[zero]["expected"]
+    for name, value in expected.items():
+        assert found[name] == (value if name == "answers" else pytest.approx(value, rel=1e-5)), name
+    assert len(set(expected["answers"])) > 5

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.method_cases import IN_BF16, METHODS, overrides_of_cells
-from tests.helpers.processes import torchrun
+from tests.distributed.method_cases import IN_BF16, METHODS, list_cells
+from tests.helpers.cases import Cases, run_cases
 from trainer.config.rules.matrix import cells, refusal
 
 SCRIPT = Path(__file__).with_name("method_cases.py")
@@ -21,20 +20,30 @@ LOGITS = 1e-4
 UPDATE_BF16, LOGITS_BF16 = 0.2, 5e-2
 
 
-@pytest.mark.parametrize("methods", ["full,lora,rslora", "dora,adalora,ia3", "prompt,prefix,bottleneck"])
-def test_every_cell_is_the_plain_process(methods: str, tiny_model: Path, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    env = {"PYTHONPATH": str(SCRIPT.parents[2])}
-    torchrun(SCRIPT, results, methods, nproc=2, env=env, timeout_seconds=600)
-    found = json.loads(results.read_text())
-    assert set(found) == set(overrides_of_cells(methods.split(",")))
-    print({case: value for case, value in found.items() if IN_BF16 in case})
-    for case, (update, logits) in found.items():
-        in_bf16 = IN_BF16 in case
-        assert update <= (UPDATE_BF16 if in_bf16 else UPDATE if " 16 " in case else UPDATE_QUANTISED), (case, update)
-        assert logits <= (LOGITS_BF16 if in_bf16 else LOGITS), (case, logits)
+# Each a torchrun of its own.
+GROUPS = ("full,lora,rslora", "dora,adalora,ia3", "prompt,prefix,bottleneck")
+
+
+@pytest.fixture(scope="module")
+def seen(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return run_cases(SCRIPT, tmp_path_factory.mktemp("methods"), request.param)
+
+
+@pytest.mark.parametrize(
+    ("seen", "case"),
+    [(group, case) for group in GROUPS for case in list_cells(group.split(","))],
+    indirect=["seen"],
+    scope="module",
+)
+def test_every_cell_is_the_plain_process(seen: Cases, case: str) -> None:
+    update, logits = seen[case]
+    in_bf16 = IN_BF16 in case
+    if in_bf16:
+        print(f"distances of update and logits: {update}, {logits}")
+    assert update <= (UPDATE_BF16 if in_bf16 else UPDATE if " 16 " in case else UPDATE_QUANTISED)
+    assert logits <= (LOGITS_BF16 if in_bf16 else LOGITS)
 
 
 def test_no_cell_is_left_out() -> None:
     works = {" ".join(map(str, key)) for key, cell in cells().items() if refusal(cell) is None}
-    assert set(overrides_of_cells(list(METHODS))) == works | {f"{method} {IN_BF16}" for method in METHODS}
+    assert set(list_cells(list(METHODS))) == works | {f"{method} {IN_BF16}" for method in METHODS}

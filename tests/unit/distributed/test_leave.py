@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import atexit, time
 import torch, torch.distributed as dist
-from trainer import distributed
+from trainer.distributed import process_group as distributed
 
 class SlowToGo:
     def __del__(self, sleep=time.sleep):

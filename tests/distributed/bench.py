@@ -1,13 +1,17 @@
-"""What the scripts under torchrun share: build a run from overrides without its folder, step it, compare it."""
+"""Build a run's loop from overrides without its folder, in a script of cases that torchrun starts."""
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from tests.helpers.cases import record_cases
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load
@@ -15,6 +19,7 @@ from trainer.config.identity import run_identity
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
+from trainer.engine.whole_state import gather_state
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.tracker import Tracker
@@ -42,11 +47,10 @@ COMMON = [
 
 
 class Bench:
-    """One process's view of a torchrun of many cases; results go to a JSON file from rank 0."""
+    """Start the process group, build loops in it, and record cases."""
 
     def __init__(self) -> None:
         self.world = distributed.from_environment()
-        self.results: dict[str, Any] = {}
         distributed.init(self.world)
 
     def config(self, *overrides: str) -> TrainConfig:
@@ -88,15 +92,14 @@ class Bench:
             schedule=Schedule(config, data.total_steps(config.batch), len(data.train), len(data.validation) > 0),
         )
 
-    def note(self, case: str, value: Any) -> None:
-        if self.world.is_main:
-            self.results[case] = value
-            print(f"{case}: {value}", flush=True)
+    def shared_folder(self) -> Path:
+        """A new folder that every rank knows."""
+        return Path(distributed.from_main(tempfile.mkdtemp()))
 
-    def finish(self) -> NoReturn:
-        """Write the results and end this process."""
-        if self.world.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(self.results))
+    def record(self, cases: Mapping[str, Callable[[Bench], Any]]) -> NoReturn:
+        """Run the cases and end this process; what rank 0's return is recorded in the folder of the first argument."""
+        bound = {name: partial(case, self) for name, case in cases.items()}
+        record_cases(bound, Path(sys.argv[1]), is_main=self.world.is_main, barrier=distributed.barrier)
         distributed.barrier()
         distributed.shutdown()
         distributed.leave(0)
@@ -105,3 +108,8 @@ class Bench:
 def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any]]]:
     train, seed, size = loop.data.train, loop.config.run.seed, loop.config.batch.global_size
     return [train.examples(global_batch(seed, step, len(train), size)) for step in range(steps)]
+
+
+def gather_weights(loop: Loop) -> dict[str, Tensor]:
+    """Return the fp32 master of each trained tensor, whole, by name; on rank 0. A collective."""
+    return {n.removeprefix("weight/"): t for n, t in gather_state(loop.engine).items() if n.startswith("weight/")}

@@ -1,0 +1,111 @@
+"""Under torchrun on two ranks: runs resumed from a checkpoint, at the same ZeRO stage and at others; a full disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from tests.distributed.bench import Bench
+from tests.helpers.logged_lines import LoggedLines
+from trainer.checkpoint.resume import find_resume_point
+from trainer.distributed.process_group import gather_objects
+from trainer.engine.whole_state import gather_live, gather_state
+from trainer.errors import CheckpointError
+from trainer.training.loop import Loop
+
+NO_DROPOUT = ("full", "ia3", "prompt", "prefix", "bottleneck")
+OTHER_STAGES = ("stage0", "stage1", "stage3", "stage2_offload", "stage3_offload")
+RESUMED = [
+    *([zero] for zero in ("stage0", "stage1", "stage2", "stage3")),
+    *([zero, "method=full"] for zero in ("stage0", "stage2", "stage3")),
+    *([zero, "model.dtype=bf16"] for zero in ("stage0", "stage2", "stage3")),
+    # AdaLoRA takes its first ranks before the checkpoint, and more behind it.
+    *([zero, "method=adalora", "method.tinit=1", "method.tfinal=1"] for zero in ("stage0", "stage2", "stage3")),
+    *(["stage2", f"method={method}"] for method in ("dora", "ia3", "prompt", "prefix", "bottleneck")),
+    ["stage2", "method=lora", "method.init=pissa"],
+]
+
+
+def resume_is_bit_identical(bench: Bench, zero: str, overrides: list[str]) -> dict[str, Any]:
+    """Six steps at once against three, a checkpoint, and three more in an engine that knows nothing."""
+    folder = bench.shared_folder()
+    has_dropout = not any(each.removeprefix("method=") in NO_DROPOUT for each in overrides)
+    dropout = ["method.dropout=0.1"] if has_dropout else []
+    config = bench.config(f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", *overrides, *dropout)
+    straight = bench.loop(config, folder)
+    for step in range(3):
+        straight.step(step)
+    assert straight.checkpointer.save(3)
+    for step in range(3, 6):
+        straight.step(step)
+    expected = _gather_everything(straight)
+
+    again = bench.loop(config, folder)
+    first, _ = again.checkpointer.restore(find_resume_point(folder, "auto"))
+    for step in range(first, 6):
+        again.step(step)
+    found = _gather_everything(again)
+    identical = set(found) == set(expected) and all(torch.equal(found[n], expected[n]) for n in expected)
+    return {"first step": first, "identical": identical, "tensors": len(expected)}
+
+
+def _gather_everything(loop: Loop) -> dict[str, Tensor]:
+    live = {f"live/{n}": t for n, t in gather_live(loop.engine, only_trainable=True).items()}
+    ranks = {f"ranks/{n}": t for n, t in loop.engine.runtime.state().items()}
+    return {**gather_state(loop.engine), **live, **ranks}
+
+
+def resume_at_other_stages(bench: Bench) -> dict[str, Any]:
+    """The state, to the bit, in an engine of another ZeRO stage; another seed is refused."""
+    folder = bench.shared_folder()
+    first = bench.loop(bench.config("zero=stage2"), folder)
+    for step in range(2):
+        first.step(step)
+    first.checkpointer.save(2)
+    expected = gather_state(first.engine)
+    seen: dict[str, Any] = {}
+    for zero in OTHER_STAGES:
+        other = bench.loop(bench.config(f"zero={zero}"), folder)
+        other.checkpointer.restore(find_resume_point(folder, "auto"))
+        found = gather_state(other.engine)
+        seen[zero] = all(torch.equal(found[n], expected[n]) for n in expected)
+    wrong = bench.loop(bench.config("run.seed=5"), folder)
+    try:
+        wrong.checkpointer.restore(find_resume_point(folder, "auto"))
+    except CheckpointError as error:
+        seen["another seed"] = str(error)
+    return seen
+
+
+def one_rank_cannot_write(bench: Bench) -> list[dict[str, Any]]:
+    """Rank 1's disk is full: every rank hears of it, the run goes on, and the next checkpoint is there."""
+    folder = bench.shared_folder()
+    loop, logged = bench.loop(bench.config("method=full", "zero=stage2"), folder), LoggedLines()
+    loop.step(0)
+    full = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
+        lost = loop.checkpointer.save(1)
+    loop.step(1)
+    kept = loop.checkpointer.save(2)
+    there = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return gather_objects({"saved": [lost, kept], "logged": logged.lines, "there": there})
+
+
+CASES: dict[str, Callable[[Bench], Any]] = {
+    **{
+        f"resume {' '.join(each)}": partial(resume_is_bit_identical, zero=each[0], overrides=each[1:])
+        for each in RESUMED
+    },
+    "other stages": resume_at_other_stages,
+    "full disk on rank 1": one_rank_cannot_write,
+}
+
+
+if __name__ == "__main__":
+    Bench().record(CASES)

@@ -1,0 +1,180 @@
+"""Under torchrun on two ranks: what must hold of a step, of generation and of an adapter besides the update."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import trainer.kernels.label_loss
+from tests.distributed.bench import Bench, reference_batches
+from tests.helpers.reference import mean_loss, reference_model
+from trainer.distributed.process_group import gather_objects
+from trainer.engine.whole_state import gather_live, gather_state
+from trainer.errors import TrainingError
+from trainer.evaluation.evaluate import _answers
+from trainer.methods import save_adapter
+from trainer.models.embedded import resolve
+from trainer.training.loop import Loop
+
+ZERO = ("stage0", "stage1", "stage2", "stage3")
+QUANTIZED = (("qlora", "stage2"), ("qlora", "stage3"), ("qlora_8bit", "stage2"))
+
+
+def loss_equals_transformers(bench: Bench) -> float | None:
+    """Relative distance of the first step's loss."""
+    loop = bench.loop(bench.config("zero=stage2"))
+    record = loop.step(0).record
+    if not bench.world.is_main:
+        return None
+    stock = reference_model(resolve("tiny"), loop.config)
+    expected = mean_loss(stock, reference_batches(loop, 1)[0]).item()
+    return abs(record["loss"] - expected) / expected
+
+
+def adapter_loads_in_stock_peft(bench: Bench, zero: str) -> dict[str, float] | None:
+    """The live model's logits against the saved adapter on a freshly loaded base, both on one process."""
+    loop = bench.loop(bench.config(f"zero={zero}"))
+    for step in range(3):
+        loop.step(step)
+    ids = torch.arange(40).reshape(2, 20)
+    loop.engine.eval()
+    with torch.no_grad():
+        live = loop.engine.deepspeed(input_ids=ids, use_cache=False).logits
+    weights = gather_live(loop.engine, only_trainable=True)
+    if not bench.world.is_main:
+        return None
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(tempfile.mkdtemp())
+    save_adapter(loop.engine.model, folder, weights)
+    base = AutoModelForCausalLM.from_pretrained(resolve("tiny"), dtype=torch.float32)
+    untouched = base(input_ids=ids).logits
+    loaded = PeftModel.from_pretrained(base, folder)(input_ids=ids).logits
+    return {
+        "distance": float((loaded - live).abs().max()),
+        "changes the base by": float((loaded - untouched).abs().max()),
+    }
+
+
+def quantized_base_learns_and_stays(bench: Bench, method: str, zero: str) -> dict[str, Any]:
+    overrides = [f"zero={zero}", f"method={method}", "model.dtype=bf16", "batch.max_steps=8", "optim.eps=1e-8"]
+    loop = bench.loop(bench.config(*overrides, "optim.weight_decay=0"))
+    loop.evaluate()  # on CPU, bitsandbytes lays 4-bit weights out differently at their first use: the same values
+    before = _frozen_bytes(loop)
+    losses = [loop.step(step).record["loss"] for step in range(8)]
+    again = loop.step(0).record["loss"]  # the first batch once more
+    return {"losses": [losses[0], again], "base unchanged": before == _frozen_bytes(loop)}
+
+
+def _frozen_bytes(loop: Loop) -> list[int]:
+    """A checksum of every frozen tensor, as this rank holds it."""
+    sums = []
+    for name, parameter in loop.engine.model.named_parameters():
+        if name not in loop.engine.trainable_params:
+            held = getattr(parameter, "ds_tensor", parameter).detach().contiguous()
+            sums.append(int(held.reshape(-1).view(torch.uint8).to(torch.int64).sum()))
+    return sums
+
+
+def fp16_overflow_is_skipped(bench: Bench) -> dict[str, Any]:
+    loop = bench.loop(bench.config("zero=stage2", "model.dtype=fp16", "batch.max_steps=8"))
+    loop.engine.optimizer.loss_scaler.cur_scale = 2.0**40  # any gradient overflows
+    loop.engine.optimizer.loss_scaler.cur_hysteresis = 1
+    start = _lora_b(loop)
+    record = loop.step(0).record
+    same = all(torch.equal(a, b) for a, b in zip(start, _lora_b(loop), strict=True))
+    loop.engine.optimizer.loss_scaler.cur_scale = 2.0**8
+    losses = [loop.step(step).record["loss"] for step in range(1, 8)] + [loop.step(1).record["loss"]]
+    return {"scale": record["loss_scale"], "changed nothing": same, "losses": [losses[0], losses[-1]]}
+
+
+def _lora_b(loop: Loop) -> list[Tensor]:
+    return [p.detach().clone() for n, p in loop.engine.trainable_params.items() if "lora_B" in n]
+
+
+def chunks_equal_one_call(bench: Bench, zero: str, overrides: list[str]) -> float | None:
+    """Three steps with the vocabulary matrix in chunks of two labels, ranks with unlike numbers of them, against all
+    labels at once."""
+    config = bench.config(f"zero={zero}", "batch.micro_size=3", *overrides)
+    states = []
+    for chunk_elements in (trainer.kernels.label_loss.CHUNK_ELEMENTS, 2 * 384):
+        with patch.object(trainer.kernels.label_loss, "CHUNK_ELEMENTS", chunk_elements):
+            loop = bench.loop(config)
+        for step in range(3):
+            loop.step(step)
+        states.append(gather_live(loop.engine, only_trainable=True))
+    if not bench.world.is_main:
+        return None
+    return max(float((states[1][n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in states[0].items())
+
+
+def generation_in_lockstep(bench: Bench) -> dict[str, Any] | None:
+    """Greedy answers under ZeRO-3, ranks with rows of unlike length and number, against one stock process."""
+    loop = bench.loop(bench.config("zero=stage3", "eval.max_rows=7", "eval.batch_size=2", "generate.max_new_tokens=6"))
+    loop.engine.eval()
+    rows = loop.data.validation
+    answers = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
+    if not bench.world.is_main:
+        return None
+    stock = reference_model(resolve("tiny"), loop.config).eval()
+    expected = []
+    for example in rows.examples(range(len(rows))):
+        prompt = torch.tensor([example["input_ids"][: example["prompt_length"]]])
+        out = stock.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        ids = [t for t in out[0, prompt.shape[1] :].tolist() if t not in loop.generator.end_ids]
+        expected.append(loop.generator.decode(ids).strip())
+    return {"rows": len(answers), "equal": answers == expected}
+
+
+def not_finite_is_named(bench: Bench, zero: str) -> dict[str, Any]:
+    """Rank 1 alone meets a NaN: every rank stops at that step, no tensor has changed."""
+    loop = bench.loop(bench.config(f"zero={zero}"))
+    loop.step(0)
+    before = gather_state(loop.engine)
+    if bench.world.rank == 1:
+        loop.engine.loss = _Poisoned(loop.engine.loss)
+    message = None
+    try:
+        loop.step(1)
+    except TrainingError as error:
+        message = str(error)
+    messages = gather_objects(message)
+    after = gather_state(loop.engine)
+    return {"messages": messages, "unchanged": all(torch.equal(before[n], after[n]) for n in before)}
+
+
+class _Poisoned:
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def __call__(self, forward: Any, batch: Any) -> Tensor:
+        return self.loss(forward, batch) * float("nan")
+
+
+CASES: dict[str, Callable[[Bench], Any]] = {
+    "loss": loss_equals_transformers,
+    **{f"adapter {zero}": partial(adapter_loads_in_stock_peft, zero=zero) for zero in ZERO},
+    **{f"not finite {zero}": partial(not_finite_is_named, zero=zero) for zero in ZERO},
+    **{f"chunks {zero}": partial(chunks_equal_one_call, zero=zero, overrides=[]) for zero in ZERO},
+    **{
+        f"chunks {zero} method=full": partial(chunks_equal_one_call, zero=zero, overrides=["method=full"])
+        for zero in ("stage2", "stage3")
+    },
+    "generation": generation_in_lockstep,
+    **{f"{method} {zero}": partial(quantized_base_learns_and_stays, method=method, zero=zero)
+       for method, zero in QUANTIZED},
+}  # fmt: skip
+if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    CASES["fp16"] = fp16_overflow_is_skipped
+
+
+if __name__ == "__main__":
+    Bench().record(CASES)

@@ -1,0 +1,62 @@
+"""A step, an evaluation and an adapter on two ranks: loss, adapters, generation, quantised bases, fp16, failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.step_cases import QUANTIZED, ZERO
+from tests.helpers.cases import Cases, run_cases
+
+SCRIPT = Path(__file__).with_name("step_cases.py")
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return run_cases(SCRIPT, tmp_path_factory.mktemp("step"))
+
+
+def test_loss_equals_transformers(seen: Cases) -> None:
+    assert seen["loss"] <= 1e-6
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_adapter_loads_in_stock_peft(seen: Cases, zero: str) -> None:
+    assert seen[f"adapter {zero}"]["distance"] <= 1e-4
+    assert seen[f"adapter {zero}"]["changes the base by"] > 1e-2
+
+
+@pytest.mark.parametrize("name", [*ZERO, *(f"{z} method=full" for z in ("stage2", "stage3"))])
+def test_the_vocabulary_matrix_in_chunks_changes_nothing(seen: Cases, name: str) -> None:
+    assert seen[f"chunks {name}"] <= 1e-5
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_not_finite_names_step_rank_and_rows(seen: Cases, zero: str) -> None:
+    first, second = seen[f"not finite {zero}"]["messages"]
+    assert first == second
+    assert "step 2, rank 1: the loss is not finite" in first
+    assert "headlines.jsonl:" in first
+    assert seen[f"not finite {zero}"]["unchanged"], "the adapter of the step before must survive"
+
+
+def test_generation_in_lockstep_equals_one_process(seen: Cases) -> None:
+    assert seen["generation"]["rows"] > 8
+    assert seen["generation"]["equal"]
+
+
+@pytest.mark.parametrize("case", map(" ".join, QUANTIZED))
+def test_quantised_base_learns_and_stays(seen: Cases, case: str) -> None:
+    first, last = seen[case]["losses"]
+    assert last < 0.7 * first
+    assert seen[case]["base unchanged"]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="needs a CPU with fp16 arithmetic")
+def test_fp16_overflow_is_skipped(seen: Cases) -> None:
+    assert seen["fp16"]["scale"] == 2.0**39
+    assert seen["fp16"]["changed nothing"]
+    first, last = seen["fp16"]["losses"]
+    assert last < 0.7 * first
