@@ -1,0 +1,172 @@
+"""Train the tiny model on the GPU in every way, and once each way on the CPU, and compare what was trained.
+
+python -m benchmarks.gpu.correctness WORK [--workers 8] [--seconds 150] [--only lora,same]
+
+Without a GPU everything runs on the CPU, and in fp32, where all ways must agree: that tries the plumbing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.gpu.measure import IS_CUDA, emit, relative_distance
+
+WHAT = "training of the tiny model"
+HALF = "bf16" if IS_CUDA else "fp32"
+FIXES = "nocudnn,packgqa,rms,lora,chunk"
+BASE = (
+    *("debug=tiny", "log=off", "data.validation=0", "data.max_rows=160", "batch.max_steps=5", "batch.global_size=16"),
+    *("schedule=constant", "schedule.warmup_ratio=0", "optim.learning_rate=1e-3", "checkpoint.every_steps=0"),
+    *("eval.before=false", "eval.metrics=[loss]", "run.overwrite=true"),
+)
+# Runs that are repeated and resumed.
+LONGER = (
+    *("data.max_rows=512", "batch.max_steps=8", "batch.global_size=64", "checkpoint.every_steps=4"),
+    *("checkpoint.keep=5", f"model.dtype={HALF}", "zero=stage2"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A training: its overrides, where it runs, with which variants, and the case that it must agree with."""
+
+    overrides: tuple[str, ...]
+    on_gpu: bool = True
+    variants: str = ""
+    against: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a case ended, and all that it printed."""
+
+    code: int
+    seconds: float
+    text: str
+
+
+def cases() -> dict[str, Case]:
+    """Return every case that starts from the base, by name."""
+    found: dict[str, Case] = {}
+    for method in ("lora", "full", "qlora", "qlora_8bit"):
+        found[f"cpu_{method}"] = Case((f"method={method}", "zero=stage0"), on_gpu=False)
+    lora = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
+    others = (("full", "stage2"), ("full", "stage3"), ("qlora", "stage2"), ("qlora_8bit", "stage2"))
+    for method, zero in (*(("lora", zero) for zero in lora), *others):
+        found[f"gpu_{method}_{zero}"] = Case((f"method={method}", f"zero={zero}"), against=f"cpu_{method}")
+    stage2 = ("method=lora", "zero=stage2")
+    found["gpu_lora_padded"] = Case((*stage2, "batch.packing=padded"), against="cpu_lora")
+    found["gpu_lora_half"] = Case((*stage2, f"model.dtype={HALF}"), against="cpu_lora")
+    for name, variants in (("varlen", "varlen"), ("fixes", FIXES)):
+        found[f"gpu_lora_{name}"] = Case((*stage2, f"model.dtype={HALF}"), variants=variants, against="gpu_lora_half")
+    for name, variants in (("same", ""), ("deterministic", "deterministic")):
+        found[f"{name}_a"] = Case(LONGER, variants=variants)
+        found[f"{name}_b"] = Case(LONGER, variants=variants, against=f"{name}_a")
+    return found
+
+
+def resumed_cases(work: Path, done: dict[str, Finished]) -> dict[str, Case]:
+    """Return the cases that resume from half way of one that has finished."""
+    found: dict[str, Case] = {}
+    for name, variants in (("same", ""), ("deterministic", "deterministic")):
+        if name + "_a" in done and done[name + "_a"].code == 0:
+            checkpoint = work / "runs" / f"{name}_a" / "checkpoints" / "step-00000004"
+            overrides = (*LONGER, f"checkpoint.resume={checkpoint}")
+            found[f"{name}_resumed"] = Case(overrides, variants=variants, against=f"{name}_a")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and compare the cases. Returns 1 where one failed, else 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path, help="a folder for the runs and their logs")
+    parser.add_argument("--workers", type=int, default=8, help="trainings at a time")
+    parser.add_argument("--seconds", type=float, default=150, help="no training goes on after that")
+    parser.add_argument("--only", default="", help="parts of the names of the cases to run, separated by commas")
+    asked = parser.parse_args(arguments)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    deadline, parts = time.time() + asked.seconds, asked.only.split(",")
+    chosen = {name: case for name, case in cases().items() if any(part in name for part in parts)}
+    done = run_all(asked.work, chosen, asked.workers, deadline)
+    resumed = resumed_cases(asked.work, done)
+    done |= run_all(asked.work, resumed, asked.workers, deadline)
+    for name, case in {**chosen, **resumed}.items():
+        emit("correct", WHAT, run=name, **describe(asked.work, name, case, done))
+    return int(any(finished.code for finished in done.values()))
+
+
+def run_all(work: Path, chosen: dict[str, Case], workers: int, deadline: float) -> dict[str, Finished]:
+    """Run some cases, several at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        finished = pool.map(lambda item: run(work, *item, deadline), chosen.items())
+        return dict(zip(chosen, finished, strict=True))
+
+
+def run(work: Path, name: str, case: Case, deadline: float) -> Finished:
+    """Train one case in a process of its own, which is killed at the deadline."""
+    begin, log = time.time(), work / f"{name}.log"
+    if deadline - begin < 5:
+        return Finished(-1, 0.0, "no time left")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not case.on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "trainer.train"]
+    if case.variants:
+        timed = [sys.executable, "-m", "benchmarks.gpu.train_timed", "--variants", case.variants]
+        command = [*timed, str(work / f"{name}.json")]
+    command += [*BASE, f"run.dir={work / 'runs'}", f"run.name={name}", *case.overrides]
+    with log.open("w") as out:
+        try:
+            stop = deadline - begin
+            code = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, timeout=stop
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    return Finished(code, time.time() - begin, log.read_text(errors="replace"))
+
+
+def describe(work: Path, name: str, case: Case, done: dict[str, Finished]) -> dict[str, Any]:
+    """Return how a case ended and how far what it trained is from the case that it must agree with."""
+    mine = done[name]
+    lines = [line for line in mine.text.splitlines() if line.strip()]
+    found: dict[str, Any] = {"code": mine.code, "seconds": mine.seconds}
+    if packing := [line for line in lines if line.startswith("packing:")]:
+        found["packing"] = packing[-1][:200]
+    if mine.code:
+        return {**found, "tail": " | ".join(lines)[-600:]}
+    if case.against in done and done[case.against].code == 0:
+        found |= {"against": case.against, **compare(trained(work, name), trained(work, case.against))}
+    return found
+
+
+def trained(work: Path, name: str) -> dict[str, torch.Tensor]:
+    """Return what a finished run has trained: its adapter, or the whole model."""
+    folder = work / "runs" / name
+    files = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/*.safetensors")]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the largest relative distance of a tensor, and whether all are the same to the bit."""
+    assert found.keys() == expected.keys(), f"other tensors: {sorted(found.keys() ^ expected.keys())[:5]}"
+    return {
+        "far": max(relative_distance(found[name], expected[name]) for name in expected),
+        "same_to_the_bit": all(torch.equal(found[name], expected[name]) for name in expected),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

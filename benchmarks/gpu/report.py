@@ -1,0 +1,137 @@
+"""Write the campaign's results as Markdown.
+
+python -m benchmarks.gpu.report RESULTS.jsonl [--dry]
+
+Prints it, and exits with 1 where a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DENSE_BF16_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+NORM = 1e-5  # fp32: how far any way of training may be from one plain process
+STEP = (
+    ("median step s", "median_step_seconds", "{:.3f}"),
+    ("useful tok/s", "useful_tokens_per_second", "{:.0f}"),
+    ("computed tok/s", "computed_tokens_per_second", "{:.0f}"),
+    ("TFLOP/s", "tflops", "{:.0f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("GiB in tensors", "peak_allocated_gib", "{:.1f}"),
+    ("GiB held", "peak_reserved_gib", "{:.1f}"),
+    ("kernels", "kernels", "{}"),
+    ("GPU busy s", "kernel_seconds", "{:.3f}"),
+    ("start s", "start_seconds", "{:.0f}"),
+    ("variants", "variants", "{}"),
+)
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report. Returns 1 where a stage failed, else 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, metavar="RESULTS.jsonl")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: say so at the top")
+    asked = parser.parse_args(arguments)
+    rows = [json.loads(line) for line in asked.results.read_text().splitlines()]
+    print("\n".join(lines_of(rows, asked.dry)))
+    return int(any(row.get("code") for row in rows if "run" not in row))
+
+
+def lines_of(rows: list[Row], dry: bool) -> list[str]:
+    """Return the lines of the report: the machine, what failed, correctness, small questions, speed."""
+    lines = ["# afina on a GPU", ""]
+    if dry:
+        lines += ["Tiny shapes on a CPU, to try the scripts: the figures mean nothing.", ""]
+    for row in rows:
+        if row["stage"] == "env" and "what" in row:
+            values = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("stage", "what") and v is not None)
+            lines.append(f"- {row['what']}: {values}")
+    tests = next((row.get("summary", "") for row in rows if row["stage"] == "pytest"), "not run")
+    lines += [f"- tests/gpu: {tests}", *stage_lines(rows)]
+    return lines + correctness_lines(rows) + micro_lines(rows) + speed_lines(rows)
+
+
+def stage_lines(rows: list[Row]) -> list[str]:
+    """Return a line for each stage that failed or was left out."""
+    lines = []
+    for row in rows:
+        if row.get("skipped"):
+            lines.append(f"- {row['stage']}: left out, {row['skipped']}")
+        elif row.get("code") and "run" not in row:
+            lines.append(f"- {row['stage']}: **failed** ({row['code']}): `{row.get('tail', '')[-300:]}`")
+    return lines
+
+
+def correctness_lines(rows: list[Row]) -> list[str]:
+    """Return the table of the tiny model's trainings."""
+    runs = [row for row in rows if row["stage"] == "correct" and "run" in row]
+    if not runs:
+        return []
+    lines = [
+        *("", "## The tiny model", ""),
+        f"Largest relative distance of a trained tensor; in fp32 at most {NORM:g} is promised.",
+        *("", "| training | against | distance | same to the bit | seconds |", "|---|---|---|---|---|"),
+    ]
+    for run in runs:
+        if run["code"]:
+            lines.append(f"| {run['run']} | **failed** ({run['code']}) | `{cell(run['tail'][-200:])}` | | |")
+        else:
+            values = (cell(run.get(name, "")) for name in ("against", "far", "same_to_the_bit", "seconds"))
+            lines.append(f"| {run['run']} | {' | '.join(values)} |")
+    return lines
+
+
+def micro_lines(rows: list[Row]) -> list[str]:
+    """Return a line for each small question."""
+    found = [row for row in rows if row["stage"] == "micro" and "what" in row]
+    lines = ["", "## Small questions", ""] if found else []
+    for row in found:
+        values = " ".join(f"{k} {cell(v)}" for k, v in row.items() if k not in ("stage", "what"))
+        lines.append(f"- {row['what']}: {values}")
+    return lines
+
+
+def speed_lines(rows: list[Row]) -> list[str]:
+    """Return the table of the timed trainings."""
+    timed = [row for row in rows if "median_step_seconds" in row]
+    if not timed:
+        return []
+    peak, source = peak_tflops(rows)
+    lines = [
+        *("", "## Speed", ""),
+        f"MFU: matrix products of computed tokens beside {peak:.3g} TFLOP/s ({source}); attention and what gradient "
+        "checkpointing computes twice are not counted.",
+        *("", f"| training | {' | '.join(title for title, _, _ in STEP)} |", f"|---|{'---|' * len(STEP)}"),
+    ]
+    for row in timed:
+        known = {**row, "mfu": row["tflops"] / peak} if "tflops" in row and peak else row
+        values = (form.format(known[name]) if name in known else "" for _, name, form in STEP)
+        lines.append(f"| {row['stage']} | {' | '.join(values)} |")
+    return lines
+
+
+def peak_tflops(rows: list[Row]) -> tuple[float, str]:
+    """Return the dense bf16 peak of a known card, else that of the measured matrix product, and which of them."""
+    name = next((str(row["gpu"]) for row in rows if "gpu" in row), "")
+    for card, peak in DENSE_BF16_TFLOPS.items():
+        if card in name:
+            return float(peak), f"{card}, dense bf16"
+    measured = [row["tflops"] for row in rows if row.get("what", "").startswith("matmul")]
+    return max(measured, default=0.0), "a large matrix product here"
+
+
+def cell(value: Any) -> str:
+    """Return a value as it may stand in a table."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).replace("|", "/").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

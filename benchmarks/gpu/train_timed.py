@@ -1,0 +1,155 @@
+"""Train as ``python -m trainer.train`` does, with each step timed between two synchronisations.
+
+python -m benchmarks.gpu.train_timed [--variants a,b] [--profile FILE] RESULT.json [overrides]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import trainer.train
+from benchmarks.gpu.measure import IS_CUDA, synchronize
+from benchmarks.gpu.variants import applied
+from trainer.distributed.process_group import leave
+from trainer.training.loop import Loop
+
+WARM_UP_STEPS = 2
+KEPT = ("useful_tokens", "computed_tokens", "label_tokens", "loss", "data_seconds", "model_flops_utilization")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train once and write what the steps took. Returns the training's exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variants", default="", help="patches of benchmarks/gpu/variants.py, separated by commas")
+    parser.add_argument("--profile", type=Path, default=None, help="add the last step's kernels to this file")
+    parser.add_argument("result", type=Path, metavar="RESULT.json")
+    parser.add_argument("overrides", nargs="*")
+    asked = parser.parse_args(arguments)
+    timer = StepTimer(asked.profile, f"{asked.result.stem} {asked.variants}")
+    with applied(asked.variants):
+        timer.install()
+        code = trainer.train.main(asked.overrides)
+    asked.result.write_text(json.dumps({"variants": asked.variants, **timer.summary()}))
+    return code
+
+
+class StepTimer:
+    """Times the steps of the training in this process.
+
+    Args:
+        profile_file: where the last step's kernels are written; ``None``: it is timed like the others.
+        title: of the profile.
+    """
+
+    def __init__(self, profile_file: Path | None, title: str) -> None:
+        self.profile_file, self.title = profile_file, title
+        self.steps: list[dict[str, Any]] = []
+        self.found: dict[str, Any] = {}
+        self.weights: dict[str, int] = {}
+        self.trains_base = False
+
+    def install(self) -> None:
+        """Take the place of ``Loop._step`` in this process."""
+        step = Loop._step
+
+        def timed(loop: Loop, number: int) -> Any:
+            if not self.weights:
+                self._start(loop)
+            if IS_CUDA and number == WARM_UP_STEPS:
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
+            if self.profile_file is not None and number == loop.config.batch.max_steps - 1:
+                return self._profile(step, loop, number)
+            begin = time.perf_counter()
+            result = step(loop, number)
+            synchronize()
+            seconds = time.perf_counter() - begin
+            self.steps.append({name: result[0][name] for name in KEPT} | {"seconds": seconds})
+            return result
+
+        Loop._step = timed  # type: ignore[method-assign]
+
+    def _start(self, loop: Loop) -> None:
+        self.weights, self.trains_base = count_weights(loop.engine.model), loop.config.method.name == "full"
+        self.found["start_seconds"] = time.time() - psutil.Process().create_time()
+
+    def _profile(self, step: Any, loop: Loop, number: int) -> Any:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_CUDA else [])]
+        with profile(activities=activities) as profiled:
+            result = step(loop, number)
+            synchronize()
+        average = profiled.key_averages()
+        kernels = [event for event in average if str(event.device_type).endswith("CUDA")]
+        if kernels:
+            self.found["kernels"] = sum(event.count for event in kernels)
+            self.found["kernel_seconds"] = sum(event.self_device_time_total for event in kernels) / 1e6
+        sort = "self_cuda_time_total" if kernels else "self_cpu_time_total"
+        table = average.table(sort_by=sort, row_limit=25, max_name_column_width=120)
+        assert self.profile_file is not None
+        with self.profile_file.open("a") as out:
+            out.write(f"== {self.title}\n{table}\n")
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Return times, rates and memory of the steps after the first ones, which warm up."""
+        found, timed = dict(self.found), self.steps[WARM_UP_STEPS:] or self.steps
+        if timed:
+            seconds = sorted(step["seconds"] for step in timed)
+            total = sum(seconds)
+            found |= {
+                "median_step_seconds": seconds[len(seconds) // 2],
+                "step_seconds": [round(step["seconds"], 4) for step in self.steps],
+                "useful_tokens_per_second": sum(step["useful_tokens"] for step in timed) / total,
+                "computed_tokens_per_second": sum(step["computed_tokens"] for step in timed) / total,
+                "tflops": sum(self.operations(step) for step in timed) / total / 1e12,
+                "data_seconds": sum(step["data_seconds"] for step in timed) / len(timed),
+                "losses": [round(step["loss"], 5) for step in self.steps],
+                "model_flops_utilization": [round(step["model_flops_utilization"], 4) for step in timed],
+            }
+        return found | peak_memory()
+
+    def operations(self, step: dict[str, Any]) -> int:
+        """Return the operations of a step's matrix products, forward and backward.
+
+        A weight costs 2 a token in the forward, 2 for the gradient of its input, and 2 for its own gradient where it
+        is trained (Kaplan et al., 2020). The output layer runs at labels only. Attention and what gradient
+        checkpointing computes twice are not counted.
+        """
+        each = 6 if self.trains_base else 4
+        per_token = each * self.weights["base"] + 6 * self.weights["adapter"]
+        return int(step["computed_tokens"] * per_token + step["label_tokens"] * each * self.weights["head"])
+
+
+def count_weights(model: torch.nn.Module) -> dict[str, int]:
+    """Count the weights of the linear layers, by what they cost a token: base, adapters, output layer."""
+    found = {"base": 0, "adapter": 0, "head": 0}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = "head" if name.endswith("lm_head") else "adapter" if ".lora_" in name else "base"
+            found[kind] += module.in_features * module.out_features
+    return found
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the GPU memory at its peak since the warm-up: in tensors, and held by the allocator."""
+    if not IS_CUDA:
+        return {}
+    return {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+    }
+
+
+if __name__ == "__main__":
+    leave(main())
