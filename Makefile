@@ -21,7 +21,7 @@ help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
 	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (up to 40 minutes on 2 cores)"
 	@echo "make check   lint, types and unit tests (2 to 3 minutes)"
-	@echo "make format  let ruff mend what it can"
+	@echo "make format  let ruff fix what it can"
 	@echo "make bench   the benchmarks, with the peers they compare with"
 	@echo "make clean   caches and build outputs; never runs/. make distclean: .venv too"
 

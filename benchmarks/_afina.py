@@ -2,8 +2,8 @@
 
 python benchmarks/_afina.py RESULT.json [overrides]
 
-The window opens when the base model is loaded and closes when the adapter is saved: attaching it, the start-up proof of
-the packing, DeepSpeed's own start, every step, the saving.
+The window opens when the base model is loaded and closes when the adapter is saved: attaching it, the start-up
+verification of the packing, DeepSpeed's own start, every step, the saving.
 """
 
 from __future__ import annotations
@@ -16,28 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import trainer.train
+import trainer.training.build
 from trainer.config import load, run_folder
-from trainer.distributed.process_group import from_environment
-from trainer.silence import silence_libraries
 
 
 def main(result_file: Path, overrides: list[str]) -> None:
     """Train once and write seconds, tokens, losses and the peak of the resident memory."""
-    silence_libraries()
     begin: list[float] = []
-    load_model = trainer.train.load_model
+    load_model = trainer.training.build.load_model
 
-    def then_begin(*args: Any, **kwargs: Any) -> Any:
+    def load_and_begin(*args: Any, **kwargs: Any) -> Any:
         model = load_model(*args, **kwargs)
         begin.append(time.perf_counter())
         return model
 
-    trainer.train.load_model = then_begin
-    config = load(overrides)
-    code = trainer.train.train(config, from_environment())
+    trainer.training.build.load_model = load_and_begin
+    code = trainer.train.main(overrides)
     seconds = time.perf_counter() - begin[0]
     assert code == 0, f"afina ended with {code}"
-    lines = (Path(run_folder(config)) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(run_folder(load(overrides))) / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
     result_file.write_text(
         json.dumps(

@@ -25,8 +25,8 @@ from trainer.inference.use import merge_run
 PARTS = {"fold": ("folding", "digests"), "_write": ("writing", "reading back, its answers")}
 
 
-class EvalMonitor(threading.Thread):
-    """Peaks of this process's memory by part, in bytes: own, file and both together."""
+class PeakMonitor(threading.Thread):
+    """Records the peaks of this process's memory by part, in bytes: own, file and both together."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -41,7 +41,7 @@ class EvalMonitor(threading.Thread):
             time.sleep(0.005)
 
     def during(self, function: Any, part: str, after: str) -> Any:
-        """The same function, whose memory is noted under its own part."""
+        """Return the same function, whose memory is recorded under a part of its own."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.part = part
@@ -53,25 +53,25 @@ class EvalMonitor(threading.Thread):
 
 
 def resident() -> tuple[int, int]:
-    """Resident bytes of this process: its own, and of mapped files (shared memory with them)."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own, file, shared = (1024 * int(facts[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem"))
+    """Return the resident bytes of this process: its own, and of mapped files (shared memory with them)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, file, shared = (1024 * int(status[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem"))
     return own, file + shared
 
 
 def main(result_file: Path, run: Path, to: Path) -> None:
     """Merge once and write the peaks, and what was resident before."""
-    before, watch = sum(resident()), EvalMonitor()
+    before, monitor = sum(resident()), PeakMonitor()
     for name, (part, after) in PARTS.items():
-        setattr(trainer.merge.merge, name, watch.during(getattr(trainer.merge.merge, name), part, after))
-    watch.start()
+        setattr(trainer.merge.merge, name, monitor.during(getattr(trainer.merge.merge, name), part, after))
+    monitor.start()
     begin = time.perf_counter()
     merged = merge_run(run, to)
     result = {
         "imports_bytes": before,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.perf_counter() - begin,
-        "parts": watch.peaks,
+        "parts": monitor.peaks,
         "distance": merged.distance,
         "base_distance": merged.base_distance,
     }

@@ -2,7 +2,7 @@
 
 python benchmarks/_peer.py {trl,trainer} ROWS.npz SETTINGS.json RESULT.json
 
-Both get token ids and labels as afina prepared them, in the order in which afina draws them; so nothing but the
+Both get token ids and loss masks as afina prepared them, in the order in which afina draws them; so nothing but the
 training differs. The window is the one that afina is measured with: from the loaded base model to the saved adapter.
 """
 
@@ -35,7 +35,7 @@ def main(kind: str, rows_file: Path, settings_file: Path, result_file: Path) -> 
     trainer.train()
     trainer.save_model(settings["output"])
     seconds = time.perf_counter() - begin
-    losses = [entry["loss"] for entry in trainer.engine.whole_state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result_file.write_text(
         json.dumps(
             {
@@ -49,14 +49,14 @@ def main(kind: str, rows_file: Path, settings_file: Path, result_file: Path) -> 
 
 
 def load_rows(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and labels of each row, in the order of training."""
+    """Return ids and loss mask of each row, in the order of training."""
     arrays = np.load(path)
     ends = np.cumsum(arrays["lengths"])[:-1]
-    return list(zip(np.split(arrays["ids"], ends), np.split(arrays["labels"], ends), strict=True))
+    return list(zip(np.split(arrays["ids"], ends), np.split(arrays["loss_mask"], ends), strict=True))
 
 
 def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
-    """The adapters that all three train; both peers from the seed that afina takes."""
+    """Attach the adapters that all three train; both peers from the seed that afina takes."""
     from peft import LoraConfig, get_peft_model
 
     targets = settings["targets"]
@@ -68,7 +68,7 @@ def with_adapters(model: Any, settings: dict[str, Any]) -> Any:
 
 
 def arguments(settings: dict[str, Any]) -> dict[str, Any]:
-    """What both trainers are told alike."""
+    """Return the arguments that both trainers have alike."""
     return {
         "output_dir": settings["output"],
         "per_device_train_batch_size": settings["micro_size"],
@@ -92,14 +92,14 @@ def arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def trl_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[str, Any]) -> Any:
-    """TRL, which pads to the longest row of each forward and scores labels only."""
+    """Build TRL's trainer, which pads to the longest row of each forward and scores labels only."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_dict(
         {
             "input_ids": [ids.tolist() for ids, _ in rows],
-            "labels": [np.where(labels, ids, -100).tolist() for ids, labels in rows],
+            "labels": [np.where(mask, ids, -100).tolist() for ids, mask in rows],
         }
     )
     config = SFTConfig(**arguments(settings), max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -108,7 +108,7 @@ def trl_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[str,
 
 
 def plain_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[str, Any]) -> Any:
-    """What tutorials do: every row padded to the longest of the data, the loss by the model."""
+    """Build what tutorials do: every row padded to the longest of the data, the loss by the model."""
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
 
@@ -121,7 +121,7 @@ def plain_trainer(model: Any, tokenizer: Any, rows: list[Any], settings: dict[st
         {
             "input_ids": [fill(ids, tokenizer.pad_token_id) for ids, _ in rows],
             "attention_mask": [fill(np.ones_like(ids), 0) for ids, _ in rows],
-            "labels": [fill(np.where(labels, ids, -100), -100) for ids, labels in rows],
+            "labels": [fill(np.where(mask, ids, -100), -100) for ids, mask in rows],
         }
     )
     return Trainer(

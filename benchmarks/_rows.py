@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import TrainConfig, load
-from trainer.data.batching.batches import global_batch
+from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.load import Data, load_data
 from trainer.models.embedded import resolve

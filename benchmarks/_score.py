@@ -2,7 +2,7 @@
 
 python benchmarks/_score.py MODEL ADAPTER-or-none ROWS.npz RESULT.json
 
-Nothing of afina: whoever trained the model, it is read and scored here in the same way.
+Nothing of afina takes part: whoever trained the model, it is read and scored here in the same way.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from _peer import load_rows
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from benchmarks._peer import load_rows
 
 ROWS_A_FORWARD = 20
 
@@ -29,14 +30,14 @@ def main(model_folder: str, adapter: str, rows_file: Path, result_file: Path) ->
     total, count = 0.0, 0
     with torch.no_grad():
         for begin in range(0, len(rows), ROWS_A_FORWARD):
-            part = rows[begin : begin + ROWS_A_FORWARD]
-            width = max(len(ids) for ids, _ in part)
-            ids = torch.zeros(len(part), width, dtype=torch.long)
+            batch = rows[begin : begin + ROWS_A_FORWARD]
+            width = max(len(ids) for ids, _ in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
             seen = torch.zeros_like(ids)
             labels = torch.full_like(ids, -100)
-            for k, (row, learnt) in enumerate(part):
+            for k, (row, loss_mask) in enumerate(batch):
                 ids[k, : len(row)], seen[k, : len(row)] = torch.from_numpy(row).long(), 1
-                labels[k, : len(row)] = ids[k, : len(row)].masked_fill(~torch.from_numpy(learnt), -100)
+                labels[k, : len(row)] = ids[k, : len(row)].masked_fill(~torch.from_numpy(loss_mask), -100)
             logits = model(input_ids=ids, attention_mask=seen).logits
             flat, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             total += float(torch.nn.functional.cross_entropy(flat, wanted, reduction="sum"))

@@ -5,6 +5,7 @@ python benchmarks/_start.py RESULT.json [overrides]
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -14,36 +15,41 @@ from typing import Any
 BEGIN = time.perf_counter()
 
 import trainer.train  # noqa: E402  its import is the first part
-from trainer.config import load  # noqa: E402
-from trainer.distributed.process_group import from_environment  # noqa: E402
-from trainer.silence import silence_libraries  # noqa: E402
+import trainer.training.build  # noqa: E402
+import trainer.training.run  # noqa: E402
 from trainer.training.loop import Loop  # noqa: E402
 
-PARTS = {"load_data": "data", "load_model": "model", "choose_packing": "start-up proof"}
+# The functions that a start calls, and the part that each is.
+PARTS = (
+    (trainer.training.run, "load_data", "data"),
+    (trainer.training.build, "load_model", "model"),
+    (trainer.training.build, "choose_packing", "start-up verification"),
+)
 
 
-class Reached(Exception):
-    """The first step."""
+class FirstStepReached(Exception):
+    """Ends the training where its first step begins."""
 
 
 def main(result_file: Path, overrides: list[str]) -> None:
     """Start once, and stop where the first step begins."""
-    silence_libraries()
     seconds = {"imports": time.perf_counter() - BEGIN}
-    for name, title in PARTS.items():
-        setattr(trainer.train, name, timed(getattr(trainer.train, name), title, seconds))
+    for module, name, title in PARTS:
+        setattr(module, name, timed(getattr(module, name), title, seconds))
 
-    def reached(*_: Any) -> None:
+    def stop(*_: Any) -> None:
         seconds["all the rest"] = time.perf_counter() - BEGIN - sum(seconds.values())
         result_file.write_text(json.dumps(seconds))
-        raise Reached
+        raise FirstStepReached
 
-    Loop._step = reached  # type: ignore[assignment, method-assign]
-    trainer.train.train(load(overrides), from_environment())
+    assert callable(Loop.step)
+    Loop.step = stop  # type: ignore[assignment, method-assign]
+    with contextlib.suppress(FirstStepReached):
+        trainer.train.main(overrides)
 
 
 def timed(function: Any, title: str, seconds: dict[str, float]) -> Any:
-    """The same function, whose time goes into ``seconds``."""
+    """Return the same function, whose time is added to ``seconds``."""
 
     def measured(*args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()

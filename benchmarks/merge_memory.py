@@ -57,8 +57,8 @@ def make_run(folder: Path, layers: int, width: int) -> int:
     model.save_pretrained(folder / "base", max_shard_size="1GB")
     tokenizer.save_pretrained(folder / "base")
     model_bytes = sum(p.nbytes for p in model.parameters())
-    keys = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, keys, autocast_adapter_dtype=False)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

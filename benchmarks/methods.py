@@ -4,7 +4,7 @@ python benchmarks/methods.py [--rows 1600]
 
 SmolLM2-135M, the sarcastic headlines, 16 rows an update. First learning rates are tried on 320 rows: the method's own
 and three times it, then on beyond the edge while the edge is best; the same held-out rows judge the tries and the
-table. Then each method trains once on all rows. Goes on where it was interrupted (runs/methods). Writes methods.md,
+table. Then each method trains once on all rows. Resumes where it was interrupted (runs/methods). Writes methods.md,
 methods.csv and methods.png beside this file.
 """
 
@@ -27,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1600)
     rows = parser.parse_args().rows
-    keys = ["experiment=demo", f"compare.rows={rows}", "compare.tune=[1,3]", f"run.name={NAME}", "run.dir=runs"]
-    command = [sys.executable, "-c", "import sys; from trainer.cli import main; sys.exit(main())", "compare", *keys]
+    overrides = ["experiment=demo", f"compare.rows={rows}", "compare.tune=[1,3]", f"run.name={NAME}", "run.dir=runs"]
+    command = [sys.executable, "-m", "trainer.cli", "compare", *overrides]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "WANDB_MODE": "offline"})
     folder = ROOT / "runs" / NAME
     for kind in ("csv", "png"):

@@ -70,18 +70,16 @@ def environment(folder: Path) -> dict[str, str]:
 
 def prepare(folder: Path, overrides: list[str]) -> dict[str, float]:
     """Seconds, and the most memory that all processes held together, of ``afina data`` on a table not there yet."""
-    command = [sys.executable, "-m", "trainer.cli.app", "data", *overrides]
-    subprocess.run(
-        [sys.executable, "-m", "trainer.cli.app", "fetch", "smollm2_135m"], env=environment(folder), check=True
-    )
+    command = [sys.executable, "-m", "trainer.cli", "data", *overrides]
+    subprocess.run([sys.executable, "-m", "trainer.cli", "fetch", "smollm2_135m"], env=environment(folder), check=True)
     begin, peak = time.perf_counter(), 0
-    with (folder / "said.txt").open("w") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=said, stderr=subprocess.STDOUT)
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             time.sleep(0.1)
     if process.returncode:
-        raise SystemExit((folder / "said.txt").read_text()[-3000:])
+        raise SystemExit((folder / "log.txt").read_text()[-3000:])
     return {"seconds": time.perf_counter() - begin, "peak_bytes": peak}
 
 

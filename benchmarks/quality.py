@@ -1,4 +1,4 @@
-"""What is learnt: afina's LoRA beside TRL's on the same rows in the same order, and beside all weights trained.
+"""What is learned: afina's LoRA beside TRL's on the same rows in the same order, and beside all weights trained.
 
 python benchmarks/quality.py [--steps 32] [--tried 6]
 
@@ -12,28 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from throughput import HERE, ROOT, run
-
-from trainer.config import load
-from trainer.data.batching.global_batch import global_batch
-from trainer.data.load import load_data
+from benchmarks._rows import prepare_rows, rows_in_training_order, save_rows
+from benchmarks.throughput import HERE, ROOT, run
 from trainer.models.embedded import fetch
-from trainer.models.loading import load_tokenizer
 
 GLOBAL_SIZE = 16
 HELD_OUT = 100
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = ["method=lora", "method.r=16", "method.target_modules=all_linear"]
-LORA_RATE = (
-    2e-3  # on 8 updates better than 5e-4 and 1e-3 (held-out loss 2.74, 3.60 and 3.08): so short a run wants much
-)
+# On 8 updates better than 5e-4 and 1e-3 (held-out loss 2.74, 3.60 and 3.08): so short a run wants a high rate.
+LORA_RATE = 2e-3
 FULL_RATES = (1e-4, 3e-4, 1e-3)
 NAMES = {
     "base": "base model",
@@ -59,7 +54,7 @@ def main() -> None:
 
 def measure(model: str, folder: Path, steps: int, tried: int) -> dict[str, Any]:
     """All runs, all scores."""
-    write_rows(folder, model, steps)
+    write_rows(folder, steps)
     found: dict[str, Any] = {"steps": steps, "tried_steps": tried, "runs": {}}
     found["runs"]["base"] = score(model, "none", folder)
     found["tried"] = {rate: train("full", rate, tried, model, folder)["loss"] for rate in FULL_RATES}
@@ -95,7 +90,7 @@ def afina_overrides(method: str, rate: float, steps: int, folder: Path) -> list[
 
 
 def peer_settings(model: str, folder: Path, steps: int) -> dict[str, Any]:
-    """What ``_peer.py`` is told: a whole global batch a forward, under autocast, where TRL is fastest."""
+    """Return the settings of ``_peer.py``: a whole global batch a forward, under autocast, where TRL is fastest."""
     return {
         "model": model,
         "r": 16,
@@ -111,22 +106,12 @@ def peer_settings(model: str, folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def write_rows(folder: Path, model: str, steps: int) -> None:
-    """Token ids and labels as afina prepares them: of every step, in order, for TRL; held out, for the scorer."""
-    config = load(afina_overrides("lora", LORA_RATE, steps, folder))
-    data = load_data(config, load_tokenizer(model, config.model), print)
+def write_rows(folder: Path, steps: int) -> None:
+    """Write token ids and loss masks as afina prepares them: of every step, for TRL; held out, for the scorer."""
+    config, _, data = prepare_rows(afina_overrides("lora", LORA_RATE, steps, folder))
     assert len(data.validation) == HELD_OUT, f"{len(data.validation)} rows are held out"
-    batches = [global_batch(config.run.seed, step, len(data.train), GLOBAL_SIZE) for step in range(steps)]
-    for name, rows in (
-        ("rows", data.train.tokens(np.concatenate(batches))),
-        ("held", data.validation.tokens(range(HELD_OUT))),
-    ):
-        np.savez(
-            folder / f"{name}.npz",
-            ids=np.concatenate([r.ids for r in rows]),
-            labels=np.concatenate([r.loss_mask for r in rows]),
-            lengths=np.asarray([len(r.ids) for r in rows]),
-        )
+    save_rows(folder / "rows.npz", rows_in_training_order(config, data, steps))
+    save_rows(folder / "held.npz", data.validation.tokens(range(HELD_OUT)))
 
 
 def score(model: str, adapter: str, folder: Path) -> dict[str, float]:
@@ -134,7 +119,8 @@ def score(model: str, adapter: str, folder: Path) -> dict[str, float]:
     result = folder / "score.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, HERE / "_score.py", model, adapter, folder / "held.npz", result]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found: dict[str, float] = json.loads(result.read_text())

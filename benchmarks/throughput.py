@@ -23,11 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import load
-from trainer.data.batching.global_batch import global_batch
-from trainer.data.load import load_data
+from benchmarks._rows import prepare_rows, rows_in_training_order, save_rows
 from trainer.models.embedded import fetch
-from trainer.models.loading import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -95,7 +92,7 @@ def measure(name: str, model: str, folder: Path, rounds: int, steps: int) -> dic
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = afina_overrides(source, folder, steps) + rendering
-    facts = write_rows(folder / "rows.npz", overrides, steps)
+    found = write_rows(folder / "rows.npz", overrides, steps)
     tried = {}
     for micro_size in (4, 16):
         for autocast in (True, False):
@@ -108,7 +105,7 @@ def measure(name: str, model: str, folder: Path, rounds: int, steps: int) -> dic
         for system in SYSTEMS if turn % 2 == 0 else reversed(SYSTEMS):
             runs[system].append(run(system, folder, settings, overrides))
     best = f"{micro_size} rows a forward, {'with' if autocast else 'without'} autocast"
-    return {**facts, "trl_at": best, "runs": runs}
+    return {**found, "trl_at": best, "runs": runs}
 
 
 def afina_overrides(source: Path, folder: Path, steps: int) -> list[str]:
@@ -123,7 +120,7 @@ def afina_overrides(source: Path, folder: Path, steps: int) -> list[str]:
 
 
 def peer_settings(model: str, folder: Path, steps: int, micro_size: int, autocast: bool) -> dict[str, Any]:
-    """What ``_peer.py`` is told."""
+    """Return the settings of ``_peer.py``."""
     return {
         "model": model,
         "r": 16,
@@ -140,18 +137,10 @@ def peer_settings(model: str, folder: Path, steps: int, micro_size: int, autocas
 
 
 def write_rows(path: Path, overrides: list[str], steps: int) -> dict[str, float]:
-    """Token ids and labels of every step, in order, for the peers; and what the rows are like."""
-    config = load(overrides)
-    tokenizer = load_tokenizer(str(fetch("smollm2_135m")), config.model)
-    train = load_data(config, tokenizer, print).train
-    batches = [global_batch(config.run.seed, step, len(train), GLOBAL_SIZE) for step in range(steps)]
-    rows = train.tokens(np.concatenate(batches))
-    np.savez(
-        path,
-        ids=np.concatenate([r.ids for r in rows]),
-        labels=np.concatenate([r.loss_mask for r in rows]),
-        lengths=np.asarray([len(r.ids) for r in rows]),
-    )
+    """Write token ids and loss masks of every step, in order, for the peers; return what the rows are like."""
+    config, _, data = prepare_rows(overrides)
+    rows = rows_in_training_order(config, data, steps)
+    save_rows(path, rows)
     shortest = min(len(r.ids) for r in rows)
     alike = np.all(np.stack([r.ids[:shortest] for r in rows]) == rows[0].ids[:shortest], axis=0)
     shared = int(np.argmin(alike)) if not alike.all() else shortest

@@ -27,7 +27,7 @@ from benchmarks.gpu.measure import (
     synchronize,
 )
 from benchmarks.gpu.variants import applied
-from trainer.data.batching.micro_batch import MicroBatch, Tokens, shared
+from trainer.data.batching.micro_batch import MicroBatch, Tokens, collate_trie
 
 # Rows, tokens that all share, tokens of each row's own, and by how many these vary at most.
 FULL_CASES = {
@@ -49,7 +49,7 @@ def make_batch(rows: int, shared_tokens: int, own_tokens: int, spread: int) -> M
         own = random.integers(0, 40000, own_tokens + int(random.integers(-spread, spread + 1)), dtype=np.int32)
         ids = np.concatenate([prefix, own])
         examples.append(Tokens(ids, np.ones(len(ids), dtype=bool)))
-    return shared(examples, range(rows))
+    return collate_trie(examples, range(rows))
 
 
 def make_qkv(nodes: int, heads: int = 32, key_heads: int = 8, width: int = 128) -> list[Tensor]:

@@ -57,8 +57,8 @@ class StepTimer:
         self.trains_base = False
 
     def install(self) -> None:
-        """Take the place of ``Loop._step`` in this process."""
-        step = Loop._step
+        """Take the place of ``Loop.step`` in this process."""
+        step = Loop.step
 
         def timed(loop: Loop, number: int) -> Any:
             if not self.weights:
@@ -72,10 +72,10 @@ class StepTimer:
             result = step(loop, number)
             synchronize()
             seconds = time.perf_counter() - begin
-            self.steps.append({name: result[0][name] for name in KEPT} | {"seconds": seconds})
+            self.steps.append({name: result.record[name] for name in KEPT} | {"seconds": seconds})
             return result
 
-        Loop._step = timed  # type: ignore[method-assign]
+        Loop.step = timed  # type: ignore[method-assign]
 
     def _start(self, loop: Loop) -> None:
         self.weights, self.trains_base = count_weights(loop.engine.model), loop.config.method.name == "full"

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 import trainer.kernels.trie_attention as kernel
 from trainer.data.batching.trie import Trie
-from trainer.data.batching.trie_paths import Paths
+from trainer.data.batching.trie_paths import TriePaths
 
 
 @dataclass(slots=True)
-class RaggedPaths(Paths):
+class RaggedPaths(TriePaths):
     """How the nodes of a trie attend, sequence after sequence.
 
     Attributes:
