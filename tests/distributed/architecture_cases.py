@@ -2,7 +2,7 @@
 
 Tiny random models of each, with the tiny tokenizer beside them: LoRA on all linear layers under ZeRO-2 and ZeRO-3, and
 other methods on the architectures whose layers are unlike Llama's. The plain process gets the names of the layers
-outright.
+from the table of architectures.
 """
 
 from __future__ import annotations
@@ -26,16 +26,8 @@ from trainer.methods import load_adapter, save_adapter
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-LINEAR = {
-    **{name: [*ATTENTION, "gate_proj", "up_proj", "down_proj"] for name in ARCHITECTURES},
-    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
-    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "mixtral": ATTENTION,  # the experts are no linear layers
-}
-DOWN = {"gpt2": "mlp.c_proj", "gpt_neox": "dense_4h_to_h", "gemma": "down_proj"}
+# Their layers are unlike Llama's in name or in kind.
+UNLIKE_LLAMA = ("gpt2", "gpt_neox", "gemma")
 PADDED = {"gemma2": "its scores are capped"}  # the others are trained in tries
 
 
@@ -46,20 +38,20 @@ def cases() -> dict[str, tuple[str, list[str]]]:
         for stage in (2, 3):
             saves = f"model.gradient_checkpointing={str((number + stage) % 2 == 0).lower()}"
             out[f"{name} lora {stage}"] = (name, ["method=lora", "method.r=4", f"zero=stage{stage}", saves])
-    for name in DOWN:
+    for name in UNLIKE_LLAMA:
         for number, method in enumerate(("ia3", "bottleneck", "prompt")):
             out[f"{name} {method}"] = (name, [*METHODS[method], f"zero=stage{2 + number % 2}"])
     return out
 
 
 def plain(name: str, folder: str, config: TrainConfig, total_steps: int) -> Any:
-    """Stock PEFT on stock transformers, the layers named here."""
-    method, peft = config.method, None
+    """Stock PEFT on stock transformers, the layers named by the table."""
+    method, row, peft = config.method, ARCHITECTURES[name], None
     if method.name == "lora":
-        peft = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=LINEAR[name])
+        peft = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=sorted(row.linear))
     if method.name == "ia3":
-        targets = sorted({*LINEAR[name], DOWN[name]})
-        peft = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[DOWN[name]])
+        targets = sorted({*row.linear, row.down})
+        peft = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=[row.down])
     if peft is None:
         return reference_model(folder, config, total_steps)
     base = reference_base(folder, config)

@@ -16,9 +16,9 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.distributed.bench import Bench
+from tests.helpers.architectures import tiny
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.engine import Engine
@@ -31,7 +31,14 @@ CASES = {
     "bf16, offloaded": ["zero=stage3_offload"],
     "nf4": ["method.bits=4"],
 }  # fmt: skip
-SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 
 
 def anonymous_bytes() -> int:
@@ -66,9 +73,8 @@ class Peak:
 def save_model(folder: Path) -> int:
     """A random model in bf16 in files of 50 MB; its bytes."""
     torch.manual_seed(0)
-    keys = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**keys, **SIZES)).to(torch.bfloat16)
+        model = tiny("llama", **SIZES).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers.architectures import MODELS
+from tests.helpers.architectures import KINDS_OF_ATTENTION, tiny
 from trainer.data.batching import trie_paths
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
@@ -105,14 +105,14 @@ def test_split_lays_every_example_once_within_the_limits(
 
 # `make check` tries a plain model and one with a window.
 QUICK = ("llama", "mistral, window 8")
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS]
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in KINDS_OF_ATTENTION]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[Any, LabelLoss]:
     torch.manual_seed(0)
     # double: what is left of a difference is the fp32 of the loss, not the order of sums in the model
-    model = MODELS[request.param]().double()
+    model = tiny(request.param).double()
     register()
     model.set_attn_implementation(KERNEL)
     assert trie_obstacle(model) is None

@@ -12,7 +12,7 @@ import torch
 
 import trainer.data.batching.micro_batch as micro
 import trainer.models.first_layers as layers
-from tests.helpers.architectures import MODELS, VOCABULARY, tiny
+from tests.helpers.architectures import KINDS_OF_ATTENTION, VOCABULARY, tiny
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
@@ -63,9 +63,9 @@ def config(packing: str = "auto", size: int = 8) -> TrainConfig:
     return load(["debug=tiny", f"batch.packing={packing}", f"batch.global_size={size}"])
 
 
-def made(name: str, dtype: torch.dtype, seed: int = 0, adapter: bool = False) -> tuple[Any, LabelLoss]:
+def made(name: str, dtype: torch.dtype, seed: int = 0, adapter: bool = False, **changes: Any) -> tuple[Any, LabelLoss]:
     torch.manual_seed(seed)
-    model = MODELS[name]().to(dtype)
+    model = tiny(name, **changes).to(dtype)
     register()
     model.set_attn_implementation(KERNEL)
     if adapter:
@@ -74,7 +74,7 @@ def made(name: str, dtype: torch.dtype, seed: int = 0, adapter: bool = False) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", KINDS_OF_ATTENTION)
 def test_right_models_are_accepted(name: str, dtype: torch.dtype) -> None:
     for seed in range(2):
         model, loss = made(name, dtype, seed, adapter=seed % 2 == 1 and name != "gpt2")
@@ -187,7 +187,7 @@ MISTAKES = [
 ]
 WINDOW_MISTAKES = {"one wider": wrong_window(1), "one narrower": wrong_window(-1), "none": no_window}
 CASES = [
-    *((name, mistake, torch.float32) for name in MODELS for mistake in MISTAKES),
+    *((name, mistake, torch.float32) for name in KINDS_OF_ATTENTION for mistake in MISTAKES),
     *(("llama", mistake, torch.bfloat16) for mistake in MISTAKES),
     *((WINDOWED, mistake, dtype) for mistake in WINDOW_MISTAKES.values() for dtype in (torch.float32, torch.bfloat16)),
 ]
@@ -220,17 +220,12 @@ def test_no_mistake_gets_past_an_adapter(mistake: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("by", [-1, 1])
 def test_a_wide_window_is_tried_if_any_training_row_is_longer(by: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's rows are inside the window of 40; one row of the others is not."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    from tests.helpers.architectures import SIZES
-
-    monkeypatch.setitem(MODELS, "wide", lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=40)))
-    model, loss = made("wide", torch.float32)
+    model, loss = made(WINDOWED, torch.float32, sliding_window=40)
     assert smallest_window(model) == 40
     short, long = rows_like([20] * 40, 10), rows_like([20] * 39 + [70], 10)
     assert choose_packing(model, loss, config("trie"), long, 0)[0].uses_trie
     wrong_window(by)(monkeypatch)
-    model, loss = made("wide", torch.float32)
+    model, loss = made(WINDOWED, torch.float32, sliding_window=40)
     assert not choose_packing(model, loss, config(), long, 0)[0].uses_trie
     # no row leaves the window: it makes no difference how wide it is
     narrow_enough = choose_packing(model, loss, config(), short, 0)[0].uses_trie

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.helpers.architectures import MODELS
+from tests.helpers.architectures import tiny
 from trainer.kernels.rms_norm import patch_rms_norms
 
 
@@ -64,7 +64,7 @@ def test_input_is_left_as_it_is() -> None:
 def test_only_where_it_is_the_same_formula(name: str, changed: int) -> None:
     """Gemma's weight counts from one; GPT-2 has LayerNorms."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = tiny(name)
     tokens = torch.arange(12)[None]
     expected = model(tokens).logits
     assert patch_rms_norms(model) == changed

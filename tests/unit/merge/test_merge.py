@@ -15,9 +15,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
-from tests.helpers.architectures import MODELS, SIZES
+from tests.helpers.architectures import VOCABULARY, tiny
 from tests.helpers.processes import ROOT, run
 from tests.unit.methods.test_peft_configs import KINDS, base, learnt
 from trainer.config import load
@@ -78,20 +78,19 @@ def spread(wrapped: Any) -> Any:
 def experts(dtype: torch.dtype) -> Any:
     """Adapters of 3-D parameters, nested, which on disk are a tensor an expert; and of a linear layer."""
     torch.manual_seed(0)
-    sizes = {**SIZES, "initializer_range": 0.1, "num_local_experts": 4, "num_experts_per_tok": 2}
     keys = LoraConfig(
         r=4,
         target_modules=["q_proj"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         task_type="CAUSAL_LM",
     )
-    model = cast(MixtralForCausalLM(MixtralConfig(**sizes)), dtype)
+    model = cast(tiny("mixtral", initializer_range=0.1, num_experts_per_tok=2), dtype)
     return spread(get_peft_model(model, keys, autocast_adapter_dtype=False))
 
 
 def tied() -> Any:
     torch.manual_seed(0)
-    return MODELS["gpt2"]()
+    return tiny("gpt2")
 
 
 LIVE: dict[str, Callable[[torch.dtype], Any]] = {
@@ -255,12 +254,12 @@ def test_a_grown_vocabulary_is_kept(tmp_path: Path) -> None:
     def live() -> Any:
         model = base()
         torch.manual_seed(3)
-        model.resize_token_embeddings(SIZES["vocab_size"] + 3, mean_resizing=False)
+        model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
         return adapted(model)
 
-    prompts = [[5, SIZES["vocab_size"] + 2, 7]]
+    prompts = [[5, VOCABULARY + 2, 7]]
     assert merge(live, Plain(), prompts, tmp_path / "merged", reload, card).distance < 1e-5
-    assert len(reload(tmp_path / "merged").get_input_embeddings().weight) == SIZES["vocab_size"] + 3
+    assert len(reload(tmp_path / "merged").get_input_embeddings().weight) == VOCABULARY + 3
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
@@ -299,16 +298,15 @@ import sys
 from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.helpers.architectures import tiny
 from tests.unit.merge.test_merge import Plain, card, reload
 from trainer.merge.merge import merge
 from trainer.methods import load_adapter
 
 def make(folder, width, layers):
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=8192, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2))
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": layers}
+    model = tiny("llama", vocab_size=8192, initializer_range=0.02, **sizes)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder / "base")
     wrapped = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"), autocast_adapter_dtype=False)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.helpers.architectures import ARCHITECTURES, MLP, QKVO, tiny
 from trainer.config.schema import MethodConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import (
@@ -26,79 +27,23 @@ from trainer.methods import (
 from trainer.methods.save import ADAPTER_FILE
 from trainer.methods.targets import target_names
 
-WIDTH = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
-GATED = {**WIDTH, "num_key_value_heads": 2, "intermediate_size": 48}
-QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj"}
-# architecture -> (config class, its keys, query and value, attention, all linear layers)
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any], set[str], set[str], set[str]]] = {
-    "llama": ("LlamaConfig", GATED, {"q_proj", "v_proj"}, QKVO, QKVO | MLP),
-    "qwen2": ("Qwen2Config", {**GATED, "tie_word_embeddings": True}, {"q_proj", "v_proj"}, QKVO, QKVO | MLP),
-    "mistral": ("MistralConfig", GATED, {"q_proj", "v_proj"}, QKVO, QKVO | MLP),
-    "gemma": ("GemmaConfig", {**GATED, "head_dim": 8, "pad_token_id": None}, {"q_proj", "v_proj"}, QKVO, QKVO | MLP),
-    "phi3": (
-        "Phi3Config",
-        {**GATED, "pad_token_id": None},
-        {"qkv_proj"},
-        {"qkv_proj", "o_proj"},
-        {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
-    ),
-    "phi": (
-        "PhiConfig",
-        {**WIDTH, "intermediate_size": 48},
-        {"q_proj", "v_proj"},
-        {"q_proj", "k_proj", "v_proj", "dense"},
-        {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
-    ),
-    "gpt_neox": (
-        "GPTNeoXConfig",
-        {**WIDTH, "intermediate_size": 48},
-        {"query_key_value"},
-        {"query_key_value", "dense"},
-        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
-    ),
-    "gpt2": (
-        "GPT2Config",
-        {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 64},
-        {"c_attn"},
-        {"c_attn", "c_proj"},
-        {"c_attn", "c_proj", "c_fc"},
-    ),
-}
-
-
-def meta_model(name: str, **changes: Any) -> Any:
-    import transformers
-
-    cls, keys, *_ = ARCHITECTURES[name]
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**{**keys, **changes}))
-
 
 def adapted(model: nn.Module) -> set[str]:
     """Full names of the modules that hold trained tensors."""
     return {n.split(".lora_")[0].removeprefix("base_model.model.") for n in trainable_parameters(model)}
 
 
-def test_llama_2_7b_by_the_published_numbers() -> None:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(LlamaConfig())
-        assert count_parameters(base)[1] == 6_738_415_616
-        model = attach(base, MethodConfig(r=16, target_modules="attention"), seed=0)
-    assert count_parameters(model) == (16_777_216, 6_738_415_616 + 16_777_216)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("wanted", ["attention_min", "attention", "all_linear"])
 def test_target_sets_on_many_architectures(name: str, wanted: str) -> None:
-    expected = ARCHITECTURES[name][{"attention_min": 2, "attention": 3, "all_linear": 4}[wanted]]
-    base = meta_model(name)
+    row = ARCHITECTURES[name]
+    expected = {"attention_min": row.query_value, "attention": row.attention, "all_linear": row.linear}[wanted]
+    with torch.device("meta"):
+        base = tiny(name)
     inside = {
         full
         for full, module in base.named_modules()
-        if full.split(".")[-1] in expected
+        if any(f".{full}".endswith(f".{each}") for each in expected)
         and (wanted == "all_linear" or "mlp" not in full)
         and not list(module.children())
     }
@@ -127,10 +72,8 @@ def test_a_wrong_target_lists_what_there_is(model: Any, wrong: str) -> None:
 
 
 def test_a_set_that_a_model_lacks_lists_what_there_is() -> None:
-    import transformers
-
     with torch.device("meta"):
-        model = transformers.MambaForCausalLM(transformers.MambaConfig(num_hidden_layers=2, hidden_size=32))
+        model = tiny("mamba")
     with pytest.raises(ConfigError, match=r"method\.target_modules=attention: .*in_proj \(×2\).*all_linear"):
         target_names(model, "attention")
 
@@ -251,11 +194,8 @@ def test_another_base_is_refused(saved: Saved, base: dict[str, int]) -> None:
 
 
 def test_another_architecture_is_refused(saved: Saved) -> None:
-    import transformers
-
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=64))
     with pytest.raises(CheckpointError, match="does not fit the base model"):
-        load_adapter(gpt2, saved.folder)
+        load_adapter(tiny("gpt2"), saved.folder)
 
 
 def test_a_folder_without_adapter_and_a_torn_file_are_told(saved: Saved, model: Any, tmp_path: Path) -> None:

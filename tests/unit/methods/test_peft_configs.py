@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.architectures import MODELS
+from tests.helpers.architectures import tiny
 from trainer.config.method import METHODS, MethodConfig
 from trainer.config.rules.method import adalora_times
 from trainer.config.suggestions import config_fields
@@ -61,7 +61,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 
 def base() -> Any:
     torch.manual_seed(1)
-    return MODELS["llama"]().eval()
+    return tiny("llama").eval()
 
 
 def logits(model: Any) -> Tensor:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.helpers.architectures import SIZES
+from tests.helpers.architectures import tiny
 from tests.unit.methods.test_peft_configs import IDS, KINDS, base, learnt, logits
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
@@ -88,7 +87,7 @@ def test_on_a_quantised_base(bits: int, folders: dict[str, Path], base_folder: P
 def test_biases_that_were_trained_are_given_back(tmp_path: Path) -> None:
     def biased() -> Any:
         torch.manual_seed(1)
-        return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)).eval()
+        return tiny("llama", attention_bias=True).eval()
 
     for name in ("all", "lora_only"):
         config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], bias=name)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.helpers.architectures import MODELS
+from tests.helpers.architectures import tiny
 from tests.helpers.processes import afina
 from tests.unit.methods.test_peft_configs import KINDS, adalora_model, base, learnt, logits
 from trainer.config import load, run_folder
@@ -153,8 +152,7 @@ def test_what_means_something_else_is_refused(
 @pytest.mark.parametrize("name", ["lora", "adalora", "ia3", "prompt", "prefix", "bottleneck"])
 def test_another_base_is_refused(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, **KINDS[name])
-    keys = {**MODELS["llama"]().config.to_dict(), "hidden_size": 64, "head_dim": None}
-    other = LlamaForCausalLM(LlamaConfig(**keys))
+    other = tiny("llama", hidden_size=64)
     with pytest.raises(ConfigError, match=r"of shape .*its own base|its own method and base"):
         continued(folder, other, **KINDS[name])
 
