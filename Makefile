@@ -7,6 +7,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
+GPU_PEERS := .venv/.gpu-peers
+# Seconds that `make gpu` may take.
+GPU_BUDGET ?= 3600
 # Child processes (ninja, torchrun, afina) are looked up on PATH even when nobody activated .venv.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -15,7 +18,7 @@ TEST_THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n :
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench clean distclean packages
+.PHONY: help demo test check lint format bench gpu clean distclean packages
 
 help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
@@ -23,6 +26,7 @@ help:
 	@echo "make check   lint, types and unit tests (2 to 3 minutes)"
 	@echo "make format  let ruff fix what it can"
 	@echo "make bench   the benchmarks, with the peers they compare with"
+	@echo "make gpu     on a machine with an NVIDIA card: its tests and measurements, into benchmarks/gpu.md (up to an hour)"
 	@echo "make clean   caches and build outputs; never runs/. make distclean: .venv too"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -37,6 +41,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS): $(INSTALLED)
 	@echo "environment: adding the peers that the benchmarks compare with"
 	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev,peers]'
+	@touch $@
+
+$(GPU_PEERS): $(PEERS)
+	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev,peers,gpu-peers]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -75,6 +83,18 @@ packages:
 bench: $(PEERS)
 	@found=0; for script in benchmarks/[!_]*.py; do [ -e "$$script" ] || continue; found=1; \
 	  echo "== $$script"; $(PY) "$$script" || exit 1; done; [ $$found = 1 ] || echo "benchmarks/ holds no script yet"
+
+# The card is looked for first: without one nothing is installed. Wheels in .gpu/ mean a machine without a package index.
+gpu:
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU || { \
+	  echo "make gpu needs an NVIDIA card, and nvidia-smi finds none here; on a CPU, tiny shapes try the scripts:"; \
+	  echo "  DRY=1 bash benchmarks/gpu/campaign.sh   (benchmarks/gpu/README.md)"; exit 1; }
+	@if [ -d .gpu/wheels ]; then python=$(PYTHON); else \
+	  $(MAKE) --no-print-directory $(GPU_PEERS) && bash benchmarks/gpu/prepare.sh tokenizer && python=$(PY) || exit 1; fi; \
+	rm -f .gpu/out/report.md; \
+	PYTHON=$$python BUDGET=$${BUDGET:-$(GPU_BUDGET)} OUT=.gpu/out bash benchmarks/gpu/campaign.sh; code=$$?; \
+	if [ -s .gpu/out/report.md ]; then cp .gpu/out/report.md benchmarks/gpu.md && echo "written: benchmarks/gpu.md"; fi; \
+	exit $$code
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,8 +23,8 @@ wheels() {
   mkdir -p .gpu/wheels
   local name requirements=() bitsandbytes
   for name in transformers peft hydra-core omegaconf datasets multiprocess dill hjson pydantic pydantic_core \
-    annotated-types typing-inspection nltk defusedxml gguf trl; do requirements+=("$name==$(pin "$name")"); done
-  download .gpu/wheels "${requirements[@]}" "liger-kernel==${LIGER_VERSION:-0.8.5}"
+    annotated-types typing-inspection nltk defusedxml gguf trl liger-kernel; do requirements+=("$name==$(pin "$name")"); done
+  download .gpu/wheels "${requirements[@]}"
   # There are only sources of these. DeepSpeed is built without its own ops: afina uses none.
   for name in deepspeed antlr4-python3-runtime rouge_score; do
     DS_BUILD_OPS=0 "$PY" -m pip wheel -q --no-deps -w .gpu/wheels "$name==$(pin "$name")" 2> >(without_warnings)

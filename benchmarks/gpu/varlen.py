@@ -70,7 +70,7 @@ class RaggedPaths(TriePaths):
 def build_paths(trie: Trie) -> RaggedPaths:
     """Cut a trie into one sequence an example: its new nodes attend to its path from the root."""
     keys = [len(path) for path in trie.paths]
-    queries = [count - start for count, start in zip(keys, trie.starts, strict=True)]
+    queries = [count - shared for count, shared in zip(keys, trie.shared, strict=True)]
     key_nodes = torch.from_numpy(np.concatenate(trie.paths)) if sum(keys) != len(trie.ids) else None
     return RaggedPaths.from_lengths(queries, keys, key_nodes)
 
