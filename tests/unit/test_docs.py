@@ -19,6 +19,7 @@ from trainer.cli.app import app
 MAX_README_LINES = 160
 MAX_WIDTH = 120
 TOPS = ("trainer", "launch", "conf", "slurm", "examples", "benchmarks", "tests", "docs")
+WRITTEN = {"benchmarks/gpu.md"}  # by a command that is named there
 VERBS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -48,6 +49,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_are_there(page: Path) -> None:
     named = set(re.findall(r"`([\w./*-]+)`", prose(page)))
     files = {name for name in named if name.split("/")[0] in TOPS and "/" in name and "NAME" not in name}
+    files -= WRITTEN
     assert [name for name in sorted(files) if not any(ROOT.glob(name.rstrip("/")))] == []
 
 
