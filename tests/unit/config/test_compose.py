@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,8 +27,20 @@ from trainer.config import (
     sources,
     to_yaml,
 )
+from trainer.config.method import METHODS
 
 YAMLS = sorted(conf_dir().rglob("*.yaml"))
+# The one file of each group that lists every key with its meaning, whether or not it is at its default.
+MENUS = {
+    "model": "smollm2_135m",
+    "method": "lora",
+    "data": "alpaca",
+    "zero": "stage2",
+    "optim": "default",
+    "schedule": "cosine",
+    "log": "default",
+    "launch": "torchrun",
+}
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
 
@@ -106,18 +119,58 @@ def test_yaml_says_what_the_schema_says() -> None:
     assert config["data"]["path"].endswith("examples/headlines/headlines.jsonl")
 
 
+def written_keys(group: str, option: str) -> dict[str, Any]:
+    """``{dotted key: value}`` of one option's file, without what it takes from others."""
+    tree = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text()) or {}
+    tree.pop("defaults", None)
+    section = "method" if group == "rank" else group
+    whole = tree if group in ("experiment", "debug") else {section: tree}
+    return {f"{name}.{key}": value for name, body in whole.items() for key, value in body.items()}
+
+
+def also(option: str) -> set[str]:
+    """The keys that the file of a method names beside those that it sets."""
+    lines = (conf_dir() / "method" / f"{option}.yaml").read_text().splitlines()
+    return {f"method.{key}" for line in lines if line.startswith("# Also: ") for key in line[8:].split(", ")}
+
+
 def test_every_key_is_documented_and_in_a_yaml() -> None:
-    written = set()
-    for file in YAMLS:
-        tree = yaml.safe_load(file.read_text())
-        section = "method" if file.parent.name == "rank" else file.parent.name
-        whole = file.parent == conf_dir() or section in ("experiment", "debug")
-        for name, body in (tree if whole else {section: tree}).items():
-            written |= {f"{name}.{key}" for key in body} if isinstance(body, dict) else set()
+    written = {key for group, option in OPTIONS for key in written_keys(group, option)}
+    written |= {key for option in groups()["method"] for key in also(option)}
+    for name, body in yaml.safe_load((conf_dir() / "train.yaml").read_text()).items():
+        written |= {f"{name}.{key}" for key in body} if isinstance(body, dict) else set()
     for key in keys():
         assert len(key.help) > 5, key.name
         assert key.type, key.name
         assert key.name in written, f"{key.name} is in no file of conf/"
+
+
+def test_one_file_a_group_lists_every_key_of_it() -> None:
+    for group, option in MENUS.items():
+        every = {key.name for key in keys() if key.name.startswith(f"{group}.")}
+        if group == "method":
+            every = {f"method.{key}" for key in METHODS["lora"].keys | {"name"}}
+        assert set(written_keys(group, option)) == every, group
+
+
+def test_the_file_of_a_method_names_every_key_that_it_has() -> None:
+    of_4_bits = {"quant_type", "double_quant", "compute_dtype", "quant_storage"}
+    for method in METHODS.keys() - {"lora"}:
+        every = {f"method.{key}" for key in METHODS[method].keys - of_4_bits | {"name"}}
+        assert set(written_keys("method", method)) | also(method) == every, method
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
+def test_a_file_holds_only_what_differs_from_the_schema(group: str, option: str) -> None:
+    """The schema says the defaults. An experiment may set one back where an option that could be chosen beside it sets
+    another value; debug=… shrinks whatever was chosen, a recipe of the user's own too."""
+    if group == "debug" or MENUS.get(group) == option:
+        return
+    defaults = {key.name: key.default for key in keys()}
+    others = [written_keys(*other) for other in OPTIONS if group == "experiment" and other[0] != "debug"]
+    for key, value in written_keys(group, option).items():
+        set_back = any(file.get(key, value) != value for file in others)
+        assert value != defaults[key] or set_back, f"{key}: {value} is the default"
 
 
 def test_demo_is_the_demo() -> None:
