@@ -193,7 +193,8 @@ class EvalConfig:
     """Scores on the held-out rows.
 
     Evaluations look on and change no weight; only the fields that choose which weights a run ends with, and when,
-    change the result: ``best_metric``, ``patience``, ``stop_on_overfit``.
+    change the result: ``best_metric``, ``patience``, ``stop_on_overfit``. How often and on what they score counts as
+    looking on, also where it decides which weights these have to choose from.
     """
 
     every_steps: int = key(0, "evaluate every so many steps; 0: only before and after", ge=0, changes_result=False)

@@ -35,12 +35,15 @@ _ALIASES = {
 
 
 class Key(NamedTuple):
-    """One key of the configuration, for ``afina config --keys``."""
+    """One key of the configuration, for ``afina config --keys`` and ``docs/config.md``."""
 
     name: str
     type: str
     default: Any
     help: str
+    limits: str
+    changes_result: bool
+    resume_may_change: bool
 
 
 class ConfigField(NamedTuple):
@@ -84,14 +87,24 @@ def default_value(entry: dataclasses.Field[Any]) -> Any:
 
 
 def keys() -> list[Key]:
-    """Every key: dotted name, type, default, help."""
+    """Return every key, in the schema's order."""
     table = []
     for name, leaf in config_fields().items():
         kind = getattr(leaf.base, "__name__", str(leaf.base)) if leaf.base in (int, float, str, bool) else "any"
         kind = {"list": "list", "dict": "dict"}.get(getattr(typing.get_origin(leaf.base), "__name__", ""), kind)
         text = f"{kind} | null" if leaf.optional else kind
-        table.append(Key(name, text, default_value(leaf.field), leaf.field.metadata["help"]))
+        marks = leaf.changes_result, leaf.resume_may_change
+        table.append(Key(name, text, default_value(leaf.field), leaf.field.metadata["help"], _limits(leaf), *marks))
     return table
+
+
+def _limits(leaf: ConfigField) -> str:
+    """``a, b or c``; ``≥ 0, < 1``; or nothing."""
+    limits = leaf.field.metadata
+    if "choices" in limits:
+        return listing(limits["choices"])
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return ", ".join(f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits)
 
 
 def conf_dir() -> Path:
