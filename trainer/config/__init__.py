@@ -1,10 +1,11 @@
-"""The configuration: typed keys (``schema``), Hydra composition (``load``), rules between keys (``rules``), names."""
+"""The configuration: typed keys (``schema``), Hydra composition (``load``), checks (``rules``), identity and names."""
 
-from trainer.config.compose import find_adapter, find_data, load, sources, to_yaml
+from trainer.config.compose import load, sources, to_yaml
 from trainer.config.identity import changed_result_fields, result_fields, run_identity
 from trainer.config.messages import redact
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
+from trainer.config.paths import find_adapter, find_data
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.suggestions import Key, conf_dir, groups, keys
 

@@ -1,4 +1,4 @@
-"""``data.path`` in all its forms, as a list of parts: one file, several, or a mixture with weights."""
+"""Parse ``data.path`` in all its forms into dataset specs: one file, several, or a mixture with weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trainer.config.messages import nearest, one_line, wrong
+from trainer.config.messages import config_error, nearest, one_line
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
 FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
@@ -20,7 +20,7 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 @dataclass(slots=True)
 class DatasetSpec:
-    """One part of the training data.
+    """One dataset of the training data.
 
     Attributes:
         path: a file, a folder, a glob, a folder written by ``datasets.save_to_disk``, or a hub id ``owner/name``.
@@ -44,18 +44,18 @@ class DatasetSpec:
 
 
 def is_glob(path: str) -> bool:
-    """Whether a path holds a wildcard."""
+    """Return whether a path holds a wildcard."""
     return any(c in path for c in "*?[")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that is not on this machine may name a data set of the hub: ``owner/name``."""
+    """Return whether a path that is not on this machine may name a data set of the hub: ``owner/name``."""
     shaped = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
     return shaped is not None and not path.lower().endswith(DATA_SUFFIXES)
 
 
 def is_template_file(template: str) -> bool:
-    """Whether ``data.template`` names a file with a chat template of the user's own."""
+    """Return whether ``data.template`` names a file with a chat template of the user's own."""
     return template.lower().endswith(TEMPLATE_SUFFIXES)
 
 
@@ -66,20 +66,22 @@ def check_columns(name: str, columns: Any) -> None:
         ConfigError: with the nearest field.
     """
     if not isinstance(columns, dict) or not all(isinstance(v, str) and v for v in columns.values()):
-        raise wrong(name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}")
+        raise config_error(
+            name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}"
+        )
     for key, column in columns.items():
         if key not in FIELDS:
             near = nearest(str(key), sorted(FIELDS))
             swapped = column if column in FIELDS else None
             hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
             reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
-            raise wrong(name, one_line(columns), reason, hint)
+            raise config_error(name, one_line(columns), reason, hint)
 
 
 def parse_dataset_specs(
     path: Any, format: str, columns: dict[str, str], split: str, revision: str | None, subset: str | None = None
 ) -> list[DatasetSpec]:
-    """``data.path`` as parts; what a part does not say itself, the ``data`` group says for all.
+    """Parse ``data.path``; what a dataset does not set itself, the ``data`` group sets for all.
 
     Raises:
         ConfigError: it is not a path, a list of paths, or a list of ``{path: …, weight: …}``.
@@ -87,44 +89,44 @@ def parse_dataset_specs(
     reason = "must be a path, a list of paths, or a list of {path: …, weight: …}"
     listed = path if isinstance(path, list) else [path]
     if not listed:
-        raise wrong("data.path", "[]", reason, "data.path=my.jsonl")
-    out = []
+        raise config_error("data.path", "[]", reason, "data.path=my.jsonl")
+    specs = []
     for number, item in enumerate(listed):
         name = f"data.path[{number}]" if isinstance(path, list) else "data.path"
         given = {"path": item} if isinstance(item, str) else item
         if not isinstance(given, dict):
-            raise wrong(name, one_line(item), reason, "data.path=my.jsonl")
+            raise config_error(name, one_line(item), reason, "data.path=my.jsonl")
         inherited = {"format": format, "columns": columns, "split": split, "revision": revision, "subset": subset}
-        out.append(_part(name, given, inherited))
-    return out
+        specs.append(_dataset_spec(name, given, inherited))
+    return specs
 
 
-def _part(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> DatasetSpec:
+def _dataset_spec(name: str, given: dict[str, Any], inherited: dict[str, Any]) -> DatasetSpec:
     known = [f.name for f in fields(DatasetSpec)]
     for key in given:
         if key not in known:
             near = nearest(str(key), known)
             hint = f"did you mean {near}" if near else f"one of {', '.join(known)}"
-            raise wrong(f"{name}.{key}", one_line(given[key]), "there is no such key", hint)
-    part = DatasetSpec(**{**inherited, "path": "", **given})
-    if not isinstance(part.path, str) or not part.path.strip():
-        raise wrong(f"{name}.path", one_line(part.path), "must be a path", f"{name}.path=my.jsonl")
-    if part.format not in FORMATS:
-        hint = nearest(str(part.format), FORMATS) or FORMATS[0]
-        raise wrong(f"{name}.format", part.format, f"must be one of {', '.join(FORMATS)}", f"format: {hint}")
-    check_columns(f"{name}.columns", part.columns)
-    number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
-    if not number or not 0 < part.weight < float("inf"):
-        raise wrong(f"{name}.weight", one_line(part.weight), "must be a number above 0", "weight: 1")
-    if part.rows is not None and (isinstance(part.rows, bool) or not isinstance(part.rows, int) or part.rows < 1):
-        raise wrong(f"{name}.rows", one_line(part.rows), "must be a whole number, at least 1", "rows: 1000")
-    if part.rows is not None and part.weight != 1.0:
-        raise wrong(f"{name}.rows", part.rows, "and weight say the same thing twice", "give rows or weight")
+            raise config_error(f"{name}.{key}", one_line(given[key]), "there is no such key", hint)
+    spec = DatasetSpec(**{**inherited, "path": "", **given})
+    if not isinstance(spec.path, str) or not spec.path.strip():
+        raise config_error(f"{name}.path", one_line(spec.path), "must be a path", f"{name}.path=my.jsonl")
+    if spec.format not in FORMATS:
+        hint = nearest(str(spec.format), FORMATS) or FORMATS[0]
+        raise config_error(f"{name}.format", spec.format, f"must be one of {', '.join(FORMATS)}", f"format: {hint}")
+    check_columns(f"{name}.columns", spec.columns)
+    number = isinstance(spec.weight, int | float) and not isinstance(spec.weight, bool)
+    if not number or not 0 < spec.weight < float("inf"):
+        raise config_error(f"{name}.weight", one_line(spec.weight), "must be a number above 0", "weight: 1")
+    if spec.rows is not None and (isinstance(spec.rows, bool) or not isinstance(spec.rows, int) or spec.rows < 1):
+        raise config_error(f"{name}.rows", one_line(spec.rows), "must be a whole number, at least 1", "rows: 1000")
+    if spec.rows is not None and spec.weight != 1.0:
+        raise config_error(f"{name}.rows", spec.rows, "and weight say the same thing twice", "give rows or weight")
     for key, example in (("split", "train"), ("revision", "main"), ("subset", "main")):
-        value = getattr(part, key)
+        value = getattr(spec, key)
         if not (isinstance(value, str) and value.strip()) and not (key != "split" and value is None):
             owner = f"{name}.{key}" if key in given else f"data.{key}"
             hint = f"{owner}={example}"
-            raise wrong(owner, one_line(value) or "''", "must be a name", hint)
-    part.weight = float(part.weight)
-    return part
+            raise config_error(owner, one_line(value) or "''", "must be a name", hint)
+    spec.weight = float(spec.weight)
+    return spec

@@ -75,7 +75,7 @@ def _flatten(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _portable(path: Any) -> Any:
-    """A path, a list of them, or a list of ``{path: …}``; those in the checkout relative to it."""
+    """Return a path, a list of them, or a list of ``{path: …}``; with those in the checkout relative to it."""
     root = conf_dir().parent
     if isinstance(path, list):
         return [_portable(item) for item in path]

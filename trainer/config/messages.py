@@ -1,4 +1,4 @@
-"""How the configuration is spoken of: errors of one line, and no secret in anything that is printed or written."""
+"""Build config errors of one line, and redact secrets in all that is printed or written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SECRET_KEY = re.compile(r"token|secret|password|api_key", re.IGNORECASE)
 
 
 def is_secret_key(name: str) -> bool:
-    """Whether a key's name says that its value is a secret (only texts are: ``micro_tokens`` holds a number)."""
+    """Return whether a key's name marks its value as a secret (only texts are: ``micro_tokens`` holds a number)."""
     return _SECRET_KEY.search(name) is not None
 
 
 def redact(text: str) -> str:
-    """``text`` without Hugging Face tokens and without the credentials of URLs."""
+    """Return ``text`` without Hugging Face tokens and without the credentials of URLs."""
     return _CREDENTIALS.sub(rf"\1{HIDDEN}@", _TOKEN.sub(HIDDEN, text))
 
 
@@ -39,7 +39,7 @@ def _redact_pairs(text: str) -> str:
 
 
 def one_line(value: object) -> str:
-    """``value`` as it is typed, on one line of bounded length, without secrets."""
+    """Return ``value`` as it is typed, on one line of bounded length, without secrets."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):
@@ -48,8 +48,15 @@ def one_line(value: object) -> str:
     return text if len(text) <= MAX_VALUE_LENGTH else text[:MAX_VALUE_LENGTH] + "…"
 
 
-def wrong(what: str, value: object, reason: str, hint: str) -> ConfigError:
-    """A :class:`ConfigError` whose message is one line and holds no secret. ``value`` ``...`` leaves the value out."""
+def config_error(what: str, value: object, reason: str, hint: str) -> ConfigError:
+    """Build a :class:`ConfigError` of one line without secrets.
+
+    Args:
+        what: the key.
+        value: what was typed; ``...`` leaves it out of the message.
+        reason: why it is refused.
+        hint: what to type instead.
+    """
     shown = None if value is ... else one_line(value)
     if shown and is_secret_key(what.rsplit(".", 1)[-1]) and not _NUMBER.fullmatch(shown):
         hint = hint.replace(shown, HIDDEN)
@@ -59,13 +66,13 @@ def wrong(what: str, value: object, reason: str, hint: str) -> ConfigError:
 
 
 def nearest(word: str, options: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The option most like ``word``, or ``None``. Letter case does not count."""
+    """Return the option most like ``word``, or ``None``. Letter case does not count."""
     by_lower = {option.lower(): option for option in options}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None
 
 
 def listing(options: Sequence[object]) -> str:
-    """``a, b or c``."""
+    """Join options as ``a, b or c``."""
     names = [one_line(option) for option in options]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,6 +1,6 @@
-"""The methods: which keys belong to which, what each must be told, and the learning rate that suits it. No torch."""
+"""The methods: which keys belong to which, which each needs, and the learning rate that suits it. No torch."""
 
-# ruff: noqa: RUF009 - key() returns a dataclass field, made afresh for each class.
+# ruff: noqa: RUF009 - key() returns a dataclass field, made for each class.
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class MethodConfig:
     bias: str = key("none", "biases of the base that are trained too", choices=("none", "all", "lora_only"))
     rank_pattern: dict[str, int] = key({}, "other ranks for some modules: {q_proj: 32}")
     alpha_pattern: dict[str, float] = key({}, "other alphas for some modules: {q_proj: 64}")
-    rslora: bool = key(False, "scale by alpha / sqrt(r), so that large ranks learn as fast as small ones")
+    rslora: bool = key(False, "scale by alpha / sqrt(r), so that large ranks train as fast as small ones")
     dora: bool = key(
-        False, "train the size of each output's weights apart from their direction; slower: a norm at every forward"
+        False,
+        "train the magnitude of each output's weights apart from their direction; slower: a norm at every forward",
     )
     adapter: str | None = key(
         None,
         "start from this saved adapter (a run or adapter folder, of the same method and shapes) in place of init; "
-        "optimizer and schedule start anew",
+        "optimizer and schedule start from step 0",
     )
     init: str = key("default", "how trained tensors start; which starts there are depends on the method")
     init_r: int | None = key(None, "adalora: rank of every adapter at the start", ge=1)
@@ -84,10 +85,10 @@ class MethodConfig:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What is true of a method.
+    """What is known of a method.
 
     Attributes:
-        title: as it is spoken of.
+        title: its name in messages.
         learning_rate: peak rate of AdamW when ``optim.learning_rate`` is null.
         keys: of ``method``, besides ``name``, that mean something.
         needs: of these, what must not be null, with a good value to suggest.
@@ -107,7 +108,7 @@ LORA = frozenset({"r", "alpha", "dropout", "bias", "rank_pattern", "alpha_patter
 ADALORA_NEEDS = {"init_r": 12, "target_r": 8, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
 BOTTLENECK_NEEDS = {"reduction_factor": 16, "placement": "houlsby", "activation": "relu"}
 
-# LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al., 2024; Schulman et al., 2025). The
+# LoRA does best at about ten times the rate of full fine-tuning (Biderman et al., 2024; Schulman et al., 2025). The
 # others are the best or the next below it of the tries in benchmarks/methods.md, which are of a small model and few
 # updates: larger models want smaller rates.
 METHODS: dict[str, Method] = {
@@ -145,6 +146,6 @@ METHODS: dict[str, Method] = {
 
 
 def given(value: T | None) -> T:
-    """A value that ``method_rules.py`` lets no method without."""
-    assert value is not None, "checked by method_rules.py"
+    """Return a value that ``rules/method.py`` lets no method go without."""
+    assert value is not None, "checked by rules/method.py"
     return value

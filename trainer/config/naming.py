@@ -1,4 +1,4 @@
-"""The run's name: the same for the same config on every rank, at every restart, whatever the clock says."""
+"""Name runs: the same name for the same config on every rank, at every restart, at any time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def run_name(config: TrainConfig) -> str:
 
 
 def method_label(config: TrainConfig) -> str:
-    """The option of ``method`` that gives it (``full``, ``lora``, ``qlora`` for 4 bits, ``qlora_8bit``, ``dora``, …).
+    """Return the option of ``method`` that gives it: ``full``, ``lora``, ``qlora`` (4 bits), ``qlora_8bit``, ``dora``…
 
-    What has no option of its own for a quantised base says its bits: ``ia3_4bit``.
+    What has no option of its own for a quantised base gets its bits: ``ia3_4bit``.
     """
     method = config.method
     kind = "dora" if method.dora else "rslora" if method.rslora else method.name
@@ -34,7 +34,7 @@ def method_label(config: TrainConfig) -> str:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Where the run is written: ``run.dir / run_name``."""
+    """Return the run folder: ``run.dir / run_name``."""
     return Path(config.run.dir).expanduser() / run_name(config)
 
 

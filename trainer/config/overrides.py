@@ -1,4 +1,4 @@
-"""Hydra's override grammar: which file of which group, which key with which value, which sweep."""
+"""Parse overrides in Hydra's grammar: choices of groups, values of keys, sweeps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from trainer.config.messages import listing, wrong
-from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, wrong_option
+from trainer.config.messages import config_error, listing
+from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, unknown_option
 from trainer.errors import ConfigError
 
 
@@ -22,33 +22,33 @@ def _parser() -> OverridesParser:
 
 
 def parse(text: str) -> Override:
-    """One override as Hydra reads it.
+    """Parse one override as Hydra reads it.
 
     Raises:
         ConfigError: it is not ``key=value``, deletes a key, moves a package or is one of Hydra's own settings.
     """
     if text.startswith("~"):
         name = text[1:].split("=")[0]
-        raise wrong(text, ..., "a key cannot be deleted", f"set it instead: {name}=null where it may be empty")
+        raise config_error(text, ..., "a key cannot be deleted", f"set it instead: {name}=null where it may be empty")
     name, equals, value = text.partition("=")
     if text.startswith("-"):
-        raise wrong(text, ..., "an override has no dashes", f"{text.lstrip('-')}{'' if equals else '=VALUE'}")
+        raise config_error(text, ..., "an override has no dashes", f"{text.lstrip('-')}{'' if equals else '=VALUE'}")
     if not equals:
         hint = f"{name.strip()}=VALUE" if name.strip() else "remove it"
-        raise wrong(repr(text), ..., "an override is key=value", hint)
+        raise config_error(repr(text), ..., "an override is key=value", hint)
     if not name.strip("+ "):
-        raise wrong(text, ..., "an override is key=value", "write the key before the =, such as method.r=16")
+        raise config_error(text, ..., "an override is key=value", "write the key before the =, such as method.r=16")
     try:
         override = _parser().parse_override(text)
     except (HydraException, ValueError) as error:
         if name.strip("+ ") not in groups() and not is_key(name.strip("+ ")):
             raise unknown_key(name.strip("+ "), value) from error
         quoted = "'" + value.replace("'", "\\'") + "'"
-        raise wrong(text, ..., "the value is not in Hydra's grammar", f'quote it: "{name}={quoted}"') from error
+        raise config_error(text, ..., "the value is not in Hydra's grammar", f'quote it: "{name}={quoted}"') from error
     if override.package is not None:
-        raise wrong(text, ..., "a group cannot be put elsewhere", f"{override.key_or_group}={value}")
+        raise config_error(text, ..., "a group cannot be put elsewhere", f"{override.key_or_group}={value}")
     if override.key_or_group.split("/")[0].split(".")[0] == "hydra":
-        raise wrong(text, ..., "Hydra only composes here; its own settings have no effect", "remove it")
+        raise config_error(text, ..., "Hydra only composes here; its own settings have no effect", "remove it")
     return override
 
 
@@ -87,12 +87,12 @@ def _option(group: str, override: Override) -> str | None:
     if value is None and group in NULLABLE_GROUPS:
         return None
     if not isinstance(value, str) or value not in groups()[group]:
-        raise wrong_option(group, override.get_value_string())
+        raise unknown_option(group, override.get_value_string())
     return value
 
 
 def _value(name: str, override: Override) -> Any:
-    """The value; for a text key what was typed, since the grammar reads a revision such as ``12345e7`` as a number."""
+    """Return the value; for a text key as typed, since the grammar reads a revision such as ``12345e7`` as a number."""
     value = override.value()
     if name in config_fields() and config_fields()[name].base is str and isinstance(value, (bool, int, float)):
         return override.get_value_string().strip()
@@ -106,16 +106,16 @@ def _several(text: str, name: str, override: Override) -> ConfigError:
         Any,
     ):
         hint += f"; for a list: {name}=[{override.get_value_string()}]"
-    return wrong(name, override.get_value_string(), "is several values, and a run has one", hint)
+    return config_error(name, override.get_value_string(), "is several values, and a run has one", hint)
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:
-    """Whether any override gives several values: ``a,b``, ``choice(...)``, ``range(...)``."""
+    """Return whether any override gives several values: ``a,b``, ``choice(...)``, ``range(...)``."""
     return any(parse(text).is_sweep_override() for text in overrides)
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of a sweep, as lists of plain overrides; the last override typed varies fastest.
+    """Expand a sweep into every combination, as lists of plain overrides; the last override typed varies fastest.
 
     Raises:
         ConfigError: a sweep that cannot be enumerated (``interval``, ``glob``), or that has no values.
@@ -132,14 +132,14 @@ def _axis(text: str) -> list[str]:
     key = override.get_key_element()
     if override.is_interval_sweep():
         hint = f"list them: {key}=A,B, or {key}=range(START,STOP,STEP)"
-        raise wrong(text, ..., "an interval has no end of values", hint)
+        raise config_error(text, ..., "an interval has no end of values", hint)
     if "glob(" in override.get_value_string():
         every = groups().get(override.key_or_group, ("A", "B"))
-        raise wrong(text, ..., "a pattern is not a list of values", f"list them: {key}={','.join(every)}")
+        raise config_error(text, ..., "a pattern is not a list of values", f"list them: {key}={','.join(every)}")
     values = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not values:
-        raise wrong(text, ..., "the sweep has no values", f"list them: {key}=A,B")
+        raise config_error(text, ..., "the sweep has no values", f"list them: {key}=A,B")
     repeated = sorted({value for value in values if values.count(value) > 1})
     if repeated:
-        raise wrong(text, ..., f"the sweep gives {listing(repeated)} twice", "give each value once")
+        raise config_error(text, ..., f"the sweep gives {listing(repeated)} twice", "give each value once")
     return values

@@ -6,7 +6,7 @@ drift apart. The ``method`` group is in ``method.py``; the sections that never c
 Rules that need more than one key are in ``rules/``.
 """
 
-# ruff: noqa: RUF009 - key() returns a dataclass field, made afresh for each class.
+# ruff: noqa: RUF009 - key() returns a dataclass field, made for each class.
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class DataConfig:
     )
     train_on: str = key(
         "completion",
-        "learnt tokens; completion: the row's answer (in a chat every assistant turn); assistant: every assistant "
-        "turn, history too; last_assistant: the last one only; all: everything",
+        "tokens in the loss (the loss mask); completion: the row's answer (in a chat every assistant turn); assistant: "
+        "every assistant turn, history too; last_assistant: the last one only; all: everything",
         choices=("completion", "assistant", "last_assistant", "all"),
     )
     validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
@@ -115,7 +115,7 @@ class BatchConfig:
     result: they may be lowered when memory is short, and the run resumes.
     """
 
-    global_size: int = key(16, "examples an update, over all devices; the only size that changes what is learnt", ge=1)
+    global_size: int = key(16, "examples an update, over all devices; the only size that changes the result", ge=1)
     micro_size: int | None = key(
         None, "rows a device forward; null: as many as micro_tokens allow", ge=1, changes_result=False
     )
@@ -127,7 +127,7 @@ class BatchConfig:
     )
     packing: str = key(
         "auto",
-        "trie: what rows begin with in common is computed once, with the same gradient; auto: trie where it is proved",
+        "trie: a shared prefix of rows is computed once, with the same gradient; auto: trie where it is verified",
         choices=("auto", "trie", "padded"),
         changes_result=False,
     )
@@ -142,7 +142,7 @@ class OptimConfig:
     learning_rate: float | None = key(
         None, "peak rate; null: the method's default (lora 2e-4, full 2e-5)", gt=0, resume_may_change=True
     )
-    weight_decay: float = key(0.0, "decoupled weight decay on every trained tensor", ge=0, resume_may_change=True)
+    weight_decay: float = key(0.0, "decoupled weight decay on every trainable parameter", ge=0, resume_may_change=True)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1, resume_may_change=True)
     beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1, resume_may_change=True)
     eps: float = key(1e-8, "added to the root of the second moment", gt=0, resume_may_change=True)
@@ -199,7 +199,7 @@ class EvalConfig:
 
     every_steps: int = key(0, "evaluate every so many steps; 0: only before and after", ge=0, changes_result=False)
     every_epoch: bool = key(False, "evaluate at the end of each pass over the data", changes_result=False)
-    before: bool = key(True, "evaluate before the first step, so that the gain can be told", changes_result=False)
+    before: bool = key(True, "evaluate before the first step, so that the gain is seen", changes_result=False)
     max_rows: int | None = key(None, "use only the first so many held-out rows; null: all", ge=1, changes_result=False)
     metrics: list[str] = key(
         ["loss"],
@@ -235,11 +235,13 @@ class RunConfig:
     """The run folder and its seed. Only the seed changes the result."""
 
     name: str | None = key(
-        None, "folder name; null: made from model, method and a digest of the config", changes_result=False
+        None, "folder name; null: model, method and a digest of the keys that change the result", changes_result=False
     )
     dir: str = key("runs", "where run folders are made", changes_result=False)
     seed: int = key(0, "seed of the split, the order, the adapters' start and dropout", ge=0)
-    overwrite: bool = key(False, "start anew; the old folder is moved aside, never deleted", changes_result=False)
+    overwrite: bool = key(
+        False, "start from step 0; the old folder is moved aside, never deleted", changes_result=False
+    )
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What may be typed: every key of the schema, every group and option of ``conf/``, and the nearest one to a mistake."""
+"""List what may be typed, every key, group and option, and suggest the nearest one to a mistake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.messages import config_error, listing, nearest, one_line
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
 
 class ConfigField(NamedTuple):
-    """A key's dataclass field with its resolved type: ``base`` without the ``| None`` that ``optional`` tells."""
+    """A key's dataclass field with its resolved type: ``base`` is without ``| None``, for which ``optional`` stands."""
 
     field: dataclasses.Field[Any]
     base: Any
@@ -55,18 +55,18 @@ class ConfigField(NamedTuple):
 
     @property
     def changes_result(self) -> bool:
-        """Whether another value gives another result; see :func:`trainer.config.fields.key`."""
+        """Return whether another value gives another result; see :func:`trainer.config.fields.key`."""
         return bool(self.field.metadata["changes_result"])
 
     @property
     def resume_may_change(self) -> bool:
-        """Whether a run may be resumed from a checkpoint that was written with another value."""
+        """Return whether a run may be resumed from a checkpoint that was written with another value."""
         return bool(self.field.metadata["resume_may_change"])
 
 
 @cache
 def config_fields() -> dict[str, ConfigField]:
-    """Every dotted key of the schema, in the schema's order."""
+    """Return every dotted key of the schema, in the schema's order."""
     found: dict[str, ConfigField] = {}
     sections = typing.get_type_hints(TrainConfig)
     for section in dataclasses.fields(TrainConfig):
@@ -80,7 +80,7 @@ def config_fields() -> dict[str, ConfigField]:
 
 
 def default_value(entry: dataclasses.Field[Any]) -> Any:
-    """A field's default; lists and dicts are made afresh."""
+    """Return a field's default; a list or dict is a new one."""
     if entry.default_factory is not dataclasses.MISSING:
         return entry.default_factory()
     return entry.default
@@ -89,18 +89,18 @@ def default_value(entry: dataclasses.Field[Any]) -> Any:
 def keys() -> list[Key]:
     """Return every key, in the schema's order."""
     table = []
-    for name, leaf in config_fields().items():
-        kind = getattr(leaf.base, "__name__", str(leaf.base)) if leaf.base in (int, float, str, bool) else "any"
-        kind = {"list": "list", "dict": "dict"}.get(getattr(typing.get_origin(leaf.base), "__name__", ""), kind)
-        text = f"{kind} | null" if leaf.optional else kind
-        marks = leaf.changes_result, leaf.resume_may_change
-        table.append(Key(name, text, default_value(leaf.field), leaf.field.metadata["help"], _limits(leaf), *marks))
+    for name, spec in config_fields().items():
+        kind = getattr(spec.base, "__name__", str(spec.base)) if spec.base in (int, float, str, bool) else "any"
+        kind = {"list": "list", "dict": "dict"}.get(getattr(typing.get_origin(spec.base), "__name__", ""), kind)
+        text = f"{kind} | null" if spec.optional else kind
+        marks = spec.changes_result, spec.resume_may_change
+        table.append(Key(name, text, default_value(spec.field), spec.field.metadata["help"], _limits(spec), *marks))
     return table
 
 
-def _limits(leaf: ConfigField) -> str:
-    """``a, b or c``; ``≥ 0, < 1``; or nothing."""
-    limits = leaf.field.metadata
+def _limits(spec: ConfigField) -> str:
+    """Format a field's limits: ``a, b or c``; ``≥ 0, < 1``; or nothing."""
+    limits = spec.field.metadata
     if "choices" in limits:
         return listing(limits["choices"])
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -108,7 +108,7 @@ def _limits(leaf: ConfigField) -> str:
 
 
 def conf_dir() -> Path:
-    """The folder of ``train.yaml`` and the groups: beside the package's modules in a wheel, else the checkout's."""
+    """Return the folder of ``train.yaml`` and the groups: inside the package in a wheel, else the checkout's."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -116,53 +116,55 @@ def conf_dir() -> Path:
 
 @cache
 def groups() -> dict[str, tuple[str, ...]]:
-    """Each group of ``conf/`` with its options."""
+    """Return each group of ``conf/`` with its options."""
     folders = sorted(path for path in conf_dir().iterdir() if path.is_dir())
     found = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
     return {name: options for name, options in found.items() if options}
 
 
 def is_key(name: str) -> bool:
-    """Whether ``name`` is a key that can be set; anything below ``zero.extra`` is."""
+    """Return whether ``name`` is a key that can be set; anything below ``zero.extra`` is."""
     return name in config_fields() or name.startswith(FREE + ".")
 
 
 def sections() -> tuple[str, ...]:
-    """The schema's sections, those without a group too."""
+    """Return the schema's sections, those without a group too."""
     return tuple(section.name for section in dataclasses.fields(TrainConfig))
 
 
 def unknown_key(name: str, value: object) -> ConfigError:
-    """The error for a key that does not exist, with the nearest one that does."""
+    """Build the error for a key that does not exist, with the nearest one that does."""
     reason = "there is no such key"
     if name in sections():
         first = next(key for key in config_fields() if key.startswith(name + "."))
-        return wrong(name, value, "is a section, not a key", f"set its keys one by one, such as {first}=VALUE")
+        return config_error(name, value, "is a section, not a key", f"set its keys one by one, such as {first}=VALUE")
     group, slash, option = name.partition("/")
     if slash and group in groups():
-        return wrong(
+        return config_error(
             name, value, "a group is chosen by its name", f"{group}={nearest(option, groups()[group]) or 'OPTION'}"
         )
     parent, _, entry = name.rpartition(".")
     if parent in config_fields() and typing.get_origin(config_fields()[parent].base) is dict:
-        return wrong(name, value, f"{parent} is set as a whole", f"'{parent}={{{entry}: {one_line(value)}}}'")
+        return config_error(name, value, f"{parent} is set as a whole", f"'{parent}={{{entry}: {one_line(value)}}}'")
     guesses = _guesses(name)
     if len(guesses) == 1 and guesses[0] in groups():
         chosen = _nearest_option(one_line(value), groups()[guesses[0]])
-        return wrong(name, value, "there is no such group", f"{guesses[0]}={chosen or 'OPTION'}")
+        return config_error(name, value, "there is no such group", f"{guesses[0]}={chosen or 'OPTION'}")
     if len(guesses) == 1:
-        return wrong(name, value, reason, f"did you mean {guesses[0]}={one_line(value)}")
+        return config_error(name, value, reason, f"did you mean {guesses[0]}={one_line(value)}")
     if guesses:
-        return wrong(name, value, reason, f"did you mean {listing(guesses)}")
+        return config_error(name, value, reason, f"did you mean {listing(guesses)}")
     section = name.split(".")[0]
     inside = [key for key in config_fields() if key.startswith(section + ".")]
     if inside:
-        return wrong(name, value, reason, f"the keys of {section} are {listing(inside)}")
-    return wrong(name, value, reason, f"the groups are {', '.join(groups())}; `afina config --keys` lists every key")
+        return config_error(name, value, reason, f"the keys of {section} are {listing(inside)}")
+    return config_error(
+        name, value, reason, f"the groups are {', '.join(groups())}; `afina config --keys` lists every key"
+    )
 
 
 def _guesses(name: str) -> list[str]:
-    """Keys or groups that ``name`` may stand for; several when its last part is in several sections."""
+    """Return keys or groups that ``name`` may stand for; several when its last part is in several sections."""
     section, dot, last = name.rpartition(".")
     first, _, rest = name.removeprefix("zero.").partition(".")
     if name.startswith("zero.") and rest and nearest(first, ["extra"], 0.8):
@@ -189,7 +191,7 @@ def _guesses(name: str) -> list[str]:
 
 
 def _nearest_option(word: str, options: tuple[str, ...]) -> str | None:
-    """The option most like ``word``; a number finds the option that ends in the nearest one: ``2`` is ``stage2``."""
+    """Return the option most like ``word``; a number finds the one that ends in the nearest: ``2`` is ``stage2``."""
     numbered = [option for option in options if option[-1].isdigit()]
     if word.isdigit() and numbered:
         return min(numbered, key=lambda option: abs(int(option[-1]) - int(word)))
@@ -197,18 +199,20 @@ def _nearest_option(word: str, options: tuple[str, ...]) -> str | None:
     return nearest(word, options) or (begins[0] if begins else None)
 
 
-def wrong_option(group: str, value: object) -> ConfigError:
-    """The error for an option that a group does not have, with the nearest one and all of them."""
+def unknown_option(group: str, value: object) -> ConfigError:
+    """Build the error for an option that a group does not have, with the nearest one and all of them."""
     options, word = groups()[group], one_line(value)
     if group == "launch" and word == "slurm":
         return slurm_by_hand("launch")
     if group == "rank" and word.isdigit():
-        return wrong("rank", value, f"must be one of {', '.join(options)}", f"a rank as a number is method.r={word}")
+        return config_error(
+            "rank", value, f"must be one of {', '.join(options)}", f"a rank as a number is method.r={word}"
+        )
     near = _nearest_option(word, options)
     reason = f"must be one of {', '.join(options)}" + (" or null" if group in NULLABLE_GROUPS else "")
-    return wrong(group, value, reason, f"{group}={near}" if near else f"for example {group}={options[-1]}")
+    return config_error(group, value, reason, f"{group}={near}" if near else f"for example {group}={options[-1]}")
 
 
 def slurm_by_hand(what: str) -> ConfigError:
-    """SLURM jobs are submitted, not started from here."""
-    return wrong(what, "slurm", "a SLURM job is submitted by sbatch", "sbatch slurm/train.sbatch [overrides]")
+    """Build the error for a SLURM job: it is submitted, not started from here."""
+    return config_error(what, "slurm", "a SLURM job is submitted by sbatch", "sbatch slurm/train.sbatch [overrides]")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from trainer.config import TrainConfig, find_adapter, load
 from trainer.config.dataset_spec import is_template_file
-from trainer.config.messages import wrong
+from trainer.config.messages import config_error
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
 from trainer.methods import AdapterSwitcher, is_adapter
@@ -104,7 +104,7 @@ def _choices(
     if is_full and adapter:
         if others:
             reason = f"belongs on a base as it was, and {own} has trained all of its weights"
-            raise wrong("--adapter", adapters[0], reason, "name the run of an adapter as RUN")
+            raise config_error("--adapter", adapters[0], reason, "name the run of an adapter as RUN")
         return {own: None}, own
     mine: dict[str, Path | None] = {own: trained} if is_there and not is_full else {}
     return {**mine, BASE: None, **others}, own if adapter else BASE
@@ -119,7 +119,7 @@ def run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> T
     for typed in overrides:
         if typed.startswith("method.adapter="):
             hint = f"--adapter NAME={typed.partition('=')[2]}"
-            raise wrong("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
+            raise config_error("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
     past = ["method.adapter=null", "checkpoint.resume=auto", *_own_template(run)]
     return load([*past, *overrides], run / "config.yaml", with_data)
 
@@ -144,11 +144,11 @@ def named_adapters(given: Sequence[str], own: str) -> dict[str, Path | None]:
             continue
         if not equals or not name.strip() or not folder.strip():
             reason = f"must be a name and a folder, or {BASE}"
-            raise wrong("--adapter", text, reason, f"--adapter {Path(text).name or 'NAME'}={text or 'DIR'}")
+            raise config_error("--adapter", text, reason, f"--adapter {Path(text).name or 'NAME'}={text or 'DIR'}")
         if name in (BASE, own) or name in found or any(c.isspace() for c in name):
             taken = {BASE: "the base alone", own: "the run's own adapter"}.get(name, "another adapter")
             reason = "must hold no space" if any(c.isspace() for c in name) else f"is the name of {taken}"
-            raise wrong("--adapter", name, reason, f"--adapter other={folder}")
+            raise config_error("--adapter", name, reason, f"--adapter other={folder}")
         found[name] = find_adapter("--adapter", folder)
     return found
 

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from trainer.config.messages import wrong
+from trainer.config.messages import config_error
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
 from trainer.methods.bottleneck import KIND, bottleneck_metadata
@@ -104,7 +104,7 @@ def _same_meaning(facts: dict[str, Any], own: dict[str, Any], method: MethodConf
         if theirs in ("r", "init_r"):
             hint += f" method.alpha={_typed(facts.get('lora_alpha'))}"
         reason = f"the adapter to start from ({folder}) has {_typed(facts.get(theirs))}"
-        raise wrong(f"method.{ours}", own.get(theirs), reason, hint)
+        raise config_error(f"method.{ours}", own.get(theirs), reason, hint)
 
 
 def _with_taken_ranks(
@@ -136,12 +136,12 @@ def _same_shapes(saved: dict[str, Tensor], mine: dict[str, Tensor], facts: dict[
             listed = ",".join(sorted(kinds))
             reason = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"
             hint = f"method.target_modules=[{listed}]"
-            raise wrong("method.target_modules", sorted(own_kinds), reason, hint)
+            raise config_error("method.target_modules", sorted(own_kinds), reason, hint)
         layers, own_layers = _layers(modules), _layers(own)
         reason = (
             f"the adapter to start from ({folder}, of {facts.get('base_model_name_or_path')}) is in others: {layers}"
         )
-        raise wrong("method.layers", own_layers, reason, "its layers and its own base")
+        raise config_error("method.layers", own_layers, reason, "its layers and its own base")
     if odd := sorted(set(saved) ^ set(mine)):
         raise _refused(folder, f"has other tensors than this run, {odd[0]} among them", "its own method and base")
     for name, tensor in mine.items():
@@ -169,4 +169,4 @@ def _typed(value: Any) -> str:
 
 
 def _refused(folder: Path, reason: str, hint: str) -> ConfigError:
-    return wrong("method.adapter", folder, reason, hint)
+    return config_error("method.adapter", folder, reason, hint)

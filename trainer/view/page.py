@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trainer.config.messages import wrong
+from trainer.config.messages import config_error
 from trainer.errors import DataError
 from trainer.files import write_atomically
 from trainer.view import markup, words
@@ -34,13 +34,13 @@ def check_target(path: Path) -> None:
     """
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise wrong("--html", path, f"there is no folder {folder}", f"mkdir -p {folder}")
+        raise config_error("--html", path, f"there is no folder {folder}", f"mkdir -p {folder}")
     if path.is_dir():
-        raise wrong("--html", path, "must be a file, and this is a folder", f"--html {path}/data.html")
+        raise config_error("--html", path, "must be a file, and this is a folder", f"--html {path}/data.html")
     if path.exists() and not path.is_file():
-        raise wrong("--html", path, "must be a file, and this is a device or a pipe", "--html data.html")
+        raise config_error("--html", path, "must be a file, and this is a device or a pipe", "--html data.html")
     if not os.access(folder, os.W_OK):
-        raise wrong("--html", path, f"the folder {folder} cannot be written", "name another folder")
+        raise config_error("--html", path, f"the folder {folder} cannot be written", "name another folder")
 
 
 def write(overview: Overview, path: Path) -> None:

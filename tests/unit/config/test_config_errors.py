@@ -1,4 +1,4 @@
-"""Every wrong input is told in one line: the value, the rule, the cure; and before torch is imported."""
+"""Every wrong input is refused in one line: the value, the reason, a hint; and before torch is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# (overrides, what the message must hold: the value or the rule, and the cure)
+# (overrides, what the message must hold: the value or the reason, and the hint)
 WRONG: list[tuple[str, ...]] = [
     # unknown keys, groups and options: the nearest right one
     ("metod=lora", "metod=lora", "→ method=lora"),
@@ -210,8 +210,8 @@ def test_wrong_input_is_told_in_one_line(typed: str, fragments: tuple[str, ...])
         load(_arguments(typed))
     message = str(caught.value)
     assert "\n" not in message
-    assert caught.value.reason, f"no rule in {message!r}"
-    assert caught.value.hint, f"no cure in {message!r}"
+    assert caught.value.reason, f"no reason in {message!r}"
+    assert caught.value.hint, f"no hint in {message!r}"
     assert caught.value.exit_code == 2
     for fragment in fragments:
         assert fragment in message, f"{fragment!r} is not in {message!r}"
@@ -229,15 +229,15 @@ def test_wrong_input_is_told_before_torch_is_imported(tmp_path: Path) -> None:
 import json, sys
 from trainer.config import load
 from trainer.errors import ConfigError
-told = 0
+refused = 0
 for overrides in json.load(sys.stdin):
     try:
         load(overrides)
     except ConfigError:
-        told += 1
+        refused += 1
 load(["experiment=demo"])
 heavy = [name for name in ("torch", "transformers", "deepspeed", "peft", "numpy") if name in sys.modules]
-print(json.dumps([told, heavy]))
+print(json.dumps([refused, heavy]))
 """
     rows = [_arguments(row[0]) for row in WRONG]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -252,8 +252,8 @@ print(json.dumps([told, heavy]))
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told, heavy = json.loads(done.stdout)
-    assert told == len(rows)
+    refused, heavy = json.loads(done.stdout)
+    assert refused == len(rows)
     assert heavy == []
     assert list(tmp_path.iterdir()) == [], "composing must not make files"
 

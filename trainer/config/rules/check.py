@@ -1,7 +1,7 @@
-"""What must hold of a configuration: each key within its limits, and the rules that need more than one key.
+"""Check a configuration: each key within its limits, and the rules that need more than one key.
 
-Every rule is here, and every rule raises one :class:`ConfigError` with the value, the rule and the cure. Where a flag
-would silently do nothing, it is refused: the user meant something by it.
+Every rule raises one :class:`ConfigError` with the value, the reason and a hint. Where a flag would silently do
+nothing, it is refused: the user meant something by it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
-from trainer.config.messages import listing, nearest, one_line, redact, wrong
+from trainer.config.messages import config_error, listing, nearest, one_line, redact
 from trainer.config.rules.compare import check_compare
-from trainer.config.rules.evaluation import check_watch
+from trainer.config.rules.evaluation import check_monitor
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
 from trainer.config.schema import METRICS, TrainConfig
@@ -58,39 +58,39 @@ def check(config: TrainConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that ``config`` breaks."""
     _limits(config)
     check_compare(config.compare)
-    for reason in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
-        reason(config)
-    for reason in (_evaluation, _generation, _launch, _run):
-        reason(config)
+    for check_section in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
+        check_section(config)
+    for check_section in (_evaluation, _generation, _launch, _run):
+        check_section(config)
 
 
 def _limits(config: TrainConfig) -> None:
-    for name, leaf in config_fields().items():
+    for name, spec in config_fields().items():
         section, _, entry = name.partition(".")
         value = getattr(getattr(config, section), entry)
         if isinstance(value, float) and not math.isfinite(value):
-            raise wrong(name, value, "must be a finite number", f"{name}={_example(leaf)}")
+            raise config_error(name, value, "must be a finite number", f"{name}={_example(spec)}")
         if value is not None:
-            _within(name, value, leaf)
+            _within(name, value, spec)
 
 
-def _within(name: str, value: Any, leaf: ConfigField) -> None:
-    limits: Mapping[str, Any] = leaf.field.metadata
+def _within(name: str, value: Any, spec: ConfigField) -> None:
+    limits: Mapping[str, Any] = spec.field.metadata
     if "choices" in limits and value not in limits["choices"]:
         if (name, value) == ("launch.kind", "slurm"):
             raise slurm_by_hand(name)
         choice = _nearest_choice(value, limits["choices"])
-        raise wrong(name, value, f"must be {listing(limits['choices'])}", f"{name}={choice}")
+        raise config_error(name, value, f"must be {listing(limits['choices'])}", f"{name}={choice}")
     for limit, (words, holds) in _BOUNDS.items():
         if limit in limits and not holds(value, limits[limit]):
             # An open bound is not itself allowed, so the default is shown instead.
-            hint = limits[limit] if limit in ("ge", "le") else _example(leaf)
-            raise wrong(name, value, f"must be {words} {limits[limit]}", f"{name}={one_line(hint)}")
+            hint = limits[limit] if limit in ("ge", "le") else _example(spec)
+            raise config_error(name, value, f"must be {words} {limits[limit]}", f"{name}={one_line(hint)}")
 
 
-def _example(leaf: ConfigField) -> str:
-    """The default; it keeps every limit of its own key."""
-    return one_line(default_value(leaf.field))
+def _example(spec: ConfigField) -> str:
+    """Return the default; it keeps every limit of its own key."""
+    return one_line(default_value(spec.field))
 
 
 def _nearest_choice(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -102,13 +102,13 @@ def _nearest_choice(value: Any, choices: tuple[Any, ...]) -> Any:
 def _model(config: TrainConfig) -> None:
     model = config.model
     if not model.name_or_path.strip():
-        raise wrong("model.name_or_path", repr(model.name_or_path), "must not be empty", "model=smollm2_135m")
+        raise config_error("model.name_or_path", repr(model.name_or_path), "must not be empty", "model=smollm2_135m")
     if model.dtype == "fp32" and model.attention == "flash_attention_2":
         reason = "flash attention computes in 16 bits, and model.dtype is fp32"
-        raise wrong("model.attention", model.attention, reason, "model.attention=sdpa or model.dtype=bf16")
+        raise config_error("model.attention", model.attention, reason, "model.attention=sdpa or model.dtype=bf16")
     if model.dtype == "fp16" and config.zero.stage == 0:
         reason = "fp16 needs a loss scaler, which DeepSpeed has in ZeRO stage 1 and up; zero.stage is 0"
-        raise wrong("model.dtype", model.dtype, reason, "zero=stage1 or model.dtype=bf16")
+        raise config_error("model.dtype", model.dtype, reason, "zero=stage1 or model.dtype=bf16")
 
 
 def _method(config: TrainConfig) -> None:
@@ -123,10 +123,10 @@ def _data(config: TrainConfig) -> None:
     if data.template not in TEMPLATES and not own:
         reason = f"must be {', '.join(TEMPLATES)}, or a file ending in {listing(TEMPLATE_SUFFIXES)}"
         hint = f"data.template={nearest(data.template, TEMPLATES) or TEMPLATES[0]}"
-        raise wrong("data.template", data.template or "''", reason, hint)
+        raise config_error("data.template", data.template or "''", reason, hint)
     if data.alpaca_role == "system" and data.template != "chat" and not own:
         reason = f"needs a chat template, and data.template is {data.template}"
-        raise wrong("data.alpaca_role", data.alpaca_role, reason, "data.template=chat or data.alpaca_role=user")
+        raise config_error("data.alpaca_role", data.alpaca_role, reason, "data.template=chat or data.alpaca_role=user")
     check_columns("data.columns", data.columns)
     _max_refused(data.max_refused)
     _validation(data.validation)
@@ -137,55 +137,57 @@ def _max_refused(value: Any) -> None:
     if not number or value < 0 or (isinstance(value, float) and not 0 < value < 1):
         reason = "must be a whole number of rows, at least 0, or a share between 0 and 1"
         whole = round(value) if number and value > 0 else 0
-        raise wrong("data.max_refused", value, reason, f"data.max_refused={whole} for rows, or 0.01 for a share")
+        raise config_error("data.max_refused", value, reason, f"data.max_refused={whole} for rows, or 0.01 for a share")
 
 
 def _validation(held_out: Any) -> None:
     reason = "must be a whole number of rows, a share between 0 and 1, or a path"
     if isinstance(held_out, bool) or not isinstance(held_out, (int, float, str)) or held_out == "":
-        raise wrong("data.validation", held_out, reason, "data.validation=0.1, or 0 to hold out none")
+        raise config_error("data.validation", held_out, reason, "data.validation=0.1, or 0 to hold out none")
     if isinstance(held_out, int) and held_out < 0:
-        raise wrong("data.validation", held_out, reason, "data.validation=0 holds out none")
+        raise config_error("data.validation", held_out, reason, "data.validation=0 holds out none")
     if isinstance(held_out, float) and not 0 < held_out < 1:
         whole = abs(round(held_out)) if math.isfinite(held_out) else 0
-        raise wrong("data.validation", held_out, reason, f"data.validation={whole} for rows, or 0.1 for a share")
+        raise config_error("data.validation", held_out, reason, f"data.validation={whole} for rows, or 0.1 for a share")
 
 
 def _batch(config: TrainConfig) -> None:
     batch = config.batch
     if batch.micro_size is not None and batch.micro_size > batch.global_size:
         reason = f"cannot be more than batch.global_size, which is {batch.global_size}"
-        raise wrong("batch.micro_size", batch.micro_size, reason, f"batch.micro_size={batch.global_size}")
+        raise config_error("batch.micro_size", batch.micro_size, reason, f"batch.micro_size={batch.global_size}")
     if batch.micro_size is None and batch.micro_tokens < config.data.max_length:
         reason = f"cannot hold one example of data.max_length={config.data.max_length} tokens"
         hint = f"batch.micro_tokens={config.data.max_length}, a smaller data.max_length, or batch.micro_size=1"
-        raise wrong("batch.micro_tokens", batch.micro_tokens, reason, hint)
+        raise config_error("batch.micro_tokens", batch.micro_tokens, reason, hint)
 
 
 def _schedule(config: TrainConfig) -> None:
     warmup, total = config.schedule.warmup_steps, config.batch.max_steps
     if warmup is not None and total is not None and warmup > total:
         reason = f"cannot be more than batch.max_steps, which is {total}"
-        raise wrong("schedule.warmup_steps", warmup, reason, f"schedule.warmup_steps={total // 10}")
+        raise config_error("schedule.warmup_steps", warmup, reason, f"schedule.warmup_steps={total // 10}")
 
 
 def _zero(config: TrainConfig) -> None:
     zero = config.zero
     if zero.offload_params == "cpu" and zero.stage != 3:
         reason = f"parameters can wait in host memory at stage 3 only; zero.stage is {zero.stage}"
-        raise wrong("zero.offload_params", "cpu", reason, "zero=stage3_offload or zero.offload_params=none")
+        raise config_error("zero.offload_params", "cpu", reason, "zero=stage3_offload or zero.offload_params=none")
     if zero.offload_optimizer == "cpu" and zero.stage == 0:
         reason = "needs split optimizer states, stage 1 or higher; zero.stage is 0"
-        raise wrong("zero.offload_optimizer", "cpu", reason, "zero=stage2_offload or zero.offload_optimizer=none")
+        raise config_error(
+            "zero.offload_optimizer", "cpu", reason, "zero=stage2_offload or zero.offload_optimizer=none"
+        )
 
 
 def _zero_extra(config: TrainConfig) -> None:
-    """A raw DeepSpeed key may add to what afina sets, never overrule it: not whole, not in part, not from above."""
+    """Refuse a raw DeepSpeed key that overrules what afina sets: whole, in part, or from above. It may only add."""
     for name, value in _flatten_tree(config.zero.extra):
         for ours, decided_by in _OURS.items():
             if name == ours or name.startswith(ours + ".") or ours.startswith(name + "."):
                 hint = f"remove it; it is decided by {decided_by}"
-                raise wrong(f"zero.extra.{name}", value, f"conflicts with {ours}, which afina sets itself", hint)
+                raise config_error(f"zero.extra.{name}", value, f"conflicts with {ours}, which afina sets itself", hint)
 
 
 def _flatten_tree(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -200,12 +202,14 @@ def _flatten_tree(tree: Mapping[Any, Any], above: str = "") -> Iterator[tuple[st
 def _evaluation(config: TrainConfig) -> None:
     scores = config.eval
     if not scores.metrics:
-        raise wrong("eval.metrics", "[]", f"must name at least one of {', '.join(METRICS)}", "eval.metrics=[loss]")
+        raise config_error(
+            "eval.metrics", "[]", f"must name at least one of {', '.join(METRICS)}", "eval.metrics=[loss]"
+        )
     for metric in scores.metrics:
         if metric not in METRICS:
             near = nearest(metric, METRICS) or METRICS[0]
-            raise wrong("eval.metrics", metric, f"must be among {', '.join(METRICS)}", f"eval.metrics=[{near}]")
-    check_watch(config)
+            raise config_error("eval.metrics", metric, f"must be among {', '.join(METRICS)}", f"eval.metrics=[{near}]")
+    check_monitor(config)
     if isinstance(config.data.validation, str) or config.data.validation > 0:
         return
     for name, value, neutral in (
@@ -216,7 +220,7 @@ def _evaluation(config: TrainConfig) -> None:
         if value != neutral:
             reason = "there are no held-out rows to score (data.validation=0)"
             shown = "[loss]" if name == "metrics" else one_line(neutral)
-            raise wrong(f"eval.{name}", value, reason, f"data.validation=0.1 or eval.{name}={shown}")
+            raise config_error(f"eval.{name}", value, reason, f"data.validation=0.1 or eval.{name}={shown}")
 
 
 def _generation(config: TrainConfig) -> None:
@@ -226,7 +230,7 @@ def _generation(config: TrainConfig) -> None:
     for name, value in (("temperature", generate.temperature), ("top_p", generate.top_p)):
         if value != 1.0:
             reason = "has no effect while generate.do_sample is false (greedy)"
-            raise wrong(f"generate.{name}", value, reason, f"generate.do_sample=true or generate.{name}=1.0")
+            raise config_error(f"generate.{name}", value, reason, f"generate.do_sample=true or generate.{name}=1.0")
 
 
 def _launch(config: TrainConfig) -> None:
@@ -235,13 +239,13 @@ def _launch(config: TrainConfig) -> None:
         for name, value in (("nodes", launch.nodes), ("nproc_per_node", launch.nproc_per_node)):
             if value is not None and value > 1:
                 reason = "launch=here is one process"
-                raise wrong(f"launch.{name}", value, reason, f"launch=torchrun launch.{name}={value}")
+                raise config_error(f"launch.{name}", value, reason, f"launch=torchrun launch.{name}={value}")
     if launch.node_rank >= launch.nodes:
         reason = f"nodes are numbered from 0, and launch.nodes is {launch.nodes}"
-        raise wrong("launch.node_rank", launch.node_rank, reason, f"launch.node_rank={launch.nodes - 1}")
+        raise config_error("launch.node_rank", launch.node_rank, reason, f"launch.node_rank={launch.nodes - 1}")
     if launch.nodes > 1 and launch.master_port == 0:
         reason = f"a free port cannot be agreed on by {launch.nodes} nodes"
-        raise wrong("launch.master_port", 0, reason, "launch.master_port=29500")
+        raise config_error("launch.master_port", 0, reason, "launch.master_port=29500")
 
 
 def _run(config: TrainConfig) -> None:
@@ -251,9 +255,9 @@ def _run(config: TrainConfig) -> None:
             f"must be a plain folder name: letters, digits, . _ -, at most {MAX_NAME_LENGTH}, not starting with . or -"
         )
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", redact(name)).lstrip(".-")[:MAX_NAME_LENGTH]
-        raise wrong("run.name", name if name else "''", reason, f"run.name={plain or 'my-run'}")
+        raise config_error("run.name", name if name else "''", reason, f"run.name={plain or 'my-run'}")
     if not config.run.dir.strip():
-        raise wrong("run.dir", "''", "must be a folder", "run.dir=runs")
+        raise config_error("run.dir", "''", "must be a folder", "run.dir=runs")
     if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
         raise _no_checkpoint(resume)
 
@@ -261,4 +265,4 @@ def _run(config: TrainConfig) -> None:
 def _no_checkpoint(resume: str) -> ConfigError:
     near = nearest(resume, ("auto", "never"))
     hint = f"checkpoint.resume={near}" if near else "checkpoint.resume=runs/NAME/checkpoints/step-NNNNNNNN"
-    return wrong("checkpoint.resume", resume, "must be auto, never or a checkpoint folder that exists", hint)
+    return config_error("checkpoint.resume", resume, "must be auto, never or a checkpoint folder that exists", hint)

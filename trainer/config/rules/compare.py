@@ -1,8 +1,8 @@
-"""What must hold of the ``compare`` group, and how one of its methods is read."""
+"""Check the ``compare`` group and parse its methods."""
 
 from __future__ import annotations
 
-from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.messages import config_error, listing, nearest, one_line
 from trainer.config.schema import CompareConfig
 from trainer.config.suggestions import config_fields, groups, is_key
 
@@ -10,7 +10,7 @@ CHOSEN = ("optim.learning_rate",)  # keys outside of `method` that a method may 
 
 
 def parse_method(entry: str) -> tuple[str, list[str]]:
-    """``"lora r=8"`` is the option ``lora`` and the overrides ``["method.r=8"]``.
+    """Parse ``"lora r=8"``: the option ``lora`` and the overrides ``["method.r=8"]``.
 
     Raises:
         ConfigError: there is no such option or key.
@@ -20,15 +20,19 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
     options = groups()["method"]
     if option not in options:
         near = nearest(option, options)
-        raise wrong(name, entry or "''", f"must begin with one of {', '.join(options)}", f"{name}=[{near or 'lora'}]")
+        raise config_error(
+            name, entry or "''", f"must begin with one of {', '.join(options)}", f"{name}=[{near or 'lora'}]"
+        )
     overrides = []
     for text in keys:
         key, equals, value = text.partition("=")
         whole = key if "." in key else f"method.{key}"
         if not equals or not is_key(whole) or not (whole.startswith("method.") or whole in CHOSEN):
-            inside = [leaf.removeprefix("method.") for leaf in config_fields() if leaf.startswith("method.")]
+            inside = [each.removeprefix("method.") for each in config_fields() if each.startswith("method.")]
             reason = f"{text} is not a key of method with its value, nor {listing(CHOSEN)}=RATE"
-            raise wrong(name, entry, reason, f"\"{name}=['{option} {nearest(key, inside) or 'r'}={value or 8}']\"")
+            raise config_error(
+                name, entry, reason, f"\"{name}=['{option} {nearest(key, inside) or 'r'}={value or 8}']\""
+            )
         overrides.append(f"{whole}={value}")
     return option, overrides
 
@@ -36,12 +40,12 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
 def check_compare(compare: CompareConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that the group breaks."""
     if not compare.methods:
-        raise wrong("compare.methods", "[]", "must name a method", "compare.methods=[lora,full]")
+        raise config_error("compare.methods", "[]", "must name a method", "compare.methods=[lora,full]")
     for entry in compare.methods:
         parse_method(entry)
         if compare.methods.count(entry) > 1:
-            raise wrong("compare.methods", entry, "is there twice", "name each method once")
+            raise config_error("compare.methods", entry, "is there twice", "name each method once")
     for multiple in compare.tune:
         if not multiple > 0:
             reason = "must be multiples of the method's own learning rate, greater than 0"
-            raise wrong("compare.tune", one_line(multiple), reason, "compare.tune=[0.3,1,3]")
+            raise config_error("compare.tune", one_line(multiple), reason, "compare.tune=[0.3,1,3]")

@@ -1,8 +1,8 @@
-"""What goes with what: method, base precision, ZeRO stage, gradient checkpointing, packing. No torch.
+"""The compatibility matrix: method, base precision, ZeRO stage, gradient checkpointing, packing. No torch.
 
-One list of refusals, each with what was seen when the cell was tried; everything else works, and is held to it by
-``tests/distributed/method_cases.py``, which trains every cell that is not refused here. ``rules.py`` refuses by it
-before a model is loaded, ``afina doctor --matrix`` prints it.
+One list of refusals, each with what was seen when the cell was tried; everything else works:
+``tests/distributed/method_cases.py`` trains every cell that is not refused here. ``check.py`` refuses by it before a
+model is loaded, ``afina doctor --matrix`` prints it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.messages import wrong
+from trainer.config.messages import config_error
 from trainer.config.method import MethodConfig
 from trainer.errors import ConfigError
 
@@ -47,9 +47,9 @@ class Refusal:
 
     Attributes:
         holds: whether a cell is of this kind.
-        key: what is at odds, shown with its value.
+        key: the key in conflict, shown with its value.
         seen: what happens when it is tried.
-        cure: what to type instead.
+        hint: what to type instead.
     """
 
     holds: Callable[[Cell], bool]
@@ -95,7 +95,7 @@ REFUSALS = (
 
 
 def refusal(cell: Cell) -> Refusal | None:
-    """Why a cell does not work; ``None`` when it does."""
+    """Return why a cell does not work; ``None`` when it does."""
     return next((each for each in REFUSALS if each.holds(cell)), None)
 
 
@@ -110,11 +110,11 @@ def _error(found: Refusal, cell: Cell) -> ConfigError:
     section, _, name = found.key.partition(".")
     values = {"model.gradient_checkpointing": cell.checkpointing, "batch.packing": cell.packing}
     value = getattr(cell.method, name) if section == "method" else values[found.key]
-    return wrong(found.key, value, found.seen, found.hint)
+    return config_error(found.key, value, found.seen, found.hint)
 
 
 def cells() -> dict[tuple[str, int, str], Cell]:
-    """Every combination of method, bits and option of ``zero``, works or not."""
+    """Build every combination of method, bits and option of ``zero``, works or not."""
     return {
         (variant, bits, zero): Cell(MethodConfig(bits=bits, **keys), stage)
         for variant, keys in VARIANTS.items()

@@ -1,11 +1,11 @@
-"""What must hold of the ``method`` group: only keys that the method has, all that it needs, and no two at odds."""
+"""Check the ``method`` group: only keys that the method has, all that it needs, and no two in conflict."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from trainer.config.messages import listing, nearest, one_line, wrong
+from trainer.config.messages import config_error, listing, nearest, one_line
 from trainer.config.method import METHODS, MethodConfig, given
 from trainer.config.suggestions import default_value
 from trainer.errors import ConfigError
@@ -29,27 +29,27 @@ def check_method(method: MethodConfig) -> None:
 
 
 def _only_its_own(method: MethodConfig) -> None:
-    facts = METHODS[method.name]
+    info = METHODS[method.name]
     for field in dataclasses.fields(MethodConfig):
         neutral = default_value(field)
         value = getattr(method, field.name)
-        if field.name == "name" or field.name in facts.keys or value == neutral:
+        if field.name == "name" or field.name in info.keys or value == neutral:
             continue
         owners = [name for name, other in METHODS.items() if field.name in other.keys]
-        reason = f"has no meaning for {facts.title} (method.name={method.name})"
+        reason = f"has no meaning for {info.title} (method.name={method.name})"
         hint = f"method.{field.name}={one_line(neutral)}, or method={listing(owners)}"
         if field.name == "r" and method.name == "full":
             hint = "choose all of it with method=full and rank=null, or method=lora"
         elif field.name == "r":
             hint = f"choose it with rank=null, or method={listing(owners)}"
-        raise wrong(f"method.{field.name}", value, reason, hint)
+        raise config_error(f"method.{field.name}", value, reason, hint)
 
 
 def _all_it_needs(method: MethodConfig) -> None:
-    facts = METHODS[method.name]
-    for name, good in facts.needs.items():
+    info = METHODS[method.name]
+    for name, good in info.needs.items():
         if getattr(method, name) is None:
-            raise wrong(f"method.{name}", None, f"{facts.title} needs it", f"method.{name}={one_line(good)}")
+            raise config_error(f"method.{name}", None, f"{info.title} needs it", f"method.{name}={one_line(good)}")
 
 
 def _target_modules(value: Any) -> None:
@@ -58,11 +58,13 @@ def _target_modules(value: Any) -> None:
         if value not in TARGET_SETS:
             near = nearest(value, TARGET_SETS)
             hint = f"{name}={near}" if near else f"{name}=[{value}]"
-            raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", hint)
+            raise config_error(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", hint)
     elif not isinstance(value, list):
-        raise wrong(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear")
+        raise config_error(
+            name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear"
+        )
     elif not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise wrong(name, value, "must be a list of one or more module names", f"{name}=[q_proj,v_proj]")
+        raise config_error(name, value, "must be a list of one or more module names", f"{name}=[q_proj,v_proj]")
 
 
 def _layers(layers: list[int] | None) -> None:
@@ -70,54 +72,66 @@ def _layers(layers: list[int] | None) -> None:
         return
     if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
         hint = "method.layers=[0,1,2], or null for all"
-        raise wrong("method.layers", layers, "must be one or more layers, each once, counted from 0", hint)
+        raise config_error("method.layers", layers, "must be one or more layers, each once, counted from 0", hint)
 
 
 def _init(method: MethodConfig) -> None:
     starts = METHODS[method.name].starts
     if method.init not in starts:
         reason = f"must be {listing(starts)} for {METHODS[method.name].title}"
-        raise wrong("method.init", method.init, reason, f"method.init={nearest(method.init, starts) or starts[0]}")
+        raise config_error(
+            "method.init", method.init, reason, f"method.init={nearest(method.init, starts) or starts[0]}"
+        )
     if method.name == "prompt" and (method.init == "text") != bool(method.init_text):
         if method.init == "text":
-            raise wrong("method.init_text", method.init_text, "method.init=text needs words", "method.init_text='…'")
-        raise wrong("method.init_text", method.init_text, "is read with method.init=text only", "method.init=text")
+            raise config_error(
+                "method.init_text", method.init_text, "method.init=text needs words", "method.init_text='…'"
+            )
+        raise config_error(
+            "method.init_text", method.init_text, "is read with method.init=text only", "method.init=text"
+        )
     if method.encoder_hidden_size is not None and not method.prefix_projection:
         reason = "is the width of an MLP that there is with method.prefix_projection=true only"
         hint = "method.encoder_hidden_size=null or method.prefix_projection=true"
-        raise wrong("method.encoder_hidden_size", method.encoder_hidden_size, reason, hint)
+        raise config_error("method.encoder_hidden_size", method.encoder_hidden_size, reason, hint)
     if not changes_base(method):
         return
     if method.bits != 16:
         reason = f"takes its start out of the base's weights, which are held in {method.bits} bits"
-        raise wrong("method.init", method.init, reason, "method.init=default or method.bits=16")
+        raise config_error("method.init", method.init, reason, "method.init=default or method.bits=16")
     if method.dora:
         reason = "changes the base's weights; it is saved as an adapter of twice the rank, which DoRA has no form for"
-        raise wrong("method.init", method.init, reason, "method.init=default or method.dora=false")
+        raise config_error("method.init", method.init, reason, "method.init=default or method.dora=false")
     if method.rank_pattern or method.alpha_pattern:
         reason = "is saved as an adapter of twice the rank, for which patterns have no form"
-        raise wrong("method.init", method.init, reason, "method.init=default, or no rank_pattern and alpha_pattern")
+        raise config_error(
+            "method.init", method.init, reason, "method.init=default, or no rank_pattern and alpha_pattern"
+        )
 
 
 def _adapter(method: MethodConfig) -> None:
-    """A saved adapter belongs on the base as it is, and holds no MLP of a prefix."""
+    """Check that a saved adapter can be continued: it belongs on the base as it is, and holds no MLP of a prefix."""
     if method.adapter is None:
         return
     if not method.adapter.strip():
-        raise wrong("method.adapter", "''", "must be a run or adapter folder", "method.adapter=runs/NAME, or null")
+        raise config_error(
+            "method.adapter", "''", "must be a run or adapter folder", "method.adapter=runs/NAME, or null"
+        )
     if changes_base(method):
         reason = (
             f"belongs on the base as it is, and method.init={method.init} takes the start out of the base's weights"
         )
         hint = "method.init=default (an adapter that started so was saved with twice its rank: double method.r too)"
-        raise wrong("method.adapter", method.adapter, reason, hint)
+        raise config_error("method.adapter", method.adapter, reason, hint)
     if method.prefix_projection:
         reason = "holds the prefix that was made, not the MLP that made it (method.prefix_projection=true)"
-        raise wrong("method.adapter", method.adapter, reason, "method.prefix_projection=false trains the prefix itself")
+        raise config_error(
+            "method.adapter", method.adapter, reason, "method.prefix_projection=false trains the prefix itself"
+        )
 
 
 def changes_base(method: MethodConfig) -> bool:
-    """Whether the adapters' start is taken out of the base's weights."""
+    """Return whether the adapters' start is taken out of the base's weights."""
     return method.name == "lora" and method.init not in ("default", "gaussian", "orthogonal")
 
 
@@ -126,7 +140,7 @@ def _patterns(method: MethodConfig) -> None:
         for module, value in getattr(method, name).items():
             if not value > 0:
                 hint = f"method.{name}={{{module}: 16}}"
-                raise wrong(f"method.{name}", {module: value}, "must be greater than 0 for every module", hint)
+                raise config_error(f"method.{name}", {module: value}, "must be greater than 0 for every module", hint)
 
 
 def _adalora(method: MethodConfig) -> None:
@@ -135,7 +149,7 @@ def _adalora(method: MethodConfig) -> None:
     target = given(method.target_r)
     if target >= given(method.init_r):
         reason = f"must be less than method.init_r, which is {method.init_r}: ranks are taken, never given"
-        raise wrong("method.target_r", target, reason, f"method.init_r={target * 3 // 2 + 1}")
+        raise config_error("method.target_r", target, reason, f"method.init_r={target * 3 // 2 + 1}")
 
 
 def _four_bits(method: MethodConfig) -> None:
@@ -146,11 +160,11 @@ def _four_bits(method: MethodConfig) -> None:
         value = getattr(method, name)
         if value != getattr(neutral, name):
             reason = f"is of a base in 4 bits; method.bits is {method.bits}"
-            raise wrong(f"method.{name}", value, reason, f"method.{name}=auto or method=qlora")
+            raise config_error(f"method.{name}", value, reason, f"method.{name}=auto or method=qlora")
 
 
 def adalora_times(method: MethodConfig, total_steps: int) -> tuple[int, int, int]:
-    """AdaLoRA's ``tinit``, ``tfinal`` and ``deltaT`` in updates; what is null follows from the run's length.
+    """Return AdaLoRA's ``tinit``, ``tfinal`` and ``deltaT`` in updates; what is null follows from the run's length.
 
     Args:
         method: checked, ``name`` is adalora.
@@ -167,11 +181,11 @@ def adalora_times(method: MethodConfig, total_steps: int) -> tuple[int, int, int
     delta = max(1, between // ALLOCATIONS) if method.deltaT is None else method.deltaT
     if delta > between:
         reason = f"leaves no taking of ranks between update {tinit} and {total_steps - tfinal}"
-        raise wrong("method.deltaT", delta, reason, "method.deltaT=null")
+        raise config_error("method.deltaT", delta, reason, "method.deltaT=null")
     return tinit, tfinal, delta
 
 
 def _no_time(method: MethodConfig, tinit: int, tfinal: int, total_steps: int) -> ConfigError:
     reason = f"with method.tfinal={tfinal} leaves none of the run's {total_steps} updates to take ranks in"
     hint = "method.tinit=null method.tfinal=null take 10 % and 30 % of the run, or train longer"
-    return wrong("method.tinit", tinit, reason, hint)
+    return config_error("method.tinit", tinit, reason, hint)
