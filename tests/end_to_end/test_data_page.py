@@ -20,7 +20,8 @@ import pytest
 import trainer.config
 from tests.helpers.processes import afina, run
 from tests.helpers.tokenizers import write_rows
-from trainer.data.load import Data, inspect_data
+from trainer.data.load import inspect_data
+from trainer.data.run_data import Data
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SMALL = ("model=tiny", "batch.global_size=4", "data.validation=4")

@@ -1,12 +1,13 @@
-"""Conversations to render, and what is learnt of a rendering."""
+"""Conversations to render, and the text of a rendering that is in the loss."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from typing import Any
 
-from trainer.data.formats.formats import Example, parse_example
-from trainer.data.sources.open import Row
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Example
+from trainer.data.sources.rows import Row
 from trainer.data.templates.template import Encoded
 
 SYSTEM = {"role": "system", "content": "You are a travel assistant. Use the tools when you need facts."}
@@ -31,10 +32,10 @@ def chat(messages: list[dict[str, Any]], **fields: Any) -> Example:
     return parse_example(Row({"messages": messages, **fields}, "chats.jsonl:1", 1), "chat", {})
 
 
-def learnt(tokenizer: Any, found: Encoded) -> list[str]:
-    """The text of each stretch of labels."""
+def texts_in_loss(tokenizer: Any, found: Encoded) -> list[str]:
+    """Decode each run of tokens in the loss."""
     pairs = groupby(zip(found.ids, found.loss_mask, strict=True), key=lambda pair: pair[1])
-    return [tokenizer.decode([token for token, _ in run]) for label, run in pairs if label]
+    return [tokenizer.decode([token for token, _ in run]) for in_loss, run in pairs if in_loss]
 
 
 def stock(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from trainer.data.load import Data, Rows
-from trainer.data.mixture import join
+from trainer.data.mixture import concatenate_tables
 from trainer.data.prepare.checks import Finding
-from trainer.data.prepare.prepare import Prepared
+from trainer.data.prepare.table import PreparedTable
+from trainer.data.run_data import Data, Rows
 
 Row = tuple[Sequence[int], Sequence[bool]]
 FEATURES = Features(
@@ -25,19 +25,21 @@ FEATURES = Features(
 )
 
 
-def prepared(rows: Sequence[Row], name: str = "made.jsonl", folder: Path = Path("nowhere"), **facts: Any) -> Prepared:
-    """A table of ``(ids, labels)``; row i stands in line i + 1."""
+def prepared(
+    rows: Sequence[Row], name: str = "made.jsonl", folder: Path = Path("nowhere"), **values: Any
+) -> PreparedTable:
+    """Make a table of ``(ids, loss mask)``; row i stands in line i + 1."""
     columns = {
         "file": [0] * len(rows),
         "line": list(range(1, len(rows) + 1)),
         "input_ids": [list(ids) for ids, _ in rows],
-        "labels": [list(labels) for _, labels in rows],
+        "labels": [list(mask) for _, mask in rows],
     }
     made = {
         "table": Dataset.from_dict(columns, features=FEATURES),
         "lengths": np.asarray([len(ids) for ids, _ in rows], dtype=np.int32),
-        "label_counts": np.asarray([sum(labels[1:]) for _, labels in rows], dtype=np.int32),
-        "keys": np.zeros((2, len(rows)), dtype=np.int64),
+        "label_counts": np.asarray([sum(mask[1:]) for _, mask in rows], dtype=np.int32),
+        "hashes": np.zeros((2, len(rows)), dtype=np.int64),
         "fingerprint": "0" * 32,
         "names": (name,),
         "folder": folder,
@@ -47,12 +49,12 @@ def prepared(rows: Sequence[Row], name: str = "made.jsonl", folder: Path = Path(
         "format": "alpaca",
         "findings": (),
     }
-    return Prepared(**{**made, **facts})
+    return PreparedTable(**{**made, **values})
 
 
-def data(table: Prepared, held_out: Sequence[int] = (), findings: Sequence[Finding] = ()) -> Data:
-    """All rows of a table to train on, but those that are held out."""
-    joined = join([table])
+def data(table: PreparedTable, held_out: Sequence[int] = (), findings: Sequence[Finding] = ()) -> Data:
+    """Make data of all rows of a table: training rows but those that are held out."""
+    tables = concatenate_tables([table])
     train = np.asarray([i for i in range(len(table)) if i not in set(held_out)], dtype=np.int64)
-    sides = (Rows(joined, train), Rows(joined, np.asarray(held_out, dtype=np.int64)))
+    sides = (Rows(tables, train), Rows(tables, np.asarray(held_out, dtype=np.int64)))
     return Data(*sides, "f", (), (table,), tuple(findings))

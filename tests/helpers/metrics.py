@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from trainer.data.formats.formats import Example, parse_example, recognise
+from trainer.data.formats.detect import detect_format
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Example
 from trainer.data.sources.rows import Row, RowError
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -17,7 +19,7 @@ def row(fields: dict[str, Any]) -> Row:
 
 
 def read(fields: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Example:
-    return parse_example(row(fields), recognise(row(fields), format, columns or {}), columns or {})
+    return parse_example(row(fields), detect_format(row(fields), format, columns or {}), columns or {})
 
 
 def refused(fields: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> RowError:

@@ -9,7 +9,8 @@ from typing import Any
 from tests.helpers.tokenizers import write_rows
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
-from trainer.data.prepare.prepare import Prepared, prepare
+from trainer.data.prepare.prepare import prepare
+from trainer.data.prepare.table import PreparedTable
 
 ROWS = [{"instruction": f"Say {i} " + "word " * (i % 5), "output": f"{i}" * (1 + i % 3)} for i in range(23)]
 
@@ -21,9 +22,9 @@ class Asked:
         self.path = write_rows(folder / "rows.jsonl", ROWS)
         self.cache, self.tokenizer, self.said = folder / "cache", tokenizer, list[str]()
 
-    def __call__(self, tokenizer: Any = None, **keys: Any) -> Prepared:
+    def __call__(self, tokenizer: Any = None, **keys: Any) -> PreparedTable:
         data = DataConfig(**{"path": str(self.path), **keys})
         return prepare(DatasetSpec(str(self.path)), data, tokenizer or self.tokenizer, self.cache, self.said.append)
 
-    def refused(self, found: Prepared) -> list[dict[str, str]]:
+    def refused(self, found: PreparedTable) -> list[dict[str, str]]:
         return [json.loads(line) for line in found.refused_file.read_text().splitlines()]

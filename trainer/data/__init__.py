@@ -1,9 +1,10 @@
-"""From files to batches. Data travels one way through these modules, and imports run in that order only:
+"""From files to batches, one room after the other; imports run in that order only.
 
-- files to rows: ``rows``, ``readers``, ``arrays``, ``hub``, ``digests``, ``sources``
-- rows to turns: ``turns``, ``fields``, ``chats``, ``formats``
-- turns to token ids with a label mask: ``tokenise``, ``layouts``, ``rendering``, ``templates``
-- ids to a table on disk: ``encode``, ``workers``, ``checks``, ``build``, ``prepare``
-- tables to the examples of a run: ``mixture``, ``split``, ``load``
-- examples to forwards: ``batches`` (with ``balance``), ``trie``, ``micro``, ``packing``
+- ``sources``: files, folders and hub data sets, read in chunks and parsed into raw rows
+- ``formats``: rows of each format (Alpaca, chat, prompt and completion …) into examples, which are turns or plain text
+- ``templates``: examples into token ids and loss masks
+- ``prepare``: all rows of a data set into a table on disk, by its fingerprint, with what is wrong with them
+- ``mixture``, ``validation_split``, ``run_data``, ``load``, ``describe``: tables into the rows of a run
+- ``batching``: a step's global batch, split over ranks, collated into micro-batches: padded rows, or tries of shared
+  prefixes (sequence packing)
 """

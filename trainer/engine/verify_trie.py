@@ -18,7 +18,7 @@ from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
 from trainer.data.batching.trie import sort_by_tokens
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, trie_context

@@ -15,7 +15,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits, split_padded
-from trainer.data.load import Data, Rows
+from trainer.data.run_data import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.evaluation.generator import Generator
 from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
-from trainer.data.load import Rows
+from trainer.data.run_data import Rows
 from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.errors import DataError
 

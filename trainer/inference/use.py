@@ -17,7 +17,8 @@ from trainer.config.method import MethodConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
-from trainer.data.load import Data, load_data
+from trainer.data.load import load_data
+from trainer.data.run_data import Data
 from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed
 from trainer.errors import DataError

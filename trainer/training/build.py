@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.config import TrainConfig
 from trainer.data.batching.packing import Packing
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.engine import Engine

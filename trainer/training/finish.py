@@ -11,7 +11,7 @@ from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.schema import METRICS
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 from trainer.data.templates.template import Template
 from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live

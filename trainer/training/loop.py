@@ -21,7 +21,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.engine.engine import Engine, Update
 from trainer.engine.meter import Meter

@@ -13,7 +13,9 @@ from trainer.checkpoint.commit import archive_after
 from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig, to_yaml
 from trainer.config.identity import run_identity
-from trainer.data.load import Data, describe, load_data
+from trainer.data.describe import describe
+from trainer.data.load import load_data
+from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.meter import device_name

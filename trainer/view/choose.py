@@ -10,7 +10,7 @@ import numpy as np
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.trie import sort_by_tokens
-from trainer.data.load import Data, Rows
+from trainer.data.run_data import Data, Rows
 
 EACH = 3  # rows of a kind on the page
 HELD_OUT_SHARE = 0.2
@@ -140,7 +140,7 @@ def _rows_named(rows: Rows, where: str) -> np.ndarray:
     """The rows of the joined table that stand at ``file:line``."""
     name, _, line = where.rpartition(":")
     found = [np.empty(0, np.int64)]
-    for part, begin in zip(rows.tables.parts, rows.tables.begins):
+    for part, begin in zip(rows.tables.parts, rows.tables.starts):
         if name not in part.names or not line.isdigit():
             continue
         files, lines = (part.table.data.column(column).to_numpy() for column in ("file", "line"))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from trainer.config.schema import TrainConfig
-from trainer.data.load import Data, inspect_data, load_data
+from trainer.data.load import inspect_data, load_data
+from trainer.data.run_data import Data
 from trainer.errors import DataError
 from trainer.view import choose
 from trainer.view.overview import MAX_LONG_ROWS, Overview, Shown, Source, refused_rows

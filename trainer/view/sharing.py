@@ -10,7 +10,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batching.global_batch import global_batch, total_steps
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 
 MAX_STEPS = 32
 MOST_TOKENS, MOST_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second

@@ -1,4 +1,4 @@
-"""Conversations of several turns: what is learnt, against transformers' own mask and against decoded texts."""
+"""Conversations of several turns: what is in the loss, against transformers' own mask and against decoded texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.conversations import KYOTO, MADRID, PLAIN, SYSTEM, chat, learnt, stock
+from tests.helpers.conversations import KYOTO, MADRID, PLAIN, SYSTEM, chat, stock, texts_in_loss
 from tests.helpers.tokenizers import (
     LLAMA3_LIKE,
     LLAMA_LIKE,
@@ -20,8 +20,9 @@ from tests.helpers.tokenizers import (
     sentencepiece_like,
     with_template,
 )
-from trainer.data.formats.formats import Example, Turn, parse_example
-from trainer.data.sources.open import Row, RowError
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Example, Turn
+from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
 from trainer.models.embedded.tiny import CHATML
@@ -41,17 +42,17 @@ def kinds(tokenizer: Any) -> dict[str, tuple[Any, str]]:
 
 @pytest.mark.parametrize("kind", ["ChatML", "Qwen 2.5", "Llama 3", "ChatML, sentencepiece"])
 @pytest.mark.parametrize("messages", [KYOTO, MADRID], ids=["Kyoto", "Madrid"])
-def test_every_answer_and_its_end_token_are_learnt(tokenizer: Any, kind: str, messages: Any) -> None:
+def test_every_answer_and_its_end_token_are_in_the_loss(tokenizer: Any, kind: str, messages: Any) -> None:
     used, end = kinds(tokenizer)[kind]
     found = Template(used, "chat").encode(chat(messages))
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert learnt(used, found) == [f"{a}{end}" for a in answers]
+    assert texts_in_loss(used, found) == [f"{a}{end}" for a in answers]
     whole = used.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert found.ids == whole[: len(found.ids)]
     assert used.decode(whole[len(found.ids) :]).strip() == ""
     prompt = used.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert found.ids[: found.prompt_length] == prompt
-    assert found.opening_length == found.loss_mask.index(True)
+    assert found.prompt_prefix_length == found.loss_mask.index(True)
     assert Template(used, "chat").encode_turns(chat(messages).turns[:-1]) == prompt
     assert found.ids.count(used.bos_token_id) == (kind == "Llama 3")
 
@@ -72,7 +73,7 @@ def test_llama_2(tokenizer: Any) -> None:
     messages = [SYSTEM, *PLAIN]
     found = Template(used, "chat").encode(chat(messages))
     assert found.ids == used.apply_chat_template(messages)["input_ids"]
-    assert [t.strip() for t in learnt(used, found)] == [f"{m['content']} </s>" for m in PLAIN[1::2]]
+    assert [t.strip() for t in texts_in_loss(used, found)] == [f"{m['content']} </s>" for m in PLAIN[1::2]]
     assert found.ids.count(used.bos_token_id) == 2  # one a round, as Llama 2 writes them, and none of our own
 
 
@@ -84,7 +85,7 @@ spoken = texts.filter(lambda t: t.strip())
 
 @many
 @given(st.lists(st.tuples(spoken, spoken), min_size=1, max_size=4), st.booleans())
-def test_any_text_is_learnt_where_it_stands(tokenizer: Any, rounds: list[tuple[str, str]], trims: bool) -> None:
+def test_any_text_is_in_the_loss_where_it_stands(tokenizer: Any, rounds: list[tuple[str, str]], trims: bool) -> None:
     used = llama3_like() if trims else with_template(tokenizer, QWEN_LIKE)
     messages = [{"role": r, "content": t} for pair in rounds for r, t in zip(("user", "assistant"), pair, strict=True)]
     found = Template(used, "chat").encode(chat(messages))
@@ -94,7 +95,7 @@ def test_any_text_is_learnt_where_it_stands(tokenizer: Any, rounds: list[tuple[s
     assert not any(expected["assistant_masks"][len(found.ids) :])
     end = "<|eot_id|>" if trims else "<|im_end|>"
     said = [answer.strip() if trims else answer for _, answer in rounds]
-    assert learnt(used, found) == [f"{answer}{end}" for answer in said]
+    assert texts_in_loss(used, found) == [f"{answer}{end}" for answer in said]
 
 
 @pytest.mark.parametrize(
@@ -111,15 +112,18 @@ def test_train_on_and_weights(tokenizer: Any, train_on: str, rows: list[str]) ->
     turns += [Turn("user", "d"), Turn("assistant", "7", answer=True), Turn("user", "e")]
     template = Template(tokenizer, "chat", train_on=train_on)
     found = template.encode(Example(tuple(turns), "x:1", 1))
-    assert learnt(tokenizer, found) == rows
+    assert texts_in_loss(tokenizer, found) == rows
     assert tokenizer.decode(found.ids).endswith("7<|im_end|>")
     assert tokenizer.decode(found.ids[: found.prompt_length]).endswith("d<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(found.ids[found.opening_length :]).startswith(rows[0])
+    assert tokenizer.decode(found.ids[found.prompt_prefix_length :]).startswith(rows[0])
     every = Template(tokenizer, "chat", train_on="all").encode(Example(tuple(turns), "x:1", 1))
     assert all(every.loss_mask)
     assert tokenizer.decode(every.ids).endswith("7<|im_end|>\n<|im_start|>user\ne<|im_end|>\n")
     assert every.prompt_length == found.prompt_length
-    assert every.opening_length == Template(tokenizer, "chat").encode(Example(tuple(turns), "x:1", 1)).opening_length
+    assert (
+        every.prompt_prefix_length
+        == Template(tokenizer, "chat").encode(Example(tuple(turns), "x:1", 1)).prompt_prefix_length
+    )
 
 
 @pytest.mark.parametrize("train_on", ["completion", "assistant", "last_assistant"])
@@ -130,7 +134,7 @@ def test_a_row_of_weight_0_teaches_nothing(tokenizer: Any, train_on: str) -> Non
     assert caught.value.code == "empty_loss_mask"
 
 
-def test_a_last_answer_of_weight_0_is_neither_learnt_nor_scored(tokenizer: Any) -> None:
+def test_a_last_answer_of_weight_0_is_neither_in_the_loss_nor_scored(tokenizer: Any) -> None:
     row = chat([*PLAIN[:2], PLAIN[2], {**PLAIN[3], "weight": 0}])
     found = Template(tokenizer, "chat").encode(row)
     assert row.answer == PLAIN[1]["content"]
@@ -167,7 +171,7 @@ def test_turns_that_the_template_refuses(tokenizer: Any) -> None:
     with pytest.raises(RowError, match=r"refuses the turns system → user.*begin with the user"):
         Template(with_template(tokenizer, strict), "chat").encode(chat(KYOTO))
     two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-    assert learnt(tokenizer, Template(tokenizer, "chat").encode(chat(two))) == ["c<|im_end|>"]
+    assert texts_in_loss(tokenizer, Template(tokenizer, "chat").encode(chat(two))) == ["c<|im_end|>"]
 
 
 def test_system_text_inside_a_later_user_turn(tokenizer: Any) -> None:
@@ -179,21 +183,21 @@ def test_system_text_inside_a_later_user_turn(tokenizer: Any) -> None:
         "{% elif m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     )
     found = Template(with_template(tokenizer, moves), "chat").encode(chat([SYSTEM, *PLAIN]))
-    assert learnt(tokenizer, found) == [f"{m['content']}<|im_end|>" for m in PLAIN[1::2]]
+    assert texts_in_loss(tokenizer, found) == [f"{m['content']}<|im_end|>" for m in PLAIN[1::2]]
 
 
-def test_the_next_turns_opening_is_not_learnt(tokenizer: Any) -> None:
-    """Without an end token of its own, an answer in the middle is followed by the opening of the next turn."""
+def test_the_next_turns_header_is_not_in_the_loss(tokenizer: Any) -> None:
+    """Without an end token of its own, an answer in the middle is followed by the header of the next turn."""
     opens = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
     found = Template(with_template(tokenizer, opens), "chat").encode(chat(PLAIN))
-    assert learnt(tokenizer, found) == [PLAIN[1]["content"], f"{PLAIN[3]['content']}<|im_end|>"]
+    assert texts_in_loss(tokenizer, found) == [PLAIN[1]["content"], f"{PLAIN[3]['content']}<|im_end|>"]
 
 
 def test_many_turns_of_spaces_are_placed_quickly(tokenizer: Any) -> None:
     trims = with_template(tokenizer, CHATML.replace("message['content']", "message['content'] | trim"))
     messages = [{"role": r, "content": f" {i} \n"} for i in range(60) for r in ("user", "assistant")]
     found = Template(trims, "chat").encode(chat(messages))
-    assert learnt(tokenizer, found) == [f"{i}<|im_end|>" for i in range(60)]
+    assert texts_in_loss(tokenizer, found) == [f"{i}<|im_end|>" for i in range(60)]
 
 
 def test_alpaca_history_and_system(tokenizer: Any) -> None:
@@ -208,15 +212,15 @@ def test_alpaca_history_and_system(tokenizer: Any) -> None:
             "### Instruction:\na\n\n### Response:\nb<|im_end|>\n\n"
             "### Instruction:\nc\n\n### Input:\nd\n\n### Response:\ne<|im_end|>"
         )
-        assert learnt(begins, found) == ["b<|im_end|>", "e<|im_end|>"]
-        assert learnt(begins, Template(begins, name).encode(row)) == ["e<|im_end|>"]
+        assert texts_in_loss(begins, found) == ["b<|im_end|>", "e<|im_end|>"]
+        assert texts_in_loss(begins, Template(begins, name).encode(row)) == ["e<|im_end|>"]
         assert found.ids.count(begins.bos_token_id) == 1
         assert Template(begins, name).encode_turns(row.turns[:-1]) == found.ids[: found.prompt_length]
     system = Template(tokenizer, "chat", alpaca_role="system").encode(row)
     assert tokenizer.decode(system.ids).startswith(
         "<|im_start|>system\nS\n\nc<|im_end|>\n<|im_start|>user\na<|im_end|>"
     )
-    assert learnt(tokenizer, system) == ["e<|im_end|>"]
+    assert texts_in_loss(tokenizer, system) == ["e<|im_end|>"]
 
 
 def test_plain(tokenizer: Any) -> None:
@@ -224,7 +228,7 @@ def test_plain(tokenizer: Any) -> None:
     row = parse_example(Row({"prompt": "2 + 2 =", "completion": " 4"}, "x:1", 1), "prompt_completion", {})
     found = Template(begins, "plain").encode(row)
     assert begins.decode(found.ids) == "<|endoftext|>2 + 2 = 4<|im_end|>"
-    assert learnt(begins, found) == [" 4<|im_end|>"]
+    assert texts_in_loss(begins, found) == [" 4<|im_end|>"]
     several = Template(begins, "plain", train_on="assistant").encode(chat([SYSTEM, *PLAIN]))
     a, b, c, d = (m["content"] for m in PLAIN)
     assert begins.decode(several.ids) == f"<|endoftext|>{SYSTEM['content']}\n{a}{b}<|im_end|>{c}{d}<|im_end|>"
@@ -233,4 +237,4 @@ def test_plain(tokenizer: Any) -> None:
         assert begins.decode(text.ids) == "<|endoftext|>words <|im_end|>\r\n<|im_end|>"
         assert text.ids.count(begins.eos_token_id) == 1
         assert all(text.loss_mask)
-        assert (text.prompt_length, text.opening_length) == (0, len(text.ids))
+        assert (text.prompt_length, text.prompt_prefix_length) == (0, len(text.ids))

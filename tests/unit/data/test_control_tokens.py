@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.tokenizers import LLAMA_LIKE, QWEN_LIKE, llama3_like, sentencepiece_like, with_template
-from trainer.data.formats.formats import Example, Turn, parse_example
-from trainer.data.sources.open import Row, RowError
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Example, Turn
+from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Template
 
 OWN = (
@@ -159,7 +160,7 @@ def test_a_tokenizer_that_cannot_read_them_as_text() -> None:
     assert caught.value.code == "control_token"
 
 
-def test_a_control_token_that_swallows_spaces_is_not_learnt() -> None:
+def test_a_control_token_that_swallows_spaces_is_not_in_the_loss() -> None:
     from tokenizers import AddedToken
 
     tokenizer = sentencepiece_like("never", "{{ messages[0].content }}<|sep|>{{ messages[1].content }}</s>")

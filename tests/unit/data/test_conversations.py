@@ -61,7 +61,7 @@ def assistant(**message: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason", "told"),
+    ("fields", "reason", "message"),
     [
         ({"messages": []}, "bad_turns", "messages: is an empty list"),
         ({"messages": CHAT[:1]}, "empty_loss_mask", "no assistant turn"),
@@ -91,7 +91,7 @@ def assistant(**message: Any) -> dict[str, Any]:
         ({"messages": CHAT, "tools": ["f"]}, "wrong_type", "a list of objects"),
     ],
 )
-def test_chat_refuses(fields: dict[str, Any], reason: str, told: str) -> None:
+def test_chat_refuses(fields: dict[str, Any], reason: str, message: str) -> None:
     found = refused(fields)
     assert found.code == reason
-    assert told in str(found)
+    assert message in str(found)

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.metrics import CHAT, read, refused, row, said
-from trainer.data.formats.formats import Turn, parse_example, recognise
-from trainer.data.sources.open import RowError
+from trainer.data.formats.detect import detect_format
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Turn
+from trainer.data.sources.rows import RowError
 from trainer.errors import DataError
 
 MC = {"question": "Which?", "options": ["red", "green", "blue"]}
@@ -29,14 +31,14 @@ MC = {"question": "Which?", "options": ["red", "green", "blue"]}
         ({"text": "a", "id": 1}, "text"),
     ],
 )
-def test_formats_are_told_apart_by_their_fields(fields: dict[str, Any], name: str) -> None:
-    assert recognise(row(fields), "auto", {}) == name
-    assert recognise(row(fields), "text", {}) == "text"
+def test_formats_are_known_by_their_fields(fields: dict[str, Any], name: str) -> None:
+    assert detect_format(row(fields), "auto", {}) == name
+    assert detect_format(row(fields), "text", {}) == "text"
 
 
 def test_unknown_fields_are_answered_with_columns() -> None:
     columns = {"instruction": "Frage", "output": "Antwort"}
-    assert recognise(row({"Frage": "a", "Antwort": "b"}), "auto", columns) == "alpaca"
+    assert detect_format(row({"Frage": "a", "Antwort": "b"}), "auto", columns) == "alpaca"
     for fields, hint in (
         ({"question": "a", "reply": "b"}, "data.columns={prompt: question, completion: reply}"),
         ({"instruction": "a", "response": "b", "context": "c"}, "data.columns={output: response}"),
@@ -45,12 +47,12 @@ def test_unknown_fields_are_answered_with_columns() -> None:
         ({"x": 1}, "data.columns={instruction: YOURS, output: YOURS}"),
     ):
         with pytest.raises(DataError) as caught:
-            recognise(row(fields), "auto", {})
+            detect_format(row(fields), "auto", {})
         assert not isinstance(caught.value, RowError)  # it is about the file
         assert "alpaca needs instruction, output" in str(caught.value)
         assert str(caught.value).endswith(hint)
     with pytest.raises(DataError, match=r"data\.columns\.instructions=x: is no field .* did you mean instruction$"):
-        recognise(row({"x": "a"}), "alpaca", {"instructions": "x"})
+        detect_format(row({"x": "a"}), "alpaca", {"instructions": "x"})
 
 
 def test_a_column_that_a_row_lacks() -> None:
@@ -196,11 +198,11 @@ def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(data: st.DataObj
     message = st.fixed_dictionaries({"role": words | anything, "content": anything}, optional={"tool_calls": anything})
     value = anything | st.lists(message, max_size=3)
     fields = {name: data.draw(value) for name in fields_of[format]}
-    told = ""
+    message = ""
     try:
         found = parse_example(row(fields), format, {})
         assert found.text or found.answer.strip() or any(turn.extra for turn in found.turns)
     except RowError as error:
-        told = str(error)
-    assert "\n" not in told
-    told.encode()  # it can always be printed
+        message = str(error)
+    assert "\n" not in message
+    message.encode()  # it can always be printed

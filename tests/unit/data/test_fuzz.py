@@ -115,12 +115,12 @@ def test_no_row_is_lost_and_nothing_is_raised(tmp_path: Path, tokenizer: Any, fo
     kept: list[int] = []
     refused: list[int] = []
     for chunk in open_source(DatasetSpec(str(path), format=format)).chunks():
-        batch = encoder.batch(chunk)
-        kept += batch.facts["line"].tolist()
-        refused += [int(row.where.removeprefix("fuzz.jsonl:")) for row in batch.refused]
-        assert all(row.reason and row.message and len(row.raw) <= 2000 for row in batch.refused)
-        assert (batch.facts["length"] <= 256).all()
-        assert (batch.facts["label_count"] > 0).all()
+        batch = encoder.encode(chunk)
+        kept += batch.stats["line"].tolist()
+        refused += [int(row.where.removeprefix("fuzz.jsonl:")) for row in batch.rejected]
+        assert all(row.reason and row.message and len(row.raw) <= 2000 for row in batch.rejected)
+        assert (batch.stats["length"] <= 256).all()
+        assert (batch.stats["label_count"] > 0).all()
     blank = [number for number, line in enumerate(lines, 1) if is_blank(line, number == 1)]
     assert sorted(kept + refused + blank) == list(range(1, len(lines) + 1))
     assert len(kept) > len(lines) / 20, "the mutations are so wild that nothing is tried behind the parser"
@@ -128,15 +128,15 @@ def test_no_row_is_lost_and_nothing_is_raised(tmp_path: Path, tokenizer: Any, fo
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_file_of_any_bytes_is_prepared_or_told(tmp_path: Path, tokenizer: Any, seed: int) -> None:
+def test_a_file_of_any_bytes_is_prepared_or_an_error(tmp_path: Path, tokenizer: Any, seed: int) -> None:
     """Newlines, formats and all: the whole way."""
     rng = random.Random(seed)
     path = tmp_path / "fuzz.jsonl"
     row = json.dumps(rng.choice([row for rows in VALID.values() for row in rows])).encode()
     path.write_bytes(b"\n".join(mutated(row, rng) if rng.random() < 0.5 else row for _ in range(rng.randrange(4))))
-    told = ""
+    message = ""
     try:
         kept = len(prepare(DatasetSpec(str(path)), DataConfig(path=str(path)), tokenizer, tmp_path / "cache"))
     except DataError as error:
-        kept, told = 0, str(error)
-    assert kept or "fuzz.jsonl" in told
+        kept, message = 0, str(error)
+    assert kept or "fuzz.jsonl" in message

@@ -29,7 +29,7 @@ def test_data_of_a_run(loaded_from: Any, asked: Asked) -> None:
     data = loaded_from()
     assert (len(data.train), len(data.validation)) == (18, 5)
     assert data.end_ids == (asked.tokenizer.eos_token_id,)
-    prompts = [set(rows.tables.keys[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
+    prompts = [set(rows.tables.hashes[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
     assert not prompts[0] & prompts[1]
     which = np.asarray([3, 0, 7])
     examples = data.train.examples(which)
@@ -62,7 +62,7 @@ def test_validation_may_be_a_file_of_its_own(loaded_from: Any, asked: Asked, tmp
         loaded_from(f"data.validation={held}", "batch.global_size=24")
 
 
-def test_a_held_out_row_that_is_trained_on_is_told(loaded_from: Any, tmp_path: Path) -> None:
+def test_a_held_out_row_that_is_trained_on_is_an_error(loaded_from: Any, tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", [{"instruction": "x", "output": "y"}, {**ROWS[4], "output": "other"}])
     findings = {f.kind: f for f in loaded_from(f"data.validation={held}").findings}
     assert (findings["leak"].count, findings["leak"].where) == (1, ("held.jsonl:2",))
@@ -77,7 +77,7 @@ def test_refused_rows_are_an_error_beyond_what_is_allowed(loaded_from: Any, aske
     for allowed in ("2", "0.08"):
         data = loaded_from(f"data.max_refused={allowed}")
         assert (len(data.train), data.parts[0].refused) == (18, 2)
-    assert [text.split()[0] for text in asked.said] == ["preparing", "prepared"], "max_refused prepares nothing anew"
+    assert [text.split()[0] for text in asked.said] == ["preparing", "prepared"], "max_refused prepares nothing again"
     too_long = r"data\.max_refused=2.*\(too_long\).*data\.on_too_long=drop"
     with pytest.raises(DataError, match=too_long):
         loaded_from("data.max_refused=2", "data.max_length=20")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.prepared_data import Asked
-from trainer.data.prepare.prepare import Prepared
+from trainer.data.prepare.table import PreparedTable
 
 MESSY = Path(__file__).with_name("messy.jsonl")
 LONG = b"a b " * 50_000
@@ -27,7 +27,7 @@ def lines() -> list[bytes]:
     return MESSY.read_bytes().replace(b"@LONG@", LONG).split(b"\n")
 
 
-def outcomes(found: Prepared) -> dict[int, str]:
+def outcomes(found: PreparedTable) -> dict[int, str]:
     """Line -> ``kept`` or the reason why not."""
     out = {record["line"]: "kept" for record in found.table}
     for row in map(json.loads, found.refused_file.read_text().splitlines()):

@@ -1,4 +1,4 @@
-"""Mixtures: how often each part's training rows are used, and several tables read as one."""
+"""Mixtures: how often each part's training rows are used, and several tables concatenated."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tests.helpers.tokenizers import write_rows
 from trainer.config import load
 from trainer.config.dataset_spec import DatasetSpec
-from trainer.data.load import Data, load_data
-from trainer.data.mixture import at_most, mix, repeated
+from trainer.data.load import load_data
+from trainer.data.mixture import limit_rows, mix_rows, repeat_rows
+from trainer.data.run_data import Data
 from trainer.errors import DataError
 
 quick = settings(max_examples=100, deadline=None)
@@ -31,7 +32,7 @@ ROWS = np.asarray([2, 3, 5, 8, 13, 21])
 def test_each_row_as_often_as_its_share(rows: list[int], use: float, seed: int) -> None:
     part = DatasetSpec("a", rows=use) if isinstance(use, int) else DatasetSpec("a", weight=use)
     given_rows = np.asarray(rows)
-    found = repeated(given_rows, part, 0, seed)
+    found = repeat_rows(given_rows, part, 0, seed)
     wanted = use if isinstance(use, int) else max(1, round(use * len(rows)))
     counts = Counter(found.tolist())
     assert len(found) == wanted
@@ -41,37 +42,37 @@ def test_each_row_as_often_as_its_share(rows: list[int], use: float, seed: int) 
     often = [counts[row] for row in rows]
     assert min(often) == wanted // len(rows)  # none is used again before all are used once
     assert max(often) - min(often) <= 1
-    assert np.array_equal(found, repeated(given_rows, part, 0, seed))
+    assert np.array_equal(found, repeat_rows(given_rows, part, 0, seed))
 
 
 def test_weights_in_words() -> None:
-    assert repeated(ROWS, DatasetSpec("a"), 0, 0) is ROWS
-    assert list(repeated(ROWS, DatasetSpec("a", weight=2.0), 0, 0)) == sorted([*ROWS, *ROWS])
-    half = repeated(ROWS, DatasetSpec("a", weight=0.5), 0, 0)
+    assert repeat_rows(ROWS, DatasetSpec("a"), 0, 0) is ROWS
+    assert list(repeat_rows(ROWS, DatasetSpec("a", weight=2.0), 0, 0)) == sorted([*ROWS, *ROWS])
+    half = repeat_rows(ROWS, DatasetSpec("a", weight=0.5), 0, 0)
     assert len(set(half)) == 3
-    more = Counter(repeated(ROWS, DatasetSpec("a", weight=1.5), 0, 0).tolist())
+    more = Counter(repeat_rows(ROWS, DatasetSpec("a", weight=1.5), 0, 0).tolist())
     assert sorted(more.values()) == [1, 1, 1, 2, 2, 2]
-    draws = {tuple(repeated(np.arange(40), DatasetSpec("a", weight=0.5), n, s)) for n in range(3) for s in range(3)}
+    draws = {tuple(repeat_rows(np.arange(40), DatasetSpec("a", weight=0.5), n, s)) for n in range(3) for s in range(3)}
     assert len(draws) == 9, "the seed and the part's number both decide"
     with pytest.raises(DataError, match=r"data\.path\[1\]\.rows=3: b has no row to train on"):
-        repeated(ROWS[:0], DatasetSpec("b", rows=3), 1, 0)
-    assert len(repeated(ROWS[:0], DatasetSpec("b", weight=2.0), 1, 0)) == 0
+        repeat_rows(ROWS[:0], DatasetSpec("b", rows=3), 1, 0)
+    assert len(repeat_rows(ROWS[:0], DatasetSpec("b", weight=2.0), 1, 0)) == 0
 
 
-def test_parts_are_told_apart_by_where_they_begin() -> None:
-    begins = np.asarray([0, 4, 4, 30])  # the second part has no row at all
-    found = mix(ROWS, begins, [DatasetSpec("a", weight=2.0), DatasetSpec("b"), DatasetSpec("c", rows=2)], 0)
+def test_parts_are_known_by_where_they_begin() -> None:
+    starts = np.asarray([0, 4, 4, 30])  # the second part has no row at all
+    found = mix_rows(ROWS, starts, [DatasetSpec("a", weight=2.0), DatasetSpec("b"), DatasetSpec("c", rows=2)], 0)
     assert list(found[:4]) == [2, 2, 3, 3]
     assert len(found) == 6
     assert set(found[4:]) <= {5, 8, 13, 21}
 
 
 def test_max_rows_comes_last_and_grows() -> None:
-    few, more = at_most(np.arange(500), 20, 3), at_most(np.arange(500), 40, 3)
+    few, more = limit_rows(np.arange(500), 20, 3), limit_rows(np.arange(500), 40, 3)
     assert (len(few), len(more)) == (20, 40)
     assert set(few) < set(more)  # so that a longer trial trains on the same rows and others
-    assert at_most(ROWS, None, 0) is ROWS
-    assert at_most(ROWS, 6, 0) is ROWS
+    assert limit_rows(ROWS, None, 0) is ROWS
+    assert limit_rows(ROWS, 6, 0) is ROWS
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_a_mixture_holds_out_over_all_parts_and_then_weighs(mixed: Any) -> None:
     assert len(mixed("[@/a.jsonl,{path:@/b.jsonl,weight:3}]", "data.max_rows=7").train) == 7
 
 
-def test_rows_of_several_tables_read_as_one(mixed: Any) -> None:
+def test_rows_of_several_tables_are_concatenated(mixed: Any) -> None:
     data = mixed("[@/a.jsonl,@/b.jsonl,@/c.jsonl]", "data.validation=0")
     which = np.asarray([46, 0, 29, 30, 41, 42])
     assert data.train.names(which) == ["c.jsonl:5", "a.jsonl:1", "a.jsonl:30", "b.jsonl:1", "b.jsonl:12", "c.jsonl:1"]
@@ -123,7 +124,7 @@ def test_rows_of_several_tables_read_as_one(mixed: Any) -> None:
 
 def test_equal_prompts_of_two_parts_stay_on_one_side(mixed: Any) -> None:
     data = mixed("[@/a.jsonl,{path:@/a.jsonl,weight:2}]")
-    keys = [set(rows.tables.keys[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
-    assert not keys[0] & keys[1]
+    hashes = [set(rows.tables.hashes[0][rows.indices].tolist()) for rows in (data.train, data.validation)]
+    assert not hashes[0] & hashes[1]
     assert len(data.validation) == 8
-    assert len(keys[1]) == 4
+    assert len(hashes[1]) == 4

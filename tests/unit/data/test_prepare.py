@@ -19,7 +19,7 @@ from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import with_template, write_rows
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
-from trainer.data.formats.formats import parse_example
+from trainer.data.formats.parse import parse_example
 from trainer.data.prepare.encode import SCHEMA
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources.rows import Row
@@ -46,10 +46,10 @@ def test_the_table_holds_what_the_template_makes(asked: Asked) -> None:
     assert found.table.features.arrow_schema.equals(SCHEMA)
 
 
-def test_keys_are_of_the_opening_and_of_the_whole_row(asked: Asked) -> None:
+def test_hashes_are_of_the_prompt_prefix_and_of_the_whole_row(asked: Asked) -> None:
     write_rows(asked.path, [{"instruction": i, "output": o} for i, o in ("ax", "ax", "ay", "bx")])
-    opening, whole = asked().keys
-    assert opening[0] == opening[1] == opening[2] != opening[3]
+    prefix, whole = asked().hashes
+    assert prefix[0] == prefix[1] == prefix[2] != prefix[3]
     assert whole[0] == whole[1]
     assert len(set(whole.tolist())) == 3
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import adds_bos, write_rows
-from trainer.data.formats.formats import parse_example
-from trainer.data.prepare.encode import EncodingSpec, fit
+from trainer.data.formats.parse import parse_example
+from trainer.data.prepare.encode import EncodingSpec, fit_to_max_length
 from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError
@@ -53,7 +53,7 @@ def test_too_long_loses_the_left_of_its_prompt_and_nothing_of_its_answer(asked: 
         assert after["prompt_length"] == before["prompt_length"] - cut
         assert after["input_ids"][after["prompt_length"] :] == before["input_ids"][before["prompt_length"] :]
         assert sum(after["labels"]) == sum(before["labels"])
-    assert (found.keys == every.keys).all(), "equal prompts must stay on one side of the split"
+    assert (found.hashes == every.hashes).all(), "equal prompts must stay on one side of the split"
     assert found.truncated == sum(every.lengths > limit) > 0
 
 
@@ -67,7 +67,7 @@ def test_an_answer_is_never_cut(asked: Asked) -> None:
     assert f"has an answer of {answer} tokens" in row["message"]
 
 
-def recipe(tokenizer: Any, **keys: Any) -> EncodingSpec:
+def encoding_spec(tokenizer: Any, **keys: Any) -> EncodingSpec:
     given = {"template": "chat", "alpaca_role": "user", "train_on": "completion", "on_too_long": "truncate"}
     return EncodingSpec(tokenizer, "alpaca", {}, **{**given, **keys})
 
@@ -77,12 +77,12 @@ def test_a_cut_keeps_the_begin_token_and_cuts_text_at_its_end(tokenizer: Any) ->
     template = Template(begins, "alpaca_short")
     whole = template.encode(parse_example(Row({"instruction": "word " * 9, "output": "yes"}, "", 0), "alpaca", {}))
     limit = len(whole.ids) - 4
-    cut = fit(whole, recipe(begins, max_length=limit), "", False, template.bos_id)
+    cut = fit_to_max_length(whole, encoding_spec(begins, max_length=limit), "", False, template.bos_id)
     assert cut.ids == [template.bos_id, *whole.ids[5:]]
     assert cut.loss_mask == [False, *whole.loss_mask[5:]]
     assert (cut.prompt_length, len(cut.ids)) == (whole.prompt_length - 4, limit)
     text = template.encode(parse_example(Row({"text": "word " * 9}, "", 0), "text", {}))
-    cut = fit(text, recipe(begins, max_length=12), "", True, template.bos_id)
+    cut = fit_to_max_length(text, encoding_spec(begins, max_length=12), "", True, template.bos_id)
     assert (cut.ids, cut.loss_mask, cut.prompt_length) == (text.ids[:12], text.loss_mask[:12], 0)
 
 
@@ -93,15 +93,15 @@ def test_a_cut_never_takes_every_label(tokenizer: Any) -> None:
     short = len(whole.ids) - whole.prompt_length
     for length in range(8, short + 1):
         with pytest.raises(RowError, match="answer of") as caught:
-            fit(whole, recipe(tokenizer, max_length=length), "a:1", False, None)
+            fit_to_max_length(whole, encoding_spec(tokenizer, max_length=length), "a:1", False, None)
         assert caught.value.code == "too_long"
     for length in range(short + 1, len(whole.ids)):
-        cut = fit(whole, recipe(tokenizer, max_length=length), "a:1", False, None)
+        cut = fit_to_max_length(whole, encoding_spec(tokenizer, max_length=length), "a:1", False, None)
         assert any(cut.loss_mask[1:])
         assert cut.ids == whole.ids[-length:]
     early = Encoded(whole.ids, [False, True, *[False] * (len(whole.ids) - 2)], whole.prompt_length, 1)
-    with pytest.raises(RowError, match="nothing left to learn"):
-        fit(early, recipe(tokenizer, max_length=len(whole.ids) - 1), "a:1", False, None)
+    with pytest.raises(RowError, match="no token left in the loss"):
+        fit_to_max_length(early, encoding_spec(tokenizer, max_length=len(whole.ids) - 1), "a:1", False, None)
 
 
 def test_refused_rows_are_written_down_and_left_out(asked: Asked) -> None:

@@ -18,7 +18,8 @@ import pytest
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.sources import hf_datasets as hub
 from trainer.data.sources.file_hashes import hash_files
-from trainer.data.sources.open import CHUNK_LINES, RejectedRow, Row, Source, open_source, parse_rows
+from trainer.data.sources.open import Source, open_source
+from trainer.data.sources.rows import CHUNK_LINES, RejectedRow, Row, parse_rows
 from trainer.errors import DataError
 
 ROWS = [{"messages": [{"role": "user", "content": f"q {i}"}], "n": i, "none": None} for i in range(5)]
@@ -82,7 +83,7 @@ def test_a_glob_is_sorted_and_recursive(tmp_path: Path, monkeypatch: pytest.Monk
         ("a.jsonl.zip", "is of no known kind"),
     ],
 )
-def test_what_cannot_be_opened_is_told(tmp_path: Path, path: str, reason: str) -> None:
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path, path: str, reason: str) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("code/a.py", "a.gz", "a.parquet.gz", "a.jsonl.zip"):
         put(tmp_path, name)
@@ -93,7 +94,7 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path, path: str, reason: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_goes_away_is_told(tmp_path: Path) -> None:
+def test_a_file_that_goes_away_is_an_error(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.parquet", "a.csv.gz"):
         found = source(put(tmp_path, name))
         found.files[0].unlink()

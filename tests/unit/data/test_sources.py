@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.sources import readers
-from trainer.data.sources.open import Chunk, RejectedRow, Row, open_source, parse_rows
+from trainer.data.sources.open import open_source
+from trainer.data.sources.rows import Chunk, RejectedRow, Row, parse_rows
 from trainer.errors import DataError
 
 ROWS = [{"instruction": f'q {i}, "so"\nand é 😀', "output": f" a {i}\t" * (i + 1)} for i in range(7)]

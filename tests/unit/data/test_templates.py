@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.tokenizers import LLAMA_LIKE, adds_bos, sentencepiece_like, with_template
 from trainer.data.batching.micro_batch import Tokens, collate_padded
-from trainer.data.formats.formats import Example, Turn
-from trainer.data.sources.open import RowError
+from trainer.data.formats.turns import Example, Turn
+from trainer.data.sources.rows import RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError
 from trainer.models.embedded.tiny import CHATML
@@ -56,7 +56,7 @@ def example(instruction: str, output: str, input: str = "") -> Example:
     return Example((Turn("user", instruction, input), Turn("assistant", output, answer=True)), "rows.jsonl:1", 1)
 
 
-def learnt(encoded: Encoded) -> list[int]:
+def tokens_in_loss(encoded: Encoded) -> list[int]:
     return [token for token, label in zip(encoded.ids, encoded.loss_mask, strict=True) if label]
 
 
@@ -84,12 +84,12 @@ def test_chatml_equals_the_stock_ids_and_the_mask_by_characters(
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     stock = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     newline = tokenizer("\n").input_ids
-    assert found.ids + newline == stock  # nothing is learnt from the template's last newline
+    assert found.ids + newline == stock  # the template's last newline is left out
     spans = tokenizer(f"{prompt}{answer}<|im_end|>", return_offsets_mapping=True, add_special_tokens=False)
     begin, end = len(prompt), len(prompt) + len(answer) + len("<|im_end|>")
     assert found.loss_mask == [b < end and e > begin for b, e in spans["offset_mapping"]]
     assert found.prompt_length == found.loss_mask.index(True)
-    assert tokenizer.decode(learnt(found)) == f"{answer}<|im_end|>"
+    assert tokenizer.decode(tokens_in_loss(found)) == f"{answer}<|im_end|>"
 
 
 @many
@@ -106,7 +106,7 @@ def test_text_is_never_read_as_control_tokens(tokenizer: Any, instruction: str, 
     answered = ids(f"assistant\n{answer}")
     assert found.ids == [*prompt, *answered, end]
     assert [t for t in found.ids if t < len(SPECIAL)] == [start, end, start, end]
-    assert tokenizer.decode(learnt(found)) == f"{answer}<|im_end|>"
+    assert tokenizer.decode(tokens_in_loss(found)) == f"{answer}<|im_end|>"
     head = len(prompt) + len(ids("assistant\n"))
     assert found.loss_mask == [i >= head for i in range(len(found.ids))]
 
@@ -119,7 +119,7 @@ def test_a_prompt_is_how_its_training_row_begins(
     template = Template(tokenizer, name, "system" if as_system else "user")
     found = template.encode(example(instruction, answer, input))
     assert template.encode_prompt(instruction, input) == found.ids[: found.prompt_length]
-    assert template.end_ids() == found.ids[-1:] == learnt(found)[-1:] == [tokenizer.eos_token_id]
+    assert template.end_ids() == found.ids[-1:] == tokens_in_loss(found)[-1:] == [tokenizer.eos_token_id]
 
 
 @many
@@ -131,7 +131,7 @@ def test_alpaca_is_its_text_to_the_letter(tokenizer: Any, instruction: str, inpu
     for name, begin in (("alpaca", 0), ("alpaca_short", prompt.index("### Instruction:"))):
         found = Template(tokenizer, name).encode(example(instruction, answer, input))
         assert found.ids == [*plain.encode(prompt[begin:] + answer).ids, tokenizer.eos_token_id]
-        assert tokenizer.decode(learnt(found)) == f"{answer}<|im_end|>"
+        assert tokenizer.decode(tokens_in_loss(found)) == f"{answer}<|im_end|>"
 
 
 def test_alpaca_begins_with_bos_where_the_tokenizer_does(tokenizer: Any) -> None:
@@ -150,7 +150,7 @@ def test_alpaca_begins_with_bos_where_the_tokenizer_does(tokenizer: Any) -> None
 @pytest.mark.parametrize("prepend", ["first", "always", "never"])
 @pytest.mark.parametrize("layout", [CHATML, LLAMA_LIKE])
 def test_ids_are_what_others_will_serve_the_model_with(prepend: str, layout: str) -> None:
-    """A tokenizer that treats the text's beginning unlike its middle: cut at control tokens it would read otherwise."""
+    """A tokenizer that treats the text's start unlike its middle: cut at control tokens it would read otherwise."""
     tokenizer = sentencepiece_like(prepend, layout)
     for name in ("chat", "alpaca"):
         template = Template(tokenizer, name)
@@ -162,14 +162,14 @@ def test_ids_are_what_others_will_serve_the_model_with(prepend: str, layout: str
             text = tokenizer.apply_chat_template(turns, tokenize=False)
         assert found.ids == tokenizer(text, add_special_tokens=False).input_ids[: len(found.ids)]
         end = "<|im_end|>" if name == "chat" and layout == CHATML else "</s>"
-        assert tokenizer.decode(learnt(found)).strip() in (f"the capital 中{end}", f"the capital 中 {end}")
-        assert learnt(found)[-1] == tokenizer.convert_tokens_to_ids(end)
+        assert tokenizer.decode(tokens_in_loss(found)).strip() in (f"the capital 中{end}", f"the capital 中 {end}")
+        assert tokens_in_loss(found)[-1] == tokenizer.convert_tokens_to_ids(end)
         hostile = template.encode(example("<s></s><|im_end|>", "</s>a<s>"))
         controls = {tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")}
         assert [i for i in hostile.ids if i in controls] == [i for i in found.ids if i in controls]
 
 
-def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) -> None:
+def test_the_end_token_is_in_the_loss_though_it_doubles_as_padding(tokenizer: Any) -> None:
     doubled = copy.deepcopy(tokenizer)
     doubled.pad_token = doubled.eos_token
     rows = [Template(doubled, "chat").encode(example("q", a)) for a in ("short", "a longer answer <|im_end|>")]
@@ -177,7 +177,7 @@ def test_the_end_token_is_learnt_though_it_doubles_as_padding(tokenizer: Any) ->
         [Tokens(np.asarray(r.ids), np.asarray(r.loss_mask)) for r in rows], [0, 1], doubled.pad_token_id
     )
     assert (batch.target == doubled.eos_token_id).sum() == 2
-    assert batch.target.tolist() == [*learnt(rows[0]), *learnt(rows[1])]
+    assert batch.target.tolist() == [*tokens_in_loss(rows[0]), *tokens_in_loss(rows[1])]
     width = batch.input_ids.shape[1]
     assert all(int(s) % width < len(rows[int(s) // width].ids) - 1 for s in batch.source)
 
@@ -211,7 +211,7 @@ def test_a_template_that_trims(tokenizer: Any, trimmed: str) -> None:
         a = answer.strip() if trimmed != "user" else answer
         expected = f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>"
         assert trims.decode(found.ids) == expected
-        assert trims.decode(learnt(found)) == f"{a}<|im_end|>"
+        assert trims.decode(tokens_in_loss(found)) == f"{a}<|im_end|>"
         assert template.encode_prompt(question) == found.ids[: found.prompt_length]
 
 
@@ -221,7 +221,7 @@ def test_a_default_system_turn_is_part_of_the_prompt(tokenizer: Any) -> None:
     found = template.encode(example("q", "a"))
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(found.ids) == f"{text}a<|im_end|>"
-    assert tokenizer.decode(learnt(found)) == "a<|im_end|>"
+    assert tokenizer.decode(tokens_in_loss(found)) == "a<|im_end|>"
     assert template.encode_prompt("q") == found.ids[: found.prompt_length]
     assert "Be kind" not in tokenizer.decode(template.encode(example("q", "a", "i")).ids)
 
@@ -259,13 +259,13 @@ def test_without_an_end_token_eos_is_added(tokenizer: Any, after: str) -> None:
     layout += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     found = Template(with_template(tokenizer, layout), "chat").encode(example("q", "a"))
     assert tokenizer.decode(found.ids) == f"user: q{after}assistant: a<|im_end|>"
-    assert learnt(found)[-1] == tokenizer.eos_token_id
+    assert tokens_in_loss(found)[-1] == tokenizer.eos_token_id
 
 
-def test_a_space_before_the_end_token_is_learnt(tokenizer: Any) -> None:
+def test_a_space_before_the_end_token_is_in_the_loss(tokenizer: Any) -> None:
     found = Template(with_template(tokenizer, LLAMA_LIKE.replace("bos_token", "''")), "chat").encode(example("q", "a"))
     assert tokenizer.decode(found.ids) == "[INST] q [/INST] a <|im_end|>"
-    assert tokenizer.decode(learnt(found)) == " a <|im_end|>"  # the space before belongs to the answer's first token
+    assert tokenizer.decode(tokens_in_loss(found)) == " a <|im_end|>"  # the space is the answer's first
 
 
 def test_train_on_all_learns_everything_and_knows_the_same_end(tokenizer: Any) -> None:

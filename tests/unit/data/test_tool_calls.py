@@ -1,4 +1,4 @@
-"""Tools and what the assistant does with them: learnt as the template writes it, or refused."""
+"""Tools and what the assistant does with them: in the loss as the template writes it, or refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.conversations import KYOTO, PLAIN, chat, learnt, stock
+from tests.helpers.conversations import KYOTO, PLAIN, chat, stock, texts_in_loss
 from tests.helpers.tokenizers import QWEN_LIKE, with_template
-from trainer.data.sources.open import RowError
+from trainer.data.sources.rows import RowError
 from trainer.data.templates.template import Template
 from trainer.models.embedded.tiny import CHATML
 
@@ -23,7 +23,7 @@ def tool_rows(arguments: Any) -> list[dict[str, Any]]:
     return [KYOTO[1], {"role": "assistant", "content": None, "tool_calls": [call]}, *KYOTO[3:]]
 
 
-def test_a_tool_call_is_learnt_as_the_template_writes_it(tokenizer: Any) -> None:
+def test_a_tool_call_is_in_the_loss_as_the_template_writes_it(tokenizer: Any) -> None:
     used = with_template(tokenizer, QWEN_LIKE)
     for extra in ({}, {"content": "I will look."}):
         messages = [KYOTO[1], {"role": "assistant", "content": "", "tool_calls": [CALL], **extra}, *KYOTO[3:]]
@@ -32,9 +32,9 @@ def test_a_tool_call_is_learnt_as_the_template_writes_it(tokenizer: Any) -> None
         assert found.ids == expected["input_ids"][: len(found.ids)]
         assert [int(label) for label in found.loss_mask] == expected["assistant_masks"][: len(found.ids)]
         said = f"I will look.\n{SAID}" if extra else SAID
-        assert learnt(used, found) == [f"{said}<|im_end|>", "It is 20 °C in Kyoto.<|im_end|>"]
+        assert texts_in_loss(used, found) == [f"{said}<|im_end|>", "It is 20 °C in Kyoto.<|im_end|>"]
         alone = Template(used, "chat").encode(chat(messages[:2], tools=json.dumps([WEATHER])))
-        assert learnt(used, alone) == [f"{said}<|im_end|>"]
+        assert texts_in_loss(used, alone) == [f"{said}<|im_end|>"]
         assert alone.ids == found.ids[: len(alone.ids)]
         assert used.decode(alone.ids[: alone.prompt_length]).endswith("<|im_start|>assistant\n")
 
@@ -54,7 +54,7 @@ def test_arguments_as_a_string(tokenizer: Any) -> None:
     assert caught.value.code == "template"
 
 
-def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
+def test_thoughts_are_in_the_loss_with_their_answer(tokenizer: Any) -> None:
     """Written for the last answer only, as Qwen 3 does."""
     thinks = CHATML.replace(
         "message['content'] +",
@@ -65,7 +65,7 @@ def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
     messages = [{**m, "reasoning_content": "Hm."} if m["role"] == "assistant" else m for m in PLAIN]
     answer = PLAIN[-1]["content"]
     found = Template(used, "chat", train_on="last_assistant").encode(chat(messages))
-    assert learnt(used, found) == [f"<think>Hm.</think>{answer}<|im_end|>"]
+    assert texts_in_loss(used, found) == [f"<think>Hm.</think>{answer}<|im_end|>"]
     with pytest.raises(RowError, match="otherwise than it does without them"):
         Template(used, "chat").encode(chat(messages))
     with pytest.raises(RowError, match="drops or rewrites what the assistant says or thinks"):
@@ -73,7 +73,7 @@ def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "template", "told"),
+    ("how", "template", "message"),
     [
         ("ignores tools", QWEN_LIKE.replace("if tools", "if none"), "drops the tools"),
         ("ignores calls", QWEN_LIKE.replace("m.tool_calls or []", "[]"), "drops a tool call \\('weather'\\)"),
@@ -81,9 +81,9 @@ def test_thoughts_are_learnt_with_their_answer(tokenizer: Any) -> None:
         ("refuses", "{{ raise_exception('no\ntools') }}", "refuses the turns user → assistant.*no tools"),
     ],
 )
-def test_a_template_that_loses_tools_is_refused(tokenizer: Any, how: str, template: str, told: str) -> None:
+def test_a_template_that_loses_tools_is_refused(tokenizer: Any, how: str, template: str, message: str) -> None:
     messages = [KYOTO[1], {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, *KYOTO[3:]]
-    with pytest.raises(RowError, match=told) as caught:
+    with pytest.raises(RowError, match=message) as caught:
         Template(with_template(tokenizer, template), "chat").encode(chat(messages, tools=[WEATHER]))
     assert caught.value.code == "template"
     assert "→" in str(caught.value)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from trainer.data.prepare.encode import Encoder, EncodingSpec
-from trainer.data.prepare.workers import encoded
+from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
 
@@ -29,7 +29,7 @@ def chunks(number: int, rows: int = 20) -> Iterator[Chunk]:
 
 
 @pytest.fixture
-def recipe(tokenizer: Any) -> EncodingSpec:
+def spec(tokenizer: Any) -> EncodingSpec:
     return EncodingSpec(tokenizer, "alpaca", {}, "chat", "user", "completion", 200, "error")
 
 
@@ -43,7 +43,7 @@ def gone(processes: list[psutil.Process], seconds: float = 60) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
 
 
-def test_workers_are_light_and_work_ahead_a_little_only(recipe: EncodingSpec) -> None:
+def test_workers_are_light_and_work_ahead_a_little_only(spec: EncodingSpec) -> None:
     read: list[int] = []
 
     def watched() -> Iterator[Chunk]:
@@ -51,9 +51,9 @@ def test_workers_are_light_and_work_ahead_a_little_only(recipe: EncodingSpec) ->
             read.append(chunk.line)
             yield chunk
 
-    batches = encoded(watched(), recipe, 2)
-    for taken, (batch, chunk) in enumerate(zip(batches, chunks(40), strict=True), 1):
-        assert batch.rows == Encoder(recipe).batch(chunk).rows
+    encoded = encode_chunks(watched(), spec, 2)
+    for taken, (one, chunk) in enumerate(zip(encoded, chunks(40), strict=True), 1):
+        assert one.rows == Encoder(spec).encode(chunk).rows
         assert len(read) - taken <= 5
         if taken == 1:
             workers = serving()
@@ -63,40 +63,40 @@ def test_workers_are_light_and_work_ahead_a_little_only(recipe: EncodingSpec) ->
     assert gone(workers)
 
 
-def test_leaving_early_leaves_no_worker(recipe: EncodingSpec) -> None:
-    batches = encoded(chunks(1000), recipe, 2)
-    next(batches)
+def test_leaving_early_leaves_no_worker(spec: EncodingSpec) -> None:
+    encoded = encode_chunks(chunks(1000), spec, 2)
+    next(encoded)
     workers = serving()
     assert len(workers) == 2
-    batches.close()
+    encoded.close()
     assert gone(workers)
 
 
-def test_a_worker_that_dies_is_told(recipe: EncodingSpec) -> None:
-    batches = encoded(chunks(1000), recipe, 2)
-    next(batches)
+def test_a_worker_that_dies_is_an_error(spec: EncodingSpec) -> None:
+    encoded = encode_chunks(chunks(1000), spec, 2)
+    next(encoded)
     workers = serving()
     workers[0].kill()
     with pytest.raises(DataError, match=r"data\.workers: a process that tokenises was killed by SIGKILL"):
-        list(batches)
+        list(encoded)
     assert gone(workers)
 
 
-def test_what_is_wrong_with_the_template_is_told_as_in_one_process(recipe: EncodingSpec) -> None:
-    bare = dataclasses.replace(recipe, template="no/such.jinja")
-    told = []
+def test_a_wrong_template_is_the_error_of_one_process(spec: EncodingSpec) -> None:
+    wrong = dataclasses.replace(spec, template="no/such.jinja")
+    errors = []
     for workers in (1, 2):
         with pytest.raises(DataError) as caught:
-            next(encoded(chunks(3), bare, workers))
-        told.append((str(caught.value), caught.value.what, caught.value.hint))
-    assert told[0] == told[1]
+            next(encode_chunks(chunks(3), wrong, workers))
+        errors.append((str(caught.value), caught.value.what, caught.value.hint))
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_worker_outlives_its_parent(recipe: EncodingSpec, number: signal.Signals) -> None:
+def test_no_worker_outlives_its_parent(spec: EncodingSpec, number: signal.Signals) -> None:
     def parent() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
-        for _ in encoded(chunks(10**9), recipe, 2):
+        for _ in encode_chunks(chunks(10**9), spec, 2):
             ready.set()
 
     context = multiprocessing.get_context("fork")
@@ -113,10 +113,10 @@ def test_no_worker_outlives_its_parent(recipe: EncodingSpec, number: signal.Sign
     assert gone(workers, 30), f"{time.monotonic() - begin:.0f} s later"
 
 
-def test_a_scheduler_that_signals_every_process_stops_no_worker(recipe: EncodingSpec) -> None:
-    batches = encoded(chunks(30), recipe, 2)
-    next(batches)
+def test_a_scheduler_that_signals_every_process_stops_no_worker(spec: EncodingSpec) -> None:
+    encoded = encode_chunks(chunks(30), spec, 2)
+    next(encoded)
     for worker in serving():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             worker.send_signal(number)
-    assert len(list(batches)) == 29
+    assert len(list(encoded)) == 29

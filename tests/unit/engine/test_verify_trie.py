@@ -18,7 +18,7 @@ from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.trie import Trie
 from trainer.data.batching.trie_paths import Bucket, TriePaths
-from trainer.data.load import Data
+from trainer.data.run_data import Data
 from trainer.engine.verify_trie import BOUNDS, choose_packing, smallest_window, verification_rows, verify
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss

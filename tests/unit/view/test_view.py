@@ -21,8 +21,8 @@ import trainer.config
 from tests.helpers import generated_data as made_data
 from tests.helpers.tokenizers import sentencepiece_like
 from trainer.data.batching.global_batch import global_batch, total_steps
-from trainer.data.load import Data
 from trainer.data.prepare.checks import Finding
+from trainer.data.run_data import Data
 from trainer.errors import DataError
 from trainer.view import choose, collect, terminal
 from trainer.view.overview import Overview, histogram, refused_rows

@@ -1,4 +1,4 @@
-"""Lists of messages into turns: OpenAI's ``messages`` and ShareGPT's ``conversations``."""
+"""Parse lists of messages into turns: OpenAI's ``messages`` and ShareGPT's ``conversations``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# Keys of a message that chat templates read; anything else (ids, times) is the data set's own book-keeping.
-EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+# Keys of a message that chat templates read; anything else (ids, times) is dropped.
+EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 
 def parse_turns(where: str, value: Any, answers: bool) -> list[Turn]:
-    """The turns of a list of messages.
+    """Parse the turns of a list of messages.
 
     Args:
         where: the place of the list.
@@ -41,11 +41,11 @@ def parse_turns(where: str, value: Any, answers: bool) -> list[Turn]:
         raise wrong_type(where, value, "a list of messages", 'write [{"role": "user", "content": "…"}, …]')
     if not value:
         raise RowError("bad_turns", where, reason="is an empty list", hint="remove the row")
-    return [_turn(f"{where}[{i}]", message, answers) for i, message in enumerate(value)]
+    return [_parse_turn(f"{where}[{i}]", message, answers) for i, message in enumerate(value)]
 
 
 def parse_tools(where: str, value: Any) -> tuple[Any, ...] | None:
-    """Tool definitions: a list of objects, or that list as a JSON string; ``None`` when there are none.
+    """Parse tool definitions: a list of objects, or that list as a JSON string; ``None`` when there are none.
 
     Raises:
         RowError: it is something else.
@@ -65,23 +65,23 @@ def parse_tools(where: str, value: Any) -> tuple[Any, ...] | None:
     return tuple(value)
 
 
-def _turn(where: str, message: Any, answers: bool) -> Turn:
+def _parse_turn(where: str, message: Any, answers: bool) -> Turn:
     if not isinstance(message, dict):
         raise wrong_type(where, message, "a message", 'write {"role": "user", "content": "…"}')
-    said, role = _role(where, message)
-    extra = {key: message[key] for key in EXTRA if message.get(key)}
-    calls = _calls(where, message, said)
+    written_role, role = _parse_role(where, message)
+    extra = {key: message[key] for key in EXTRA_KEYS if message.get(key)}
+    calls = _parse_tool_calls(where, message, written_role)
     if calls:
         extra["tool_calls"] = calls
     _check_strings(where, extra)
     key = "value" if "content" not in message and "value" in message else "content"
-    weight = _weight(f"{where}.weight", message.get("weight"))
-    if calls and (said == "function_call" or message.get(key) is None):
+    weight = _parse_weight(f"{where}.weight", message.get("weight"))
+    if calls and (written_role == "function_call" or message.get(key) is None):
         text = ""
     elif key not in message:
         raise RowError("missing_field", f"{where}.{key}", reason="is missing", hint="give the message its `content`")
     else:
-        text = _content(f"{where}.{key}", message[key])
+        text = _parse_content(f"{where}.{key}", message[key])
     if role != "assistant":
         return Turn(role, text, extra=extra or None)
     if not calls:
@@ -89,21 +89,21 @@ def _turn(where: str, message: Any, answers: bool) -> Turn:
     return Turn(role, text, answer=answers, weight=weight, extra=extra or None)
 
 
-def _role(where: str, message: dict[str, Any]) -> tuple[str, str]:
-    """The role as it is written, and ours."""
+def _parse_role(where: str, message: dict[str, Any]) -> tuple[str, str]:
+    """Return the role as it is written, and ours."""
     key = "from" if "role" not in message and "from" in message else "role"
     if key not in message:
         raise RowError("missing_field", f"{where}.{key}", reason="is missing", hint="say who speaks: user, assistant …")
-    said = message[key]
-    if not isinstance(said, str) or said not in ROLES:
-        near = nearest(said, ROLES) if isinstance(said, str) else None
+    written = message[key]
+    if not isinstance(written, str) or written not in ROLES:
+        near = nearest(written, ROLES) if isinstance(written, str) else None
         hint = f"did you mean {near}" if near else f"one of {', '.join(ROLES)}"
-        raise RowError("bad_role", f"{where}.{key}", value=ascii(said)[:60], reason="is no known role", hint=hint)
-    return said, ROLES[said]
+        raise RowError("bad_role", f"{where}.{key}", value=ascii(written)[:60], reason="is no known role", hint=hint)
+    return written, ROLES[written]
 
 
-def _content(where: str, value: Any) -> str:
-    """A string, or the texts of a list of parts put together."""
+def _parse_content(where: str, value: Any) -> str:
+    """Return a string, or the texts of a list of content parts put together."""
     if not isinstance(value, list):
         return require_text(where, value)
     texts = []
@@ -116,28 +116,26 @@ def _content(where: str, value: Any) -> str:
     return "".join(texts)
 
 
-def _weight(where: str, value: Any) -> int:
+def _parse_weight(where: str, value: Any) -> int:
     if value is None:
         return 1
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        reason = "must be 0 (not learnt) or 1"
+        reason = "must be 0 (not in the loss) or 1"
         raise RowError("bad_weight", where, value=ascii(value)[:60], reason=reason, hint="weight: 0 or 1")
     return int(value)
 
 
-def _calls(where: str, message: dict[str, Any], said: str) -> list[Any]:
-    """The tool calls of a message, older ways of writing them included; empty when it makes none."""
+def _parse_tool_calls(where: str, message: dict[str, Any], written_role: str) -> list[Any]:
+    """Parse the tool calls of a message, older ways of writing them included; empty when it makes none."""
     calls = message.get("tool_calls")
     if not calls and isinstance(message.get("function_call"), dict):
         calls = [{"type": "function", "function": message["function_call"]}]
-    if not calls and said == "function_call":
-        calls = _shared_calls(message.get("value", message.get("content")))
+    if not calls and written_role == "function_call":
+        calls = _parse_sharegpt_calls(message.get("value", message.get("content")))
     if not calls:
         return []
-    if ROLES[said] != "assistant":
-        raise RowError(
-            "bad_turns", f"{where}.tool_calls", reason="only the assistant calls tools", hint="mend the role"
-        )
+    if ROLES[written_role] != "assistant":
+        raise RowError("bad_turns", f"{where}.tool_calls", reason="only the assistant calls tools", hint="fix the role")
     if not isinstance(calls, list):
         raise wrong_type(f"{where}.tool_calls", calls, "a list of calls", "write [{…}]")
     for i, call in enumerate(calls):
@@ -149,8 +147,8 @@ def _calls(where: str, message: dict[str, Any], said: str) -> list[Any]:
     return calls
 
 
-def _shared_calls(value: Any) -> list[Any]:
-    """ShareGPT's ``function_call`` is JSON in a string, one call or several; anything else is the assistant's text."""
+def _parse_sharegpt_calls(value: Any) -> list[Any]:
+    """Parse ShareGPT's ``function_call``: JSON in a string, one call or several; anything else is text, and no call."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError:

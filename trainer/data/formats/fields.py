@@ -1,4 +1,4 @@
-"""The fields of a row, read one by one, and what is said when they cannot be."""
+"""Read and check the fields of a row one by one: text, type, presence."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from trainer.data.sources.rows import Row, RowError
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
-    """A row under our names for its fields.
+class RowFields:
+    """Access to a row's fields by our names for them.
 
     Attributes:
         row: the row.
@@ -22,15 +22,15 @@ class Fields:
     columns: Mapping[str, str]
 
     def where(self, name: str) -> str:
-        """The place of a field, for messages: ``file:line field``, as the row calls it."""
+        """Return the place of a field, for messages: ``file:line field``, as the row calls it."""
         return f"{self.row.where} {self.columns.get(name, name)}"
 
     def has(self, name: str) -> bool:
-        """Whether the row has the field, null or not."""
+        """Return whether the row has the field, null or not."""
         return self.columns.get(name, name) in self.row.fields
 
     def get(self, name: str) -> Any:
-        """An optional field; ``None`` when it is null or not there.
+        """Return an optional field; ``None`` when it is null or not there.
 
         Raises:
             RowError: ``data.columns`` names a column for it and the row has no such column.
@@ -39,8 +39,8 @@ class Fields:
             raise self._missing(name)
         return self.row.fields.get(self.columns.get(name, name))
 
-    def need(self, name: str) -> Any:
-        """A field that must be there; may be null, which the reader of its type refuses.
+    def require(self, name: str) -> Any:
+        """Return a field that must be there; it may be null, which the check of its type rejects.
 
         Raises:
             RowError: it is missing.
@@ -50,11 +50,11 @@ class Fields:
         return self.get(name)
 
     def text(self, name: str, empty: str) -> str:
-        """A string that must be there and say something; ``empty`` is the reason given when it does not."""
-        return require_text(self.where(name), self.need(name), empty)
+        """Return a string that must be there and not be blank; ``empty`` is the code of the error when it is."""
+        return require_text(self.where(name), self.require(name), empty)
 
-    def text_if_any(self, name: str) -> str:
-        """An optional string; null, empty and missing are the same."""
+    def optional_text(self, name: str) -> str:
+        """Return an optional string; empty when it is null or missing."""
         value = self.get(name)
         return "" if value is None else require_text(self.where(name), value)
 
@@ -63,16 +63,16 @@ class Fields:
         if column is None:
             return RowError("missing_field", self.where(name), reason="is missing", hint=f"give the row `{name}`")
         reason = f"is missing, and data.columns.{name}={column} says that {name} is there"
-        return RowError("missing_field", self.where(name), reason=reason, hint="mend data.columns, or the row")
+        return RowError("missing_field", self.where(name), reason=reason, hint="fix data.columns, or the row")
 
 
 def require_text(where: str, value: Any, empty: str | None = None) -> str:
-    """``value`` as a string that a tokenizer can take.
+    """Check that ``value`` is a string that a tokenizer can take, and return it.
 
     Args:
         where: its place.
         value: what stands there.
-        empty: the reason to refuse a string of nothing but white space; ``None`` lets it pass.
+        empty: the code with which to reject a string of nothing but white space; ``None`` lets it pass.
 
     Raises:
         RowError: ``null``, ``wrong_type``, ``lone_surrogate`` or ``empty``.
@@ -92,7 +92,7 @@ def require_text(where: str, value: Any, empty: str | None = None) -> str:
 
 
 def wrong_type(where: str, value: Any, wanted: str, hint: str) -> RowError:
-    """The error for a value of a wrong type: ``null`` or ``wrong_type``."""
+    """Build the error for a value of a wrong type: ``null`` or ``wrong_type``."""
     if value is None:
         return RowError("null", where, reason=f"is null, not {wanted}", hint="give it a value, or remove the row")
     shown = ascii(value)[:60]
@@ -100,7 +100,7 @@ def wrong_type(where: str, value: Any, wanted: str, hint: str) -> RowError:
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Every string inside lists and mappings, keys included."""
+    """Iterate over every string inside lists and mappings, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a row teaches, whatever shape it came in."""
+"""An example as turns of a conversation or plain text, whatever format its row had."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one row teaches.
+    """One training example.
 
     Attributes:
         turns: of a conversation, the last assistant turn being the answer that is scored. Empty in plain text.
         where, line, file: of its row.
-        text: plain text, all of it learnt; ``None`` in conversations.
+        text: plain text, all of it in the loss; ``None`` in conversations.
         tools: tool definitions for the chat template, as they came.
         choices: letters of the options, of which the answer is one; empty where it is no multiple choice.
     """
@@ -50,13 +50,13 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The text of the last assistant turn (see :func:`last_assistant`); empty in plain text."""
+        """Text of the last assistant turn (see :func:`last_assistant`); empty in plain text."""
         last = last_assistant(self.turns)
         return "" if last is None else self.turns[last].text
 
 
 def last_assistant(turns: Sequence[Turn]) -> int | None:
-    """Index of the assistant turn that is scored: the last one, or, where others have weight 0, the last of weight 1.
-    ``None`` without any."""
-    mine = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-    return next((i for i in reversed(mine) if turns[i].weight), mine[-1] if mine else None)
+    """Find the assistant turn that is scored: the last one, or, where others have weight 0, the last of weight 1.
+    Returns its index, ``None`` without any."""
+    assistant = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    return next((i for i in reversed(assistant) if turns[i].weight), assistant[-1] if assistant else None)

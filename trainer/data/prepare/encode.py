@@ -1,4 +1,4 @@
-"""Chunks of rows into columns of tokens: the work of a worker process, and of the only process when there are none.
+"""Encode chunks of rows into columns of token ids and loss masks: what a worker process does, or the only process.
 
 What is imported here is paid for by every worker: no torch, and not ``datasets``, which brings pandas along.
 """
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.formats.formats import Example, parse_example
+from trainer.data.formats.parse import parse_example
+from trainer.data.formats.turns import Example
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
 from trainer.data.templates.template import Encoded, Template
 
-NO_END, DOUBLE_BOS, TRUNCATED = 1, 2, 4  # bits of FACTS["flags"]
+NO_END, DOUBLE_BOS, TRUNCATED = 1, 2, 4  # bits of ROW_STATS["flags"]
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -29,18 +30,18 @@ SCHEMA = pa.schema(
         "choices": pa.string(),
     }
 )
-# What is remembered of each row while a table is built, beside the table itself: 57 bytes.
-FACTS = np.dtype(
+# What is kept in memory of each row while a table is built, beside the table itself: 57 bytes.
+ROW_STATS = np.dtype(
     [
         ("file", np.int32),
         ("line", np.int64),
         ("length", np.int32),
         ("label_count", np.int32),
         ("answer_length", np.int32),
-        ("prompt_key", np.int64),
-        ("row_key", np.int64),
-        ("reply_key", np.int64),
-        ("text_key", np.int64),
+        ("prefix_hash", np.int64),
+        ("row_hash", np.int64),
+        ("reply_hash", np.int64),
+        ("text_hash", np.int64),
         ("flags", np.uint8),
     ]
 )
@@ -48,11 +49,11 @@ FACTS = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class EncodingSpec:
-    """All that turning rows into tokens depends on, picklable.
+    """All that the encoding of rows depends on; picklable.
 
     Attributes:
         tokenizer: a fast Hugging Face tokenizer.
-        format: of the rows, recognised.
+        format: of the rows, never ``auto``.
         columns: our field names -> the rows'.
         template, alpaca_role, train_on, max_length, on_too_long: of the ``data`` group.
     """
@@ -68,23 +69,23 @@ class EncodingSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """A chunk made into tokens.
+class EncodedChunk:
+    """A chunk as tokens.
 
     Attributes:
         rows: a serialised Arrow record batch of ``SCHEMA``; empty when no row was usable.
-        facts: of the same rows, dtype ``FACTS``, shape (rows,).
-        refused: the rows that are not among them.
+        stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
+        rejected: the rows that are not among them.
     """
 
     rows: bytes
-    facts: np.ndarray
-    refused: tuple[RejectedRow, ...]
+    stats: np.ndarray
+    rejected: tuple[RejectedRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    fact: tuple[int, ...]
+    stats: tuple[int, ...]
     ids: np.ndarray
     loss_mask: np.ndarray
     prompt_length: int
@@ -93,52 +94,52 @@ class _Record:
 
 
 class Encoder:
-    """Makes chunks into tokens by one recipe.
+    """Encodes chunks by one specification.
 
     Raises:
         DataError: the template or the tokenizer cannot be used at all.
     """
 
-    def __init__(self, recipe: EncodingSpec) -> None:
-        self.recipe = recipe
-        self.template = Template(recipe.tokenizer, recipe.template, recipe.alpaca_role, recipe.train_on)
+    def __init__(self, spec: EncodingSpec) -> None:
+        self.spec = spec
+        self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
         self.end_ids = frozenset(self.template.end_ids())
-        self.bos_id = recipe.tokenizer.bos_token_id
+        self.bos_id = spec.tokenizer.bos_token_id
 
-    def batch(self, chunk: Chunk) -> Batch:
-        """Every row of a chunk, as tokens or as refused, in its order."""
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Encode or reject every row of a chunk, in its order."""
         records: list[_Record] = []
-        refused: list[RejectedRow] = []
+        rejected: list[RejectedRow] = []
         for row in parse_rows(chunk):
             if isinstance(row, RejectedRow):
-                refused.append(row)
+                rejected.append(row)
                 continue
             try:
                 records.append(self._record(row))
             except RowError as error:
                 message = str(error).removeprefix(row.where).lstrip(": ")
-                refused.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
-        facts = np.array([r.fact for r in records], dtype=FACTS)
-        return Batch(_serialised(records, facts), facts, tuple(refused))
+                rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
+        stats = np.array([r.stats for r in records], dtype=ROW_STATS)
+        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected))
 
     def _record(self, row: Row) -> _Record:
-        example = parse_example(row, self.recipe.format, self.recipe.columns)
+        example = parse_example(row, self.spec.format, self.spec.columns)
         whole = self.template.encode(example)
-        cut = fit(whole, self.recipe, row.where, example.text is not None, self.template.bos_id)
+        cut = fit_to_max_length(whole, self.spec, row.where, example.text is not None, self.template.bos_id)
         ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)
-        learnt = int(loss_mask[1:].sum())  # nothing predicts the first token
-        if not learnt:
-            reason = "has no token that is learnt" + (" once it is cut" if cut is not whole else "")
+        label_count = int(loss_mask[1:].sum())  # nothing predicts the first token
+        if not label_count:
+            reason = "has no token in the loss" + (" once it is cut" if cut is not whole else "")
             raise RowError("empty_loss_mask", row.where, reason=reason, hint="leave the row out")
-        # Keys are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
-        whole_ids, whole_labels = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
-        fact = (
-            *(example.file, example.line, len(ids), learnt, len(ids) - cut.prompt_length),
-            *(_key(whole_ids[: whole.opening_length].tobytes()), _key(whole_ids.tobytes())),
-            *(_key(_first_reply(whole_ids, whole_labels).tobytes()), _key((example.text or example.answer).encode())),
+        # Hashes are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
+        whole_ids, whole_mask = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
+        stats = (
+            *(example.file, example.line, len(ids), label_count, len(ids) - cut.prompt_length),
+            *(_hash(whole_ids[: whole.prompt_prefix_length].tobytes()), _hash(whole_ids.tobytes())),
+            *(_hash(_first_reply(whole_ids, whole_mask).tobytes()), _hash((example.text or example.answer).encode())),
             self._flags(ids, loss_mask, cut is not whole, example),
         )
-        return _Record(fact, ids, loss_mask, cut.prompt_length, example.answer, example.choices)
+        return _Record(stats, ids, loss_mask, cut.prompt_length, example.answer, example.choices)
 
     def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, truncated: bool, example: Example) -> int:
         flags = TRUNCATED if truncated else 0
@@ -150,8 +151,8 @@ class Encoder:
         return flags
 
 
-def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_id: int | None) -> Encoded:
-    """An example within ``max_length``; the very same object when it is short enough.
+def fit_to_max_length(encoded: Encoded, spec: EncodingSpec, where: str, is_text: bool, bos_id: int | None) -> Encoded:
+    """Cut an example to ``max_length``, as ``on_too_long`` says; the very same object when it is short enough.
 
     ``truncate`` cuts plain text at its end, and of a conversation the oldest tokens: never any of the last answer, and
     never a begin token that stands first.
@@ -159,10 +160,10 @@ def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_i
     Raises:
         RowError: ``too_long``: it may not be cut, or what would be left teaches nothing.
     """
-    limit, excess = recipe.max_length, len(encoded.ids) - recipe.max_length
+    limit, excess = spec.max_length, len(encoded.ids) - spec.max_length
     if excess <= 0:
         return encoded
-    if recipe.on_too_long != "truncate":
+    if spec.on_too_long != "truncate":
         raise RowError(
             "too_long",
             where,
@@ -185,38 +186,38 @@ def fit(encoded: Encoded, recipe: EncodingSpec, where: str, is_text: bool, bos_i
         raise RowError(
             "too_long",
             where,
-            reason=f"has nothing left to learn when it is cut to data.max_length={limit}",
+            reason=f"has no token left in the loss when it is cut to data.max_length={limit}",
             hint="raise data.max_length, or data.on_too_long=drop",
         )
     ids = encoded.ids[:kept] + encoded.ids[kept + excess :]
-    return Encoded(ids, loss_mask, encoded.prompt_length - excess, max(kept, encoded.opening_length - excess))
+    return Encoded(ids, loss_mask, encoded.prompt_length - excess, max(kept, encoded.prompt_prefix_length - excess))
 
 
 def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-    """The learnt tokens up to the first that is not: in a chat, the first learnt turn."""
+    """Return the first run of tokens in the loss: in a chat, the first turn in the loss."""
     begin = int(loss_mask.argmax())
     gap = np.flatnonzero(~loss_mask[begin:])
     return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
 
 
-def _key(data: bytes) -> int:
+def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def _raw(chunk: Chunk, row: Row) -> str:
-    """The text of a row: its line as it stands in the file, else its fields."""
+    """Return the text of a row: its line as it stands in the file, else its fields."""
     place = row.line - chunk.line
     return raw_text(chunk.lines[place] if 0 <= place < len(chunk.lines) else row.fields)
 
 
-def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
+def _serialize(records: Sequence[_Record], stats: np.ndarray) -> bytes:
     if not records:
         return b""
-    offsets = _column(pa.int32(), _ends(facts["length"]))
+    offsets = _column(pa.int32(), _offsets(stats["length"]))
     ids, loss_mask = (np.concatenate([getattr(r, name) for r in records]) for name in ("ids", "loss_mask"))
     columns = [
-        _column(pa.int32(), facts["file"]),
-        _column(pa.int64(), facts["line"]),
+        _column(pa.int32(), stats["file"]),
+        _column(pa.int64(), stats["line"]),
         pa.ListArray.from_arrays(offsets, _column(pa.int32(), ids)),
         pa.ListArray.from_arrays(
             offsets, _column(pa.bool_(), np.packbits(loss_mask, bitorder="little"), len(loss_mask))
@@ -231,15 +232,15 @@ def _serialised(records: Sequence[_Record], facts: np.ndarray) -> bytes:
 def _strings(texts: Sequence[str]) -> pa.Array:
     data = [text.encode() for text in texts]
     return pa.StringArray.from_buffers(
-        len(data), pa.py_buffer(_ends([len(d) for d in data])), pa.py_buffer(b"".join(data))
+        len(data), pa.py_buffer(_offsets([len(d) for d in data])), pa.py_buffer(b"".join(data))
     )
 
 
 def _column(kind: pa.DataType, values: np.ndarray, length: int | None = None) -> pa.Array:
-    """An Arrow array of these very bytes. ``pa.array`` would do, but it imports pandas: 50 MB in every worker."""
+    """Wrap bytes as an Arrow array. ``pa.array`` would do, but it imports pandas: 50 MB in every worker."""
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(kind, len(values) if length is None else length, [None, pa.py_buffer(values)])
 
 
-def _ends(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

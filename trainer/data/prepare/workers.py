@@ -1,4 +1,4 @@
-"""Tokenising in several processes, in order, within bounded memory.
+"""Encode rows in several worker processes, in order, within bounded memory.
 
 Not ``multiprocessing``'s own pools: *fork* is unsafe once torch and OpenMP have threads, and *spawn* and *forkserver*
 both import the parent's main module again, which under ``python -m trainer.train`` and torchrun is torch and DeepSpeed
@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
 
-from trainer.data.prepare.encode import Batch, Encoder, EncodingSpec
+from trainer.data.prepare.encode import EncodedChunk, Encoder, EncodingSpec
 from trainer.data.sources.rows import Chunk
 from trainer.errors import DataError
 
@@ -35,19 +35,19 @@ _START = (
 _ENDED = (EOFError, ConnectionError)
 
 
-def encoded(chunks: Iterable[Chunk], recipe: EncodingSpec, workers: int) -> Generator[Batch, None, None]:
-    """The batches of some chunks, in their order, whatever the number of processes; 1 works in this one.
+def encode_chunks(chunks: Iterable[Chunk], spec: EncodingSpec, workers: int) -> Generator[EncodedChunk, None, None]:
+    """Encode chunks in their order, whatever the number of processes; 1 works in this one.
 
     Raises:
         DataError: the template or the tokenizer cannot be used, or a worker died.
     """
     if workers == 1:
-        yield from map(Encoder(recipe).batch, chunks)
+        yield from map(Encoder(spec).encode, chunks)
         return
-    waiting: deque[Future[Batch]] = deque()
-    with WorkerPool(recipe, workers) as crew:
+    waiting: deque[Future[EncodedChunk]] = deque()
+    with WorkerPool(spec, workers) as pool:
         for chunk in chunks:
-            waiting.append(crew.submit(chunk))
+            waiting.append(pool.submit(chunk))
             if len(waiting) >= WINDOW * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -58,14 +58,14 @@ def encoded(chunks: Iterable[Chunk], recipe: EncodingSpec, workers: int) -> Gene
 class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
-    knows: bool = False  # the recipe
+    has_spec: bool = False
 
 
 class WorkerPool:
-    """Worker processes, each with a thread of ours that hands it one chunk at a time and waits for the answer."""
+    """Worker processes, each with a thread of ours that sends it one chunk at a time and waits for the answer."""
 
-    def __init__(self, recipe: EncodingSpec, workers: int) -> None:
-        self._recipe = pickle.dumps(recipe)
+    def __init__(self, spec: EncodingSpec, workers: int) -> None:
+        self._spec = pickle.dumps(spec)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="afina-data")
@@ -92,9 +92,9 @@ class WorkerPool:
         for process in self._processes:
             process.wait()
 
-    def submit(self, chunk: Chunk) -> Future[Batch]:
-        """Have a chunk encoded by the next worker that is free."""
-        return self._threads.submit(self._ask, chunk)
+    def submit(self, chunk: Chunk) -> Future[EncodedChunk]:
+        """Queue a chunk for the next worker that is free."""
+        return self._threads.submit(self._encode, chunk)
 
     def _start(self) -> None:
         ours, theirs = Pipe()
@@ -109,43 +109,43 @@ class WorkerPool:
         self._processes.append(process)
         self._idle.put(_Worker(process, ours))
 
-    def _ask(self, chunk: Chunk) -> Batch:
+    def _encode(self, chunk: Chunk) -> EncodedChunk:
         worker = self._idle.get()
         try:
-            if not worker.knows:  # told here, not at its start: it must be up to listen, and the others start meanwhile
-                worker.connection.send_bytes(self._recipe)
-                worker.knows = True
+            if not worker.has_spec:  # not sent at its start: it must be up to listen, and the others start meanwhile
+                worker.connection.send_bytes(self._spec)
+                worker.has_spec = True
             worker.connection.send(chunk)
             answer = worker.connection.recv()
         except _ENDED as error:
-            raise _death(worker.process) from error
+            raise _worker_died(worker.process) from error
         finally:
             self._idle.put(worker)
         if isinstance(answer, Exception):
             raise answer
-        assert isinstance(answer, Batch)
+        assert isinstance(answer, EncodedChunk)
         return answer
 
 
 def serve(descriptor: int) -> None:
-    """Be a worker: read a recipe, then a chunk at a time, until the other end of the socket is gone."""
+    """Run a worker: receive the specification, then a chunk at a time, until the other end of the socket is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job; the parent decides
     connection = Connection(descriptor)
     with suppress(*_ENDED):
         encoder: Encoder | None = None
-        recipe: EncodingSpec = connection.recv()
+        spec: EncodingSpec = connection.recv()
         while True:
             chunk: Chunk = connection.recv()
             try:
-                encoder = encoder or Encoder(recipe)
-                answer: Batch | DataError = encoder.batch(chunk)
+                encoder = encoder or Encoder(spec)
+                answer: EncodedChunk | DataError = encoder.encode(chunk)
             except DataError as error:
                 answer = error
             connection.send(answer)
 
 
-def _death(process: subprocess.Popen[bytes]) -> DataError:
+def _worker_died(process: subprocess.Popen[bytes]) -> DataError:
     code = process.wait()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (memory may have run out)" if code == -signal.SIGKILL else ""

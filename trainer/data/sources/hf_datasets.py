@@ -1,4 +1,4 @@
-"""Data sets that the ``datasets`` library keeps: on the hub, or saved in a folder by ``save_to_disk``."""
+"""Load data sets of the ``datasets`` library: from the hub, or from a folder that ``save_to_disk`` wrote."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
-from trainer.data.sources.readers import numbered, packed
+from trainer.data.sources.readers import chunk_rows, number_rows
 from trainer.data.sources.rows import CHUNK_LINES, Chunk
 from trainer.errors import DataError
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``datasets.save_to_disk`` wrote a folder."""
+    """Return whether ``datasets.save_to_disk`` wrote a folder."""
     one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     return one or (folder / "dataset_dict.json").is_file()
 
 
-def load_saved(folder: Path, part: DatasetSpec) -> Any:
-    """The split of a saved data set that a part names; a data set without splits is taken whole.
+def load_saved(folder: Path, spec: DatasetSpec) -> Any:
+    """Load the split of a saved data set; a data set without splits is taken whole.
 
     Raises:
         DataError: it has no such split, or cannot be read.
@@ -32,24 +32,24 @@ def load_saved(folder: Path, part: DatasetSpec) -> Any:
     try:
         if not index.is_file():
             whole = datasets.load_from_disk(str(folder))
-            if part.split not in ("train", str(whole.split)):
-                reason = f"has no splits: {part.path} holds one data set"
-                raise DataError("data.split", value=part.split, reason=reason, hint="leave data.split out")
+            if spec.split not in ("train", str(whole.split)):
+                reason = f"has no splits: {spec.path} holds one data set"
+                raise DataError("data.split", value=spec.split, reason=reason, hint="leave data.split out")
             return whole
         splits = json.loads(index.read_text(encoding="utf-8"))["splits"]
-        if part.split not in splits:
-            hint = f"data.split={nearest(part.split, splits) or splits[0]}" if splits else "save it with its splits"
+        if spec.split not in splits:
+            hint = f"data.split={nearest(spec.split, splits) or splits[0]}" if splits else "save it with its splits"
             raise DataError(
-                "data.split", value=part.split, reason=f"is not in {part.path}: {_splits(splits)}", hint=hint
+                "data.split", value=spec.split, reason=f"is not in {spec.path}: {_list_splits(splits)}", hint=hint
             )
-        return datasets.load_from_disk(str(folder / part.split))
+        return datasets.load_from_disk(str(folder / spec.split))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"was written by save_to_disk, and cannot be read ({_short(error)})"
-        raise DataError("data.path", value=part.path, reason=reason, hint="save it anew") from error
+        reason = f"was written by save_to_disk, and cannot be read ({_shorten(error)})"
+        raise DataError("data.path", value=spec.path, reason=reason, hint="save it again") from error
 
 
-def load_hub(part: DatasetSpec) -> Any:
-    """The split of a hub data set that a part names, from the hub or from the cache of an earlier run.
+def load_hub(spec: DatasetSpec) -> Any:
+    """Load the split of a hub data set, from the hub or from the cache of an earlier run.
 
     Raises:
         DataError: the hub has no such data set, revision or split, or cannot be reached.
@@ -59,48 +59,48 @@ def load_hub(part: DatasetSpec) -> Any:
 
     nowhere = "there is no such path on this machine, and"
     try:
-        return datasets.load_dataset(part.path, part.subset, split=part.split, revision=part.revision)
+        return datasets.load_dataset(spec.path, spec.subset, split=spec.split, revision=spec.revision)
     except DatasetNotFoundError as error:
-        revision = f" at revision {part.revision}" if part.revision else ""
+        revision = f" at revision {spec.revision}" if spec.revision else ""
         reason = f"{nowhere} the hub has no such data set{revision}, or keeps it private"
         hint = "correct the path; for a private one: hf auth login"
-        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
+        raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
     except ConnectionError as error:
-        reason = f"{nowhere} the hub could not be reached ({_short(error)})"
+        reason = f"{nowhere} the hub could not be reached ({_shorten(error)})"
         hint = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
-        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
+        raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
     except Exception as error:  # a builder may raise anything: an unknown split, no default configuration, a bad file
         if "split" in str(error).lower():
-            reason = f"{part.path}: {_short(error)}"
-            raise DataError("data.split", value=part.split, reason=reason, hint="data.split=NAME") from error
+            reason = f"{spec.path}: {_shorten(error)}"
+            raise DataError("data.split", value=spec.split, reason=reason, hint="data.split=NAME") from error
         if "config name" in str(error).lower():
-            reason = f"{part.path}: {_short(error)}"
-            raise DataError("data.subset", value=part.subset, reason=reason, hint="data.subset=NAME") from error
-        reason = f"cannot be loaded from the hub ({_short(error)})"
+            reason = f"{spec.path}: {_shorten(error)}"
+            raise DataError("data.subset", value=spec.subset, reason=reason, hint="data.subset=NAME") from error
+        reason = f"cannot be loaded from the hub ({_shorten(error)})"
         hint = "load it with the datasets library, save_to_disk, and name that folder"
-        raise DataError("data.path", value=part.path, reason=reason, hint=hint) from error
+        raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
 
 
-def chunks(table: Any, name: str) -> Iterator[Chunk]:
-    """The rows of a data set, numbered from 1, with the values that ``datasets`` gives in Python.
+def read_chunks(table: Any, name: str) -> Iterator[Chunk]:
+    """Read the rows of a data set in chunks, numbered from 1, with the values that ``datasets`` gives in Python.
 
     Raises:
         DataError: its files are damaged.
     """
     try:
-        yield from packed(numbered(table.with_format(None).iter(CHUNK_LINES), name, _rows), 0, name)
+        yield from chunk_rows(number_rows(table.with_format(None).iter(CHUNK_LINES), name, _to_rows), 0, name)
     except (OSError, ValueError, OverflowError, ImportError) as error:
-        hint = "leave out columns that are no text, or save it anew"
-        raise DataError(name, reason=f"cannot be read ({_short(error)})", hint=hint) from error
+        hint = "leave out columns that are no text, or save it again"
+        raise DataError(name, reason=f"cannot be read ({_shorten(error)})", hint=hint) from error
 
 
-def _rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def _to_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def _splits(splits: list[str]) -> str:
+def _list_splits(splits: list[str]) -> str:
     return f"it has {listing(splits)}" if splits else "it has no splits"
 
 
-def _short(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

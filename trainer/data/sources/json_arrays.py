@@ -1,4 +1,4 @@
-"""Files named ``.json``: an array of objects, an object around such an array, one row, or in truth JSONL."""
+"""Read files named ``.json``: an array of objects, an object around such an array, one row, or in truth JSONL."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from trainer.config.dataset_spec import FIELDS
-from trainer.data.sources.rows import RejectedRow, json_trouble, not_an_object, not_utf8
+from trainer.data.sources.rows import ParsedRow, RejectedRow, describe_json_error, reject_non_object, reject_non_utf8
 from trainer.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-_Parsed = tuple[int, dict[str, Any] | RejectedRow]
 
 
-def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[_Parsed]]:
-    """The rows of a ``.json`` file: as lines when its text is JSONL, which streams; else parsed, from the whole file.
+def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[ParsedRow]]:
+    """Read the rows of a ``.json`` file: as lines when its text is JSONL, which streams; else parsed, the whole file.
 
     A parsed row's ``line`` is the line of the file on which it begins; where rows share a line, the row's number.
 
@@ -28,19 +27,19 @@ def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[_P
         DataError: the file's one value is broken, which leaves no row to be trusted after that place; or it holds
             several arrays of objects.
     """
-    lines = list(_until_text(stream))
+    lines = list(_lines_until_text(stream))
     first = b"".join(lines).removeprefix(BOM).lstrip()
     if not first.startswith((b"{", b"[")):
         return chain(lines, stream), ()
     if first.startswith(b"{") and _is_object(first):
-        more = list(_until_text(stream))
+        more = list(_lines_until_text(stream))
         if any(line.strip() for line in more):
             return chain(lines, more, stream), ()
     content = b"".join(chain(lines, stream)).removeprefix(BOM)
     text = content.decode("utf-8", "surrogateescape")
-    start = _after_blank(text, 0)
+    start = _skip_blank(text, 0)
     if text[start] == "[":
-        return (), _elements(text, start, name, whole=True)
+        return (), _array_rows(text, start, name, whole=True)
     try:
         return (), _object_rows(text, start, name)
     except DataError:
@@ -49,8 +48,8 @@ def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[_P
         raise
 
 
-def _until_text(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines up to and with the first that is not blank."""
+def _lines_until_text(stream: BinaryIO) -> Iterator[bytes]:
+    """Read lines up to and with the first that is not blank."""
     for line in stream:
         yield line
         if line.removeprefix(BOM).strip():
@@ -66,23 +65,23 @@ def _is_object(line: bytes) -> bool:
 
 def _second_line_is_object(content: bytes) -> bool:
     stream = io.BytesIO(content)
-    for _ in _until_text(stream):
+    for _ in _lines_until_text(stream):
         pass
-    return any(_is_object(line) for line in _until_text(stream))
+    return any(_is_object(line) for line in _lines_until_text(stream))
 
 
-def _object_rows(text: str, start: int, name: str) -> Iterable[_Parsed]:
-    """The rows of the file's one object: those of the array in it, else itself."""
+def _object_rows(text: str, start: int, name: str) -> Iterable[ParsedRow]:
+    """Read the rows of the file's one object: those of the array in it, else itself."""
     members, end = _members(text, start, name)
-    _nothing_after(text, end, name)
+    _expect_end(text, end, name)
     arrays = [key for key, (_, value) in members.items() if isinstance(value, list) and any(map(_is_dict, value))]
     if not arrays or FIELDS & set(members):
         line = text.count("\n", 0, start) + 1
-        return [(line, _usable(text[start:end], {k: v for k, (_, v) in members.items()}, f"{name}:{line}"))]
+        return [(line, _check_row(text[start:end], {k: v for k, (_, v) in members.items()}, f"{name}:{line}"))]
     if len(arrays) > 1:
         reason = f"holds several arrays: {', '.join(arrays)}"
         raise DataError(name, reason=reason, hint="keep one array of rows in a file")
-    return _elements(text, members[arrays[0]][0], name)
+    return _array_rows(text, members[arrays[0]][0], name)
 
 
 def _is_dict(value: object) -> bool:
@@ -90,83 +89,83 @@ def _is_dict(value: object) -> bool:
 
 
 def _members(text: str, start: int, name: str) -> tuple[dict[str, tuple[int, Any]], int]:
-    """``{key: (where its value begins, value)}`` of the object at ``start``, and where it ends."""
+    """Parse the object at ``start``: ``{key: (where its value begins, value)}``, and where the object ends."""
     members: dict[str, tuple[int, Any]] = {}
-    at = _after_blank(text, start + 1)
+    at = _skip_blank(text, start + 1)
     while text[at : at + 1] != "}" or members:
         if text[at : at + 1] != '"':
-            raise _broken(text, at, name, "Expecting property name enclosed in double quotes")
-        key, at = _value(text, at, name)
-        begin = _after(text, at, ":", name)
-        value, end = _value(text, begin, name)
+            raise _broken_json(text, at, name, "Expecting property name enclosed in double quotes")
+        key, at = _parse_value(text, at, name)
+        begin = _expect(text, at, ":", name)
+        value, end = _parse_value(text, begin, name)
         members[key] = (begin, value)
-        at = _after_blank(text, end)
+        at = _skip_blank(text, end)
         if text[at : at + 1] == "}":
             break
-        at = _after(text, at, ",", name)
+        at = _expect(text, at, ",", name)
     return members, at + 1
 
 
-def _elements(text: str, start: int, name: str, whole: bool = False) -> Iterator[_Parsed]:
-    """The elements of the array at ``start``, one by one; with ``whole``, nothing may follow the array."""
-    at = _after_blank(text, start + 1)
+def _array_rows(text: str, start: int, name: str, whole: bool = False) -> Iterator[ParsedRow]:
+    """Parse the elements of the array at ``start``, one by one; with ``whole``, nothing may follow the array."""
+    at = _skip_blank(text, start + 1)
     number, line, counted, by_line = 0, 1, 0, True
     while text[at : at + 1] != "]" or number:
-        value, end = _value(text, at, name)
-        after = _after_blank(text, end)
+        value, end = _parse_value(text, at, name)
+        after = _skip_blank(text, end)
         number += 1
         line, counted = line + text.count("\n", counted, at), at
         if number == 1 and text[after : after + 1] == ",":
-            by_line = "\n" in text[at : _after_blank(text, after + 1)]
+            by_line = "\n" in text[at : _skip_blank(text, after + 1)]
         shown = line if by_line else number
-        yield shown, _usable(text[at:end], value, f"{name}:{shown}")
+        yield shown, _check_row(text[at:end], value, f"{name}:{shown}")
         at = after
         if text[at : at + 1] == "]":
             break
-        at = _after(text, at, ",", name)
+        at = _expect(text, at, ",", name)
     if whole:
-        _nothing_after(text, at + 1, name)
+        _expect_end(text, at + 1, name)
 
 
-def _usable(raw: str, value: Any, where: str) -> dict[str, Any] | RejectedRow:
+def _check_row(raw: str, value: Any, where: str) -> dict[str, Any] | RejectedRow:
     try:
         raw.encode()
     except UnicodeEncodeError as error:
-        return not_utf8(where, raw, f"character {error.start} of the row")
-    return value if isinstance(value, dict) else not_an_object(where, value, raw)
+        return reject_non_utf8(where, raw, f"character {error.start} of the row")
+    return value if isinstance(value, dict) else reject_non_object(where, value, raw)
 
 
-def _value(text: str, at: int, name: str) -> tuple[Any, int]:
-    """The JSON value at a place, and where it ends."""
+def _parse_value(text: str, at: int, name: str) -> tuple[Any, int]:
+    """Parse the JSON value at a place; return it and where it ends."""
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise _broken(text, error.pos, name, error.msg) from error
+        raise _broken_json(text, error.pos, name, error.msg) from error
     except (ValueError, RecursionError) as error:
-        raise _broken(text, at, name, json_trouble(error)) from error
+        raise _broken_json(text, at, name, describe_json_error(error)) from error
 
 
-def _after_blank(text: str, at: int) -> int:
+def _skip_blank(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     assert found is not None, "the pattern matches nothing too"
     return found.end()
 
 
-def _after(text: str, at: int, mark: str, name: str) -> int:
-    """The place of what follows ``mark``, which must stand at ``at``."""
-    at = _after_blank(text, at)
+def _expect(text: str, at: int, mark: str, name: str) -> int:
+    """Return the place of what follows ``mark``, which must stand at ``at``."""
+    at = _skip_blank(text, at)
     if text[at : at + 1] != mark:
-        raise _broken(text, at, name, f"Expecting {mark!r}")
-    return _after_blank(text, at + 1)
+        raise _broken_json(text, at, name, f"Expecting {mark!r}")
+    return _skip_blank(text, at + 1)
 
 
-def _nothing_after(text: str, at: int, name: str) -> None:
-    at = _after_blank(text, at)
+def _expect_end(text: str, at: int, name: str) -> None:
+    at = _skip_blank(text, at)
     if at < len(text):
-        raise _broken(text, at, name, "more text after the file's one value")
+        raise _broken_json(text, at, name, "more text after the file's one value")
 
 
-def _broken(text: str, at: int, name: str, reason: str) -> DataError:
+def _broken_json(text: str, at: int, name: str, reason: str) -> DataError:
     line = text.count("\n", 0, at) + 1
-    hint = "mend it there, or bring JSONL (one object a line), where one broken row costs no other"
+    hint = "fix it there, or bring JSONL (one object a line), where one broken row costs no other"
     return DataError(f"{name}:{line}", reason=f"is not JSON ({reason})", hint=hint)

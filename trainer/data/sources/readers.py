@@ -1,4 +1,4 @@
-"""Files into chunks of rows: how each kind of file is opened and walked through, in constant memory where it can be."""
+"""Read files into chunks of rows: each kind of file opened and walked through, in constant memory where it can be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.sources.json_arrays import BOM, json_rows
-from trainer.data.sources.rows import CHUNK_LINES, Chunk, RejectedRow, not_utf8, refused
+from trainer.data.sources.rows import CHUNK_LINES, Chunk, ParsedRow, RejectedRow, reject, reject_non_utf8
 from trainer.errors import DataError
 
 CHUNK_BYTES = 8 << 20
@@ -27,19 +27,18 @@ KNOWN = f"{', '.join(TEXT_KINDS + TABLE_KINDS)}; all but the last two also as .g
 
 # its byte-order marks, or two Latin letters in either byte order
 _UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", re.DOTALL)
-_Parsed = tuple[int, dict[str, Any] | RejectedRow]
 
 
 def detect_kind(path: Path) -> str | None:
-    """The suffix that says how a file is read, the compression's left out; ``None`` when it is not known."""
+    """Return the suffix that says how a file is read, the compression's left out; ``None`` when it is not known."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in CODECS:
         return suffixes[-2] if len(suffixes) == 2 and suffixes[-2] in TEXT_KINDS else None
     return suffixes[-1] if suffixes and suffixes[-1] in TEXT_KINDS + TABLE_KINDS else None
 
 
-def read(path: Path, file: int, name: str) -> Iterator[Chunk]:
-    """The rows of one file.
+def read_chunks(path: Path, file: int, name: str) -> Iterator[Chunk]:
+    """Read the rows of one file in chunks.
 
     Args:
         path: a file whose :func:`detect_kind` is known.
@@ -50,32 +49,32 @@ def read(path: Path, file: int, name: str) -> Iterator[Chunk]:
         DataError: it cannot be opened, is damaged, or is not of its kind.
     """
     kind = detect_kind(path)
-    assert kind is not None, f"{path} must have been refused when the source was opened"
-    with _told(name):
+    assert kind is not None, f"{path} must have been rejected when the source was opened"
+    with _library_errors_as_data_error(name):
         if kind in TABLE_KINDS:
-            tables = _parquet(path) if kind == ".parquet" else _arrow(path)
-            yield from packed(numbered(_slices(tables), name), file, name)
+            tables = _read_parquet(path) if kind == ".parquet" else _read_arrow(path)
+            yield from chunk_rows(number_rows(_slice_batches(tables), name), file, name)
             return
-        with opened(path, name) as stream:
-            yield from _text_chunks(stream, kind, file, name)
+        with open_text(path, name) as stream:
+            yield from _chunk_text(stream, kind, file, name)
 
 
-def _text_chunks(stream: io.BufferedReader[Any], kind: str, file: int, name: str) -> Iterator[Chunk]:
+def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str) -> Iterator[Chunk]:
     if kind == ".json":
         lines, rows = json_rows(stream, name)
-        yield from line_chunks(lines, file, name)
-        yield from packed(rows, file, name)
+        yield from chunk_lines(lines, file, name)
+        yield from chunk_rows(rows, file, name)
     elif kind in (".csv", ".tsv"):
-        yield from packed(_records(stream, "," if kind == ".csv" else "\t", name), file, name)
+        yield from chunk_rows(_read_csv(stream, "," if kind == ".csv" else "\t", name), file, name)
     elif kind in (".txt", ".text"):
-        yield from packed(_texts(stream, name), file, name)
+        yield from chunk_rows(_read_text_lines(stream, name), file, name)
     else:
-        yield from line_chunks(stream, file, name)
+        yield from chunk_lines(stream, file, name)
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """What goes wrong inside a library while a file is read, as one error that names the file."""
+def _library_errors_as_data_error(name: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a file into one error that names the file."""
     try:
         yield
     except (OSError, EOFError, pa.ArrowException, ValueError, OverflowError) as error:
@@ -85,8 +84,8 @@ def _told(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
-    """A text file's bytes, unpacked.
+def open_text(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
+    """Open a text file's bytes, decompressed.
 
     Raises:
         DataError: it is UTF-16.
@@ -103,8 +102,8 @@ def opened(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
         yield stream
 
 
-def line_chunks(lines: Iterable[bytes], file: int, name: str) -> Iterator[Chunk]:
-    """Lines of JSONL, ``CHUNK_LINES`` a chunk, fewer where they are long."""
+def chunk_lines(lines: Iterable[bytes], file: int, name: str) -> Iterator[Chunk]:
+    """Group lines of JSONL, ``CHUNK_LINES`` a chunk, fewer where they are long."""
     first, held, size = 1, [], 0
     for line in lines:
         held.append(line)
@@ -116,26 +115,26 @@ def line_chunks(lines: Iterable[bytes], file: int, name: str) -> Iterator[Chunk]
         yield Chunk(file, name, first, lines=tuple(held))
 
 
-def packed(rows: Iterable[_Parsed], file: int, name: str) -> Iterator[Chunk]:
-    """Parsed rows, ``CHUNK_LINES`` a chunk."""
+def chunk_rows(rows: Iterable[ParsedRow], file: int, name: str) -> Iterator[Chunk]:
+    """Group parsed rows, ``CHUNK_LINES`` a chunk."""
     rows = iter(rows)
     while held := tuple(islice(rows, CHUNK_LINES)):
         yield Chunk(file, name, held[0][0], rows=held)
 
 
-class _Lines:
-    """The lines of a CSV file for :mod:`csv`, which remembers those of the record being read."""
+class _CsvLines:
+    """The lines of a CSV file for :mod:`csv`; keeps those of the record being read."""
 
     def __init__(self, stream: Iterable[bytes]) -> None:
         self.stream = iter(stream)
         self.number = 0
-        self.begin()
+        self.begin_record()
 
-    def begin(self) -> None:
-        """A new record starts with the next line."""
+    def begin_record(self) -> None:
+        """Forget the lines of the last record."""
         self.raw, self.size, self.bad = list[str](), 0, ""
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
@@ -154,14 +153,14 @@ class _Lines:
         return text
 
 
-def _records(stream: Iterable[bytes], delimiter: str, name: str) -> Iterator[_Parsed]:
-    """The records of a CSV file below its header line; ``line`` is the first line of each."""
+def _read_csv(stream: Iterable[bytes], delimiter: str, name: str) -> Iterator[ParsedRow]:
+    """Read the records of a CSV file below its header line; ``line`` is the first line of each."""
     csv.field_size_limit(sys.maxsize)
-    lines = _Lines(stream)
+    lines = _CsvLines(stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        lines.begin()
+        lines.begin_record()
         line = lines.number + 1
         try:
             record: list[str] | csv.Error | None = next(reader, None)
@@ -173,12 +172,12 @@ def _records(stream: Iterable[bytes], delimiter: str, name: str) -> Iterator[_Pa
         if isinstance(record, list) and not "".join(record).strip() and len(record) < 2:
             continue
         if header:
-            yield line, _record(record, header, lines, where)
+            yield line, _parse_record(record, header, lines, where)
         else:
-            header = _header(record, lines.bad, delimiter, where)
+            header = _parse_header(record, lines.bad, delimiter, where)
 
 
-def _header(record: list[str] | csv.Error, bad: str, delimiter: str, where: str) -> list[str]:
+def _parse_header(record: list[str] | csv.Error, bad: str, delimiter: str, where: str) -> list[str]:
     hint = "begin the file with one line of column names"
     if bad or isinstance(record, csv.Error):
         raise DataError(where, reason=f"has no header that can be read ({bad or record})", hint=hint)
@@ -192,42 +191,43 @@ def _header(record: list[str] | csv.Error, bad: str, delimiter: str, where: str)
     return record
 
 
-def _record(
-    record: list[str] | csv.Error, header: list[str], lines: _Lines, where: str
+def _parse_record(
+    record: list[str] | csv.Error, header: list[str], lines: _CsvLines, where: str
 ) -> dict[str, Any] | RejectedRow:
     raw = "".join(lines.raw)
     if lines.bad:
-        return not_utf8(where, raw, lines.bad)
+        return reject_non_utf8(where, raw, lines.bad)
     if isinstance(record, csv.Error):
         last = f" and ends with line {lines.number}" if len(lines.raw) > 1 else ""
         reason = f"has quotes that do not fit{last} ({str(record).splitlines()[0]})"
-        return refused(where, "wrong_type", reason, 'a field with quotes inside is written "say ""so"""', raw)
+        return reject(where, "wrong_type", reason, 'a field with quotes inside is written "say ""so"""', raw)
     if len(record) != len(header):
         code = "missing_field" if len(record) < len(header) else "wrong_type"
         reason = f"has {len(record)} fields, and the header names {len(header)}"
-        return refused(where, code, reason, "quote fields that hold the separator or a line end", raw)
+        return reject(where, code, reason, "quote fields that hold the separator or a line end", raw)
     return dict(zip(header, record, strict=True))
 
 
-def _texts(stream: Iterable[bytes], name: str) -> Iterator[_Parsed]:
+def _read_text_lines(stream: Iterable[bytes], name: str) -> Iterator[ParsedRow]:
+    """Read a text file, one row a line that is not blank."""
     for line, raw in enumerate(stream, start=1):
         raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip(b"\r\n")
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            yield line, not_utf8(f"{name}:{line}", raw, f"byte {error.start}")
+            yield line, reject_non_utf8(f"{name}:{line}", raw, f"byte {error.start}")
             continue
         if text.strip():
             yield line, {"text": text}
 
 
-def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
+def _read_parquet(path: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path) as table:
         yield from table.iter_batches(batch_size=CHUNK_LINES)
 
 
-def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
-    """An Arrow IPC file (Feather too), else a stream, which is what ``datasets`` writes under the same suffix."""
+def _read_arrow(path: Path) -> Iterator[pa.RecordBatch]:
+    """Read an Arrow IPC file (Feather too), else a stream, which is what ``datasets`` writes under the same suffix."""
     with pa.memory_map(str(path)) as source:
         try:
             table = pa.ipc.open_file(source)
@@ -239,8 +239,8 @@ def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
             yield table.get_batch(number)
 
 
-def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches of at most ``CHUNK_LINES`` rows, fewer where the rows are big."""
+def _slice_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Slice batches to at most ``CHUNK_LINES`` rows, fewer where the rows are big."""
     for batch in batches:
         names = batch.schema.names
         if len(set(names)) < len(names):
@@ -250,23 +250,23 @@ def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
-def numbered(
-    tables: Iterable[Any], name: str, rows_in: Callable[[Any], list[dict[str, Any]]] | None = None
-) -> Iterator[_Parsed]:
-    """Rows of tables, numbered from 1. ``rows_in`` takes a table's rows; without it they are Arrow's."""
+def number_rows(
+    tables: Iterable[Any], name: str, to_rows: Callable[[Any], list[dict[str, Any]]] | None = None
+) -> Iterator[ParsedRow]:
+    """Number the rows of tables from 1. ``to_rows`` gives a table's rows; without it the tables are Arrow's."""
     number = 0
     for table in tables:
-        for row in rows_in(table) if rows_in else _rows(table):
+        for row in to_rows(table) if to_rows else _to_rows(table):
             number += 1
             if isinstance(row, UnicodeDecodeError):
-                yield number, not_utf8(f"{name}:{number}", row.object, f"byte {row.start}")
+                yield number, reject_non_utf8(f"{name}:{number}", row.object, f"byte {row.start}")
             else:
                 yield number, row
 
 
-def _rows(table: pa.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
-    """A table's rows; Arrow does not look into its texts, so one may turn out to be none."""
+def _to_rows(table: pa.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
+    """Return a table's rows; Arrow does not look into its texts, so one may turn out to be no UTF-8."""
     try:
         return table.to_pylist()
     except UnicodeDecodeError as error:
-        return [error] if table.num_rows == 1 else [_rows(table.slice(i, 1))[0] for i in range(table.num_rows)]
+        return [error] if table.num_rows == 1 else [_to_rows(table.slice(i, 1))[0] for i in range(table.num_rows)]

@@ -1,7 +1,7 @@
-"""One row of training data: its fields and where it stands, or why it cannot be used.
+"""Parse chunks of a file into rows: a row's fields and where it stands, or why it is rejected.
 
-Reading is split in two, so that it can go on in parallel: the readers run through a file in one process and do as
-little as they can; :func:`parse_rows` parses what they hand on, wherever it is wanted.
+Reading is split in two, so that parsing can run in parallel: the readers run through a file in one process and do as
+little as they can; :func:`parse_rows` parses what they yield, in whichever process.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ MAX_RAW_LENGTH = 2000
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One raw row: its fields, where it stands (``name:line``, from 1), and which file of its source it is in.
+    """One raw row of a source.
 
-    ``line`` is a line of the file (of a CSV record the first one), or the row's number where a file has no lines.
+    Attributes:
+        fields: as they stand in the file.
+        where: its place for messages, ``name:line``.
+        line: of the file, from 1 (of a CSV record the first one), or the row's number where a file has no lines.
+        file: which file of its source it is in.
     """
 
     fields: dict[str, Any]
@@ -31,7 +35,7 @@ class Row:
 
 
 class RowError(DataError):
-    """One row cannot be used. ``code`` is a short fixed word for tables and tests (``broken_json``)."""
+    """One row cannot be used. ``code`` is a short fixed word for tables and tests: ``broken_json``."""
 
     def __init__(self, code: str, where: str, **message: Any) -> None:
         self.code = code
@@ -40,12 +44,12 @@ class RowError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A row that cannot be used, for ``refused.jsonl``.
+    """A row that cannot be used: a line of ``refused.jsonl``.
 
     Attributes:
         where: ``name:line``.
-        reason: a short fixed word.
-        message: the rule that it breaks and the cure, as one line; neither ``where`` nor the text.
+        reason: a short fixed word, :attr:`RowError.code`.
+        message: the reason in words and a hint, as one line; neither ``where`` nor the text.
         raw: its text, at most ``MAX_RAW_LENGTH`` characters; bytes that are not UTF-8 as ``\\xff``.
     """
 
@@ -55,76 +59,78 @@ class RejectedRow:
     raw: str
 
 
+ParsedRow = tuple[int, dict[str, Any] | RejectedRow]  # its line or number, from 1, and its fields
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive rows of one file, picklable: undecoded lines of JSONL, or rows that a reader already parsed.
+    """Consecutive rows of one file: undecoded lines of JSONL, or rows that a reader has parsed already; picklable.
 
     Attributes:
         file: which of ``Source.names``.
         name: that name.
         line: of the first row, from 1.
         lines: raw lines, when the file is JSONL.
-        rows: ``(line, fields)``, when it is not; a row that its reader had to refuse stands among them.
+        rows: when it is not; a row that its reader rejected stands among them.
     """
 
     file: int
     name: str
     line: int
     lines: tuple[bytes, ...] = ()
-    rows: tuple[tuple[int, dict[str, Any] | RejectedRow], ...] = ()
+    rows: tuple[ParsedRow, ...] = ()
 
 
 def parse_rows(chunk: Chunk) -> Iterator[Row | RejectedRow]:
-    """Parse a chunk: one JSON object a line; blank lines are passed over, a byte-order mark at the file's start is
-    dropped. What cannot be parsed comes as :class:`Refused`, in its place; nothing is raised."""
+    """Parse a chunk: one JSON object a line; blank lines are skipped, a byte-order mark at the file's start is dropped.
+    What cannot be parsed comes as :class:`RejectedRow`, in its place; nothing is raised."""
     for line, raw in enumerate(chunk.lines, start=chunk.line):
         if not raw.isspace() and raw:
-            yield from _parsed(raw, line, chunk)
+            yield from _parse_line(raw, line, chunk)
     for line, fields in chunk.rows:
         yield fields if isinstance(fields, RejectedRow) else Row(fields, f"{chunk.name}:{line}", line, chunk.file)
 
 
-def _parsed(raw: bytes, line: int, chunk: Chunk) -> Iterator[Row | RejectedRow]:
+def _parse_line(raw: bytes, line: int, chunk: Chunk) -> Iterator[Row | RejectedRow]:
     where = f"{chunk.name}:{line}"
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
         if text:
             fields = json.loads(text)
-            yield (
-                Row(fields, where, line, chunk.file) if isinstance(fields, dict) else not_an_object(where, fields, raw)
-            )
+            is_object = isinstance(fields, dict)
+            yield Row(fields, where, line, chunk.file) if is_object else reject_non_object(where, fields, raw)
     except UnicodeDecodeError as error:
-        yield not_utf8(where, raw, f"byte {error.start}")
+        yield reject_non_utf8(where, raw, f"byte {error.start}")
     except (ValueError, RecursionError) as error:
-        reason, hint = f"is not JSON ({json_trouble(error)})", "write one JSON object a line (JSONL)"
-        yield refused(where, "broken_json", reason, hint, raw)
+        reason, hint = f"is not JSON ({describe_json_error(error)})", "write one JSON object a line (JSONL)"
+        yield reject(where, "broken_json", reason, hint, raw)
 
 
-def json_trouble(error: Exception) -> str:
-    """What ``json`` did not like, in words: besides its own error it lets Python's limits through."""
+def describe_json_error(error: Exception) -> str:
+    """Say what ``json`` raised, in words: besides its own error it lets Python's limits through."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
-def not_an_object(where: str, value: Any, raw: bytes | str) -> RejectedRow:
-    """The refusal of a row that is valid JSON, and no object."""
+def reject_non_object(where: str, value: Any, raw: bytes | str) -> RejectedRow:
+    """Reject a row that is valid JSON, and no object."""
     reason = f"is a JSON {type(value).__name__}, not an object"
-    return refused(where, "not_an_object", reason, "write {…} for each row", raw)
+    return reject(where, "not_an_object", reason, "write {…} for each row", raw)
 
 
-def not_utf8(where: str, raw: bytes | str, place: str) -> RejectedRow:
-    """The refusal of a row that holds bytes which are no UTF-8."""
-    return refused(where, "not_utf8", f"is not UTF-8 ({place})", "save the file as UTF-8", raw)
+def reject_non_utf8(where: str, raw: bytes | str, place: str) -> RejectedRow:
+    """Reject a row that holds bytes which are no UTF-8."""
+    return reject(where, "not_utf8", f"is not UTF-8 ({place})", "save the file as UTF-8", raw)
 
 
-def refused(where: str, code: str, reason: str, hint: str, raw: bytes | str | Mapping[str, Any]) -> RejectedRow:
-    """A :class:`Refused` with its message and text in the form that they have everywhere."""
+def reject(where: str, code: str, reason: str, hint: str, raw: bytes | str | Mapping[str, Any]) -> RejectedRow:
+    """Reject a row, with its message and its text in the form that they have everywhere."""
     return RejectedRow(where, code, f"{reason} → {hint}", raw_text(raw))
 
 
 def raw_text(raw: bytes | str | Mapping[str, Any]) -> str:
-    """A row as it is kept for reading: at most ``MAX_RAW_LENGTH`` characters that can be written as UTF-8, without its
+    """Return a row's text for people: at most ``MAX_RAW_LENGTH`` characters that can be written as UTF-8, without its
     line end. The fields of a row that never was text are written as JSON."""
     if isinstance(raw, Mapping):
         raw = json.dumps(raw, ensure_ascii=False, default=str)

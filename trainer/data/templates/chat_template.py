@@ -1,7 +1,8 @@
-"""Conversations through a chat template, and where in the rendering each turn's text stands.
+"""Render conversations by a chat template, and find each turn's text in the rendering.
 
-The template is code of its author's: it trims, merges, adds default turns. What it writes between the texts is learnt
-from a rendering of place-holders; the real rendering must then be that with the real texts in it, to the letter.
+The template is code of its author's: it trims, merges, adds default turns. What it writes between the texts is taken
+from a rendering of place-holders (the skeleton); the real rendering must then be that with the real texts in it, to the
+letter.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from jinja2 import TemplateSyntaxError
 
 from trainer.data.formats.fields import strings_in
 from trainer.data.sources.rows import RowError
-from trainer.data.templates.safe_tokenizer import Reader, Rendered, Span
+from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer, Span
 from trainer.errors import DataError
 
 Message = dict[str, Any]
-# Of an assistant's message: what the template puts into words itself, so the place of its text alone says too little.
-WORDED = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# What the template of an assistant's message writes besides its text, so the place of the text alone is too little.
+EXTRA_TEXT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 MAX_SKELETONS = 1000
 _LEAVE_OUT = "data.template=FILE.jinja, one that writes tools, or leave `tools` out"
 
@@ -33,17 +34,17 @@ class ChatTemplate:
         tokenizer: a fast Hugging Face tokenizer.
         source: the template; ``None`` takes the tokenizer's own.
         called: its name in messages.
-        cure: what to do where it renders no such conversation.
+        hint: what to do where it renders no such conversation.
 
     Attributes:
-        reader: reads its renderings.
+        safe_tokenizer: tokenizes its renderings.
 
     Raises:
         DataError: it is no jinja.
     """
 
     def __init__(self, tokenizer: Any, source: str | None, called: str, hint: str) -> None:
-        self._tokenizer, self._source, self._called, self._cure = tokenizer, source, called, hint
+        self._tokenizer, self._source, self._called, self._hint = tokenizer, source, called, hint
         self._skeletons: dict[tuple[Any, ...], tuple[list[int], list[str]]] = {}
         pair: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
         try:
@@ -51,20 +52,25 @@ class ChatTemplate:
         except RowError:  # it wants other turns; which, the rows may know
             between = []
         added = {t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()}
-        self.reader = Reader(tokenizer, [t for t in added if any(t in text for text in between)])
+        self.safe_tokenizer = SafeTokenizer(tokenizer, [t for t in added if any(t in text for text in between)])
         after = between[-1] if between else ""
-        closing = self.reader.control.match(after.lstrip())
+        closing = self.safe_tokenizer.control.match(after.lstrip())
         self._ends = {tokenizer.eos_token, closing[0]} if closing else {tokenizer.eos_token}
 
     def render(
-        self, messages: list[Message], tools: Sequence[Any] | None, waits: bool, wanted: Collection[int], where: str
-    ) -> Rendered:
+        self,
+        messages: list[Message],
+        tools: Sequence[Any] | None,
+        add_generation_prompt: bool,
+        wanted: Collection[int],
+        where: str,
+    ) -> RenderedText:
         """Render a conversation.
 
         Args:
             messages: as ``apply_chat_template`` takes them; a message's ``content`` is a string.
             tools: tool definitions.
-            waits: it awaits its answer.
+            add_generation_prompt: it aadd_generation_prompt its answer.
             wanted: the assistant messages whose places are wanted (by index), the last one closed by an end token if
                 the template closes it by none.
             where: the row, for messages.
@@ -73,15 +79,15 @@ class ChatTemplate:
             RowError: ``template`` or ``control_token``: the template refuses, drops or rewrites what the row says, or
                 the row's tools hold a control token.
         """
-        self._refuse_controls(messages, tools, where)
-        whole = self._apply(messages, tools, waits, where)
-        self._need_named(whole, tools, "a tool", _LEAVE_OUT, where)
-        places = self._places(messages, tools, waits, whole, where)
-        out = Rendered(whole, sorted(places.values()))
+        self._reject_controls(messages, tools, where)
+        whole = self._apply(messages, tools, add_generation_prompt, where)
+        self._require_named(whole, tools, "a tool", _LEAVE_OUT, where)
+        places = self._find_texts(messages, tools, add_generation_prompt, whole, where)
+        out = RenderedText(whole, sorted(places.values()))
         for i in sorted(wanted):
             last = i == len(messages) - 1
-            if not _own_words(messages[i]):
-                begin, end, closed = self._added(messages, tools, i, whole, where)
+            if not _is_text_only(messages[i]):
+                begin, end, closed = self._find_extra_text(messages, tools, i, whole, where)
             else:
                 begin, end = places[i]
                 following = bisect_left(out.data, (end, end))
@@ -95,19 +101,19 @@ class ChatTemplate:
         return out
 
     def _end_of_turn(self, text: str, at: int, limit: int, last: bool) -> int:
-        """Where the token that closes an answer ends; 0 when there is none. In the middle of a conversation the next
-        turn's opening may follow at once, which the assistant does not write."""
+        """Find the token that closes an answer, and return its end; 0 when there is none. In the middle of a
+        conversation the next turn's header may follow at once, which the assistant does not write."""
         gap = text[at:limit]
-        found = self.reader.control.match(text, at + len(gap) - len(gap.lstrip()), limit)
+        found = self.safe_tokenizer.control.match(text, at + len(gap) - len(gap.lstrip()), limit)
         return found.end() if found and (last or found[0] in self._ends) else 0
 
-    def _added(
+    def _find_extra_text(
         self, messages: list[Message], tools: Sequence[Any] | None, i: int, whole: str, where: str
     ) -> tuple[int, int, bool]:
-        """What a message adds to the conversation before it: begin, end, and whether a control token ends it."""
+        """Find what a message adds to the conversation before it: begin, end, and whether a control token ends it."""
         before = self._apply(messages[:i], tools, True, where) if i else ""
         upto = self._apply(messages[: i + 1], tools, False, where)
-        ends = [match.end() for match in self.reader.control.finditer(upto, len(before))]
+        ends = [match.end() for match in self.safe_tokenizer.control.finditer(upto, len(before))]
         closed = bool(ends) and not upto[ends[-1] :].strip()
         end = ends[-1] if closed else len(upto.rstrip())
         if not upto.startswith(before) or not whole.startswith(upto[:end]):
@@ -115,26 +121,26 @@ class ChatTemplate:
             raise self._error(where, f"{reason}, so that turn's place is not known", "data.train_on=last_assistant")
         words = whole[len(before) : end]
         calls = [call.get("function", call) for call in messages[i].get("tool_calls") or ()]
-        self._need_named(words, calls, "a tool call", "data.template=FILE.jinja, one that writes tool calls", where)
+        self._require_named(words, calls, "a tool call", "data.template=FILE.jinja, one that writes tool calls", where)
         for call in calls:
             given = call.get("arguments")
             quoted = json.dumps(given, ensure_ascii=False) if isinstance(given, str) else ""
             if '\\"' in quoted and given not in words:
                 reason = f"{self._called} quotes the arguments of {call['name']} twice, as they are a string"
                 raise self._error(where, reason, "give arguments as an object, not as a string of JSON")
-        thought = next((messages[i][key] for key in WORDED[1:] if messages[i].get(key)), "")
+        thought = next((messages[i][key] for key in EXTRA_TEXT_KEYS[1:] if messages[i].get(key)), "")
         for said in (thought, messages[i]["content"]):
             if str(said).strip() not in words:
                 reason = f"{self._called} drops or rewrites what the assistant says or thinks in turn {i + 1}"
                 raise self._error(where, reason, "data.template=FILE.jinja, one that writes it")
         return len(before), end, closed
 
-    def _places(
-        self, messages: list[Message], tools: Sequence[Any] | None, waits: bool, whole: str, where: str
+    def _find_texts(
+        self, messages: list[Message], tools: Sequence[Any] | None, add_generation_prompt: bool, whole: str, where: str
     ) -> dict[int, Span]:
-        """Message -> where its text stands; a message without text has no place."""
+        """Find the text of each message; a message without text has no place."""
         for again in (False, True):  # a template may write the time of day
-            order, between = self._skeleton(messages, tools, waits, where, again)
+            order, between = self._skeleton(messages, tools, add_generation_prompt, where, again)
             found = _match(whole, between, [messages[i] for i in order])
             if found is not None:
                 return dict(zip(order, found, strict=True))
@@ -142,27 +148,28 @@ class ChatTemplate:
         raise self._error(where, reason, "data.template=alpaca, or FILE.jinja: a template that leaves the text alone")
 
     def _skeleton(
-        self, messages: list[Message], tools: Sequence[Any] | None, waits: bool, where: str, again: bool
+        self, messages: list[Message], tools: Sequence[Any] | None, add_generation_prompt: bool, where: str, again: bool
     ) -> tuple[list[int], list[str]]:
-        """Which message's text comes first, second … and what the template writes before, between and after them."""
+        """Render place-holders: which message's text comes first, second … and what the template writes before, between
+        and after them."""
         shape = tuple((m["role"], not m["content"]) for m in messages)
         cached = (
             None
             if any(len(m) > 2 for m in messages)
-            else (shape, waits, json.dumps(tools, default=str) if tools else "")
+            else (shape, add_generation_prompt, json.dumps(tools, default=str) if tools else "")
         )
         if cached in self._skeletons and not again:
             return self._skeletons[cached]
-        marks = {i: f"\ue000{i}\ue001" for i, m in enumerate(messages) if m["content"] or _own_words(m)}
+        marks = {i: f"\ue000{i}\ue001" for i, m in enumerate(messages) if m["content"] or _is_text_only(m)}
         marked = [{**m, "content": marks.get(i, "")} for i, m in enumerate(messages)]
-        text = self._apply(marked, tools, waits, where)
-        if tools and text == self._apply(marked, None, waits, where):
+        text = self._apply(marked, tools, add_generation_prompt, where)
+        if tools and text == self._apply(marked, None, add_generation_prompt, where):
             raise self._error(where, f"{self._called} drops the tools", _LEAVE_OUT)
         order = sorted(marks, key=lambda i: text.find(marks[i]))
         spoken = [i for i in order if messages[i]["role"] != "system"]  # some put the system text into a user turn
         moved = spoken != sorted(spoken) or (order and max(marks) != order[-1])
         if moved or any(mark not in text for mark in marks.values()):
-            raise self._error(where, f"{self._called} drops a turn of {_roles(messages)}", self._cure)
+            raise self._error(where, f"{self._called} drops a turn of {_roles(messages)}", self._hint)
         between = []
         for i in order:
             before, _, text = text.partition(marks[i])
@@ -174,7 +181,9 @@ class ChatTemplate:
             self._skeletons[cached] = order, between
         return order, between
 
-    def _apply(self, messages: list[Message], tools: Sequence[Any] | None, waits: bool, where: str) -> str:
+    def _apply(
+        self, messages: list[Message], tools: Sequence[Any] | None, add_generation_prompt: bool, where: str
+    ) -> str:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -182,29 +191,29 @@ class ChatTemplate:
                     tools=list(tools) if tools else None,
                     chat_template=self._source,
                     tokenize=False,
-                    add_generation_prompt=waits,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                self._called, reason=f"is no chat template: line {error.lineno}: {error.message}", hint="mend it"
+                self._called, reason=f"is no chat template: line {error.lineno}: {error.message}", hint="fix it"
             ) from error
         except Exception as error:  # a template is code of its author's: whatever it raises is about these turns
-            told = " ".join(str(error).split())[:200]
+            message = " ".join(str(error).split())[:200]
             raise self._error(
-                where, f"{self._called} refuses the turns {_roles(messages)} ({told})", self._cure
+                where, f"{self._called} refuses the turns {_roles(messages)} ({message})", self._hint
             ) from error
 
-    def _refuse_controls(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> None:
-        """Strings inside tools and tool calls have no place of their own in the rendering: a control token's text
-        there could not be told from the template's own."""
+    def _reject_controls(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> None:
+        """Reject control tokens inside tools and tool calls: those strings have no place of their own in the rendering,
+        so a control token's text there could not be told from the template's own."""
         extras = ({k: v for k, v in m.items() if k not in ("role", "content")} for m in messages if len(m) > 2)
         for text in chain(strings_in(list(tools or ())), *(strings_in(extra) for extra in extras)):
-            if found := self.reader.control.search(text):
+            if found := self.safe_tokenizer.control.search(text):
                 reason = f"holds the control token {found[0]} in its tools or tool calls"
                 raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
 
-    def _need_named(self, text: str, given: Sequence[Any] | None, what: str, hint: str, where: str) -> None:
+    def _require_named(self, text: str, given: Sequence[Any] | None, what: str, hint: str, where: str) -> None:
         for tool in given or ():
             inner = tool.get("function", tool)
             name = inner.get("name") if isinstance(inner, Mapping) else None
@@ -215,9 +224,9 @@ class ChatTemplate:
         return RowError("template", where, reason=reason, hint=hint)
 
 
-def _own_words(message: Message) -> bool:
-    """Whether the message is an assistant's that consists of its text alone."""
-    return message["role"] == "assistant" and not any(message.get(key) for key in WORDED)
+def _is_text_only(message: Message) -> bool:
+    """Return whether the message is an assistant's that consists of its text alone."""
+    return message["role"] == "assistant" and not any(message.get(key) for key in EXTRA_TEXT_KEYS)
 
 
 def _roles(messages: list[Message]) -> str:
@@ -226,7 +235,7 @@ def _roles(messages: list[Message]) -> str:
 
 
 def _match(whole: str, between: list[str], messages: list[Message]) -> list[Span] | None:
-    """The place of each text, from left to right: as it is, or trimmed on either side, as many templates do."""
+    """Find each text from left to right: as it is, or trimmed on either side, as many templates do."""
     if not whole.startswith(between[0]):
         return None
     reached: dict[int, tuple[Any, ...]] = {len(between[0]): ()}  # where we may stand -> the places so far, last first

@@ -1,8 +1,8 @@
-"""Rendered text into token ids, each of which knows its characters.
+"""Tokenize rendered text so that text from the data is never read as control tokens, and compute the loss mask.
 
-Text from the data is never read as control tokens: only those that the template itself wrote are. Where the tokenizer's
-own reading of the whole text keeps to that, it is taken as it is, since others will use it when they serve the model;
-else the stretches between the control tokens are tokenised as plain text.
+Only what the template itself wrote may become a control token. Where the tokenizer's own encoding of the whole text
+keeps to that, it is taken as it is, since others will use it when they serve the model; else the text between the
+control tokens is tokenized as plain text. The loss mask follows from the character offsets of the tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from trainer.data.sources.rows import RowError
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # characters, from and to
 
 
 @dataclass(slots=True)
-class Rendered:
-    """What a template wrote.
+class RenderedText:
+    """The text that a template wrote, and which characters of it are whose.
 
     Attributes:
         text: all of it.
@@ -35,36 +35,44 @@ class Rendered:
     data: list[Span] = field(default_factory=list)
     answers: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def put(self, text: str) -> None:
+    def add_template(self, text: str) -> None:
         """Append text of the template's own."""
         self.text += text
 
-    def say(self, text: str) -> None:
+    def add_data(self, text: str) -> None:
         """Append text from the row."""
         self.data.append((len(self.text), len(self.text) + len(text)))
         self.text += text
 
-    def answer(self, turn: int, text: str, end: str) -> None:
+    def add_answer(self, turn: int, text: str, end: str) -> None:
         """Append an assistant turn and its end token."""
         begin = len(self.text)
-        self.say(text)
-        self.put(end)
+        self.add_data(text)
+        self.add_template(end)
         self.answers.append((turn, begin, len(self.text)))
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """Token ids, which of them are learnt, and which characters each stands for."""
+class TokenizedText:
+    """The tokens of a rendered text.
+
+    Attributes:
+        ids: token ids.
+        loss_mask: which of them are in the loss.
+        offsets: the characters that each stands for.
+        reach: how far each token and those before it go, in characters.
+        special: ids of control tokens.
+    """
 
     ids: list[int]
     loss_mask: list[bool]
     offsets: Sequence[Span]
-    reach: list[int]  # how far each token and those before it go
+    reach: list[int]
     special: Collection[int]
 
-    def start(self, character: int) -> int:
-        """The first token that stands for this character or a later one; a control token that takes the spaces around
-        it along does not stand for those."""
+    def token_at(self, character: int) -> int:
+        """Return the first token that stands for this character or a later one; a control token that takes the spaces
+        around it along does not stand for those."""
         for token in range(bisect_right(self.reach, character), len(self.ids)):
             begin, end = self.offsets[token]
             if end > character and (begin >= character or self.ids[token] not in self.special):
@@ -72,8 +80,8 @@ class Reading:
         return len(self.ids)
 
 
-class Reader:
-    """Reads rendered text with one tokenizer.
+class SafeTokenizer:
+    """Tokenizes rendered text with one Hugging Face tokenizer.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -87,40 +95,42 @@ class Reader:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         names = {*special, *markers, *(t for t in (tokenizer.bos_token, tokenizer.eos_token) if t)}
         self.control = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
-        self._id_of = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
+        self._control_ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
         # The unknown token also stands for what the vocabulary lacks, wherever that comes from.
-        self._special = frozenset(self._id_of.values()) - {tokenizer.unk_token_id}
-        self._backend = _made_special(tokenizer.backend_tokenizer, markers) if markers else tokenizer.backend_tokenizer
+        self._special = frozenset(self._control_ids.values()) - {tokenizer.unk_token_id}
+        self._backend = (
+            _with_special_tokens(tokenizer.backend_tokenizer, markers) if markers else tokenizer.backend_tokenizer
+        )
 
-    def read(self, rendered: Rendered, learnt: Collection[int], where: str) -> Reading:
-        """Tokenise.
+    def tokenize(self, rendered: RenderedText, turns_in_loss: Collection[int], where: str) -> TokenizedText:
+        """Tokenize a text, with the answers of some turns in the loss.
 
         Args:
             rendered: the text.
-            learnt: the turns whose answers are learnt.
+            turns_in_loss: the turns whose answers are in the loss.
             where: the row, for messages.
 
         Raises:
             RowError: the tokenizer makes a control token of the row's text however it is asked.
         """
         text = rendered.text
-        controls = self._controls(rendered)
-        ids, offsets = self._in_one(text, controls) or self._in_stretches(text, controls, where)
-        # 0 nothing, 1 learnt, 2 and 3 the same of control tokens: those decide for a token that takes spaces along.
+        controls = self._find_controls(rendered)
+        ids, offsets = self._encode_whole(text, controls) or self._encode_pieces(text, controls, where)
+        # 0 prompt, 1 in the loss, 2 and 3 the same of control tokens: those decide for a token that takes spaces along.
         marks = bytearray(len(text))
         for turn, begin, end in rendered.answers:
-            if turn in learnt:
+            if turn in turns_in_loss:
                 marks[begin:end] = b"\1" * (end - begin)
         for begin, end in controls:
             marks[begin:end] = bytes([marks[begin] | 2]) * (end - begin)
         reach = list(accumulate((end for _, end in offsets), max))
-        begins = [begin for turn, begin, _ in rendered.answers if turn in learnt]
+        begins = [begin for turn, begin, _ in rendered.answers if turn in turns_in_loss]
         first = bisect_right(reach, min(begins, default=len(text)))
         loss_mask = [False] * first + [max(marks[begin:end], default=0) & 1 > 0 for begin, end in offsets[first:]]
-        return Reading(ids, loss_mask, offsets, reach, self._special)
+        return TokenizedText(ids, loss_mask, offsets, reach, self._special)
 
-    def _controls(self, rendered: Rendered) -> list[Span]:
-        """Where the template's own control tokens stand."""
+    def _find_controls(self, rendered: RenderedText) -> list[Span]:
+        """Find the template's own control tokens."""
         out: list[Span] = []
         at = 0
         for begin, end in (*rendered.data, (len(rendered.text), 0)):
@@ -128,20 +138,20 @@ class Reader:
             at = end
         return out
 
-    def _in_one(self, text: str, controls: list[Span]) -> tuple[list[int], Sequence[Span]] | None:
-        """The tokenizer's own reading of the whole text; ``None`` when it takes the row's text for a control token."""
+    def _encode_whole(self, text: str, controls: list[Span]) -> tuple[list[int], Sequence[Span]] | None:
+        """Encode the whole text at once; ``None`` when the tokenizer takes the row's text for a control token."""
         if [match.span() for match in self.control.finditer(text)] != controls:
             return None
         encoding = self._encode(text, plain=False)
         ids: list[int] = encoding.ids
-        written = [self._id_of[text[begin:end]] for begin, end in controls]
+        written = [self._control_ids[text[begin:end]] for begin, end in controls]
         special = self._special
         if [i for i in ids if i in special] != [i for i in written if i in special]:
             return None
         return ids, encoding.offsets
 
-    def _in_stretches(self, text: str, controls: list[Span], where: str) -> tuple[list[int], Sequence[Span]]:
-        """The template's control tokens put in by us, what stands between them tokenised as plain text."""
+    def _encode_pieces(self, text: str, controls: list[Span], where: str) -> tuple[list[int], Sequence[Span]]:
+        """Encode what stands between the template's control tokens as plain text, and put those in by their ids."""
         ids: list[int] = []
         offsets: list[Span] = []
         at = 0
@@ -151,19 +161,19 @@ class Reader:
                 ids += encoding.ids
                 offsets += [(at + b, at + e) for b, e in encoding.offsets]
                 if taken := self._special.intersection(encoding.ids):
-                    name = next(name for name, i in self._id_of.items() if i in taken)
+                    name = next(name for name, i in self._control_ids.items() if i in taken)
                     reason = (
                         f"holds the text of the control token {name}, which this tokenizer cannot read as plain text"
                     )
                     raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
             if end > begin:
-                ids.append(self._id_of[text[begin:end]])
+                ids.append(self._control_ids[text[begin:end]])
                 offsets.append((begin, end))
             at = end
         return ids, offsets
 
     def _encode(self, text: str, plain: bool) -> Any:
-        """The backend's encoding: transformers' wrapper around it costs more than half as much again. The settings are
+        """Encode by the backend: transformers' wrapper around it costs more than half as much again. The settings are
         the ones that any call of the wrapper leaves behind."""
         backend = self._backend
         if backend.encode_special_tokens != plain:
@@ -175,8 +185,8 @@ class Reader:
         return backend.encode(text, add_special_tokens=False)
 
 
-def _made_special(backend: Any, markers: Collection[str]) -> Any:
-    """A copy that can be told to pass over these added tokens, as over special ones."""
+def _with_special_tokens(backend: Any, markers: Collection[str]) -> Any:
+    """Copy a tokenizer with these added tokens made special, so that it can be told to read over them."""
     from tokenizers import Tokenizer
 
     tree = json.loads(backend.to_str())

@@ -1,4 +1,4 @@
-"""Training and held-out rows: seeded, disjoint, and equal openings on one side."""
+"""Split rows into training and held-out (validation) rows: seeded, disjoint, equal prompt prefixes on one side."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import numpy as np
 from trainer.errors import DataError
 
 
-def split_rows(prompt_keys: np.ndarray, validation: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows train and which are held out.
+def split_rows(prefix_hashes: np.ndarray, validation: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the rows to train on and the rows to hold out.
 
-    Whole groups of rows with one key are held out, in an order drawn from the seed, as long as they fit; so no
+    Whole groups of rows with one prompt prefix are held out, in an order drawn from the seed, as long as they fit: no
     held-out prompt is ever trained on, and no more rows than asked for are held out.
 
     Args:
-        prompt_keys: a hash of what each row opens with, int64, shape (rows,).
+        prefix_hashes: of each row's prompt prefix, int64, shape (rows,).
         validation: rows to hold out: a whole number, or a share below 1.
         seed: ``run.seed``.
 
@@ -24,15 +24,15 @@ def split_rows(prompt_keys: np.ndarray, validation: int | float, seed: int) -> t
     Raises:
         DataError: nothing would be left to train on.
     """
-    rows = len(prompt_keys)
+    rows = len(prefix_hashes)
     wanted = round(validation * rows) if isinstance(validation, float) else validation
     if not wanted:
         return np.arange(rows), np.arange(0)
     random = np.random.default_rng([seed, 0])
-    _, group, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(prefix_hashes, return_inverse=True, return_counts=True)
     order = random.permutation(len(sizes))
     held = np.zeros(len(sizes), dtype=bool)
-    held[_that_fit(order, sizes, wanted)] = True
+    held[_take_fitting(order, sizes, wanted)] = True
     is_held = held[group]
     train, validation_rows = np.flatnonzero(~is_held), np.flatnonzero(is_held)
     if not len(train):
@@ -45,9 +45,9 @@ def split_rows(prompt_keys: np.ndarray, validation: int | float, seed: int) -> t
     return train, validation_rows
 
 
-def _that_fit(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
-    """Groups taken one after the other, those too big for the room that is left passed over: by as many array
-    operations as there are different sizes, where a loop would look at each group."""
+def _take_fitting(order: np.ndarray, sizes: np.ndarray, room: int) -> np.ndarray:
+    """Take groups one after the other, skipping those too big for the room that is left: by as many array operations as
+    there are different sizes, where a loop would look at each group."""
     taken = []
     while len(order):
         order = order[sizes[order] <= room]

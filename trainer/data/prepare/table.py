@@ -1,0 +1,94 @@
+"""Open a prepared table: the token ids and loss masks of one data set, memory-mapped from its folder in the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_rejected
+from trainer.data.sources.open import Source
+from trainer.errors import DataError
+
+# The files of a table's folder, besides REJECTED_FILE.
+ROWS_FILE = "rows.arrow"
+COUNTS_FILE = "counts.npy"  # tokens and labels of each row
+HASHES_FILE = "keys.npy"  # prompt prefix and whole row, hashed
+MARKER = "COMPLETE"  # the table is whole; its text says what the other files do not
+NAMED_REJECTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTable:
+    """The encoded rows of one data set.
+
+    Attributes:
+        table: memory-mapped columns ``file`` (which of ``names``), ``line`` (in it, from 1), ``input_ids``, ``labels``
+            (the loss mask: which ids are in the loss), ``prompt_length``, ``answer`` and ``choices`` (texts).
+        lengths: tokens a row, int32, shape (rows,).
+        label_counts: tokens in the loss, a row, int32, shape (rows,).
+        hashes: of the ids of each uncut row: of its prompt prefix, and of all of it; int64, shape (2, rows).
+        fingerprint: hex digest of the source, the tokenizer and every config key that matters.
+        names: the files, as they are called in messages.
+        folder: where the table is; ``refused.jsonl`` in it holds every row that is not in the table.
+        refused: rows that cannot be used.
+        dropped: rows left out for their length.
+        truncated: rows that were cut.
+        format: the rows' format, never ``auto``.
+        findings: what was found in the rows.
+    """
+
+    table: Dataset
+    lengths: np.ndarray
+    label_counts: np.ndarray
+    hashes: np.ndarray
+    fingerprint: str
+    names: tuple[str, ...]
+    folder: Path
+    refused: int
+    dropped: int
+    truncated: int
+    format: str
+    findings: tuple[Finding, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def refused_file(self) -> Path:
+        """Every row that is not in the table, one JSON object a line: ``where``, ``reason``, ``message``, ``raw``."""
+        return self.folder / REJECTED_FILE
+
+    def row_name(self, row: int) -> str:
+        """Return ``file:line`` of a row, for messages."""
+        record = self.table[int(row)]
+        return f"{self.names[record['file']]}:{record['line']}"
+
+
+def open_table(folder: Path, source: Source) -> PreparedTable:
+    """Open the table in a folder.
+
+    Args:
+        folder: of a complete table.
+        source: that it was made from.
+
+    Raises:
+        DataError: not one row of the source could be used.
+    """
+    made = json.loads((folder / MARKER).read_text())
+    if not made["rows"]:
+        rejected = folder / REJECTED_FILE
+        first = [summarize_rejected(row) for row in islice(read_rejected(rejected), NAMED_REJECTED)]
+        why = f": {'; '.join(first)}; all of them are in {rejected}" if first else ", it is empty"
+        raise DataError("data.path", value=source.spec.path, reason=f"holds no usable row{why}", hint="fix the rows")
+    table = Dataset.from_file(str(folder / ROWS_FILE))
+    lengths, label_counts = np.load(folder / COUNTS_FILE, mmap_mode="r")
+    hashes = np.load(folder / HASHES_FILE, mmap_mode="r")
+    findings = tuple(Finding(**{**found, "where": tuple(found["where"])}) for found in made["findings"])
+    numbers = (made["refused"], made["dropped"], made["truncated"], made["format"])
+    return PreparedTable(table, lengths, label_counts, hashes, folder.name, source.names, folder, *numbers, findings)
