@@ -10,7 +10,8 @@ import numpy as np
 from trainer.config import TrainConfig, load
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import Tokens
-from trainer.data.load import Data, load_data
+from trainer.data.load import load_data
+from trainer.data.run_data import Data
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 
