@@ -1,9 +1,12 @@
-"""Attention over a token trie, as an attention kernel of transformers.
+"""Compute attention over a token trie, as an attention kernel of transformers.
 
 The linear layers see the trie's nodes once. For attention, each stretch of new nodes becomes a row of queries again,
 and its keys are gathered along its example's path from the root: a plain causal attention whose queries begin at some
 depth. So no node attends to another example, and each query has no more keys than in padded rows. Depth takes the place
 of position, also in the sliding window. Outside a trie the kernel is transformers' own SDPA.
+
+A forward of a trie is marked by its mask (:func:`trie_mask`), and its paths come from :func:`trie_context`: the one
+without the other raises, since either would silently attend to the wrong tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from trainer.data.batching.trie_paths import TriePaths
-from trainer.kernels.short_attention import ShortAttention, is_short, summed_back
+from trainer.kernels.short_attention import ShortAttention, is_short, scatter_add_fp32
 
 KERNEL = "afina_trie"
-# Beyond so many copies a node (a long document under many questions), gathering again costs less than the memory.
+# Above so many copies of a node (a long document under many questions), gathering again costs less than the memory.
 MAX_COPIES = 8.0
 _paths: list[TriePaths] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
 
@@ -42,8 +45,34 @@ def trie_context(paths: TriePaths | None) -> Iterator[None]:
         _paths.pop()
 
 
+def trie_mask(device: torch.device) -> Tensor:
+    """Return the attention mask that marks a forward as a trie's: bool, shape (1, 1, 1, 1).
+
+    transformers hands on a mask of four dimensions as it is, and makes none of its own, which a trie would not look at.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise a :class:`RuntimeError` unless a trie has its own context and padded rows have none.
+
+    By shapes alone, so that no device is waited for. The mask of a row of one token looks like a trie's: of one node,
+    which attends to itself alone in either way.
+    """
+    rows, _, tokens, _ = query.shape
+    is_marked = attention_mask is not None and attention_mask.numel() == 1
+    if not _paths:
+        if is_marked and tokens > 1:
+            raise RuntimeError("a trie's forward (or its recomputation in the backward) is outside of its trie_context")
+    elif not is_marked:
+        raise RuntimeError("a forward of padded rows is inside a trie_context, which is for a trie's alone")
+    elif (rows, tokens) != (1, len(_paths[-1].place)):
+        nodes = len(_paths[-1].place)
+        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {nodes} nodes")
+
+
 def register() -> None:
-    """Make the kernel known to transformers under its name."""
+    """Register the kernel with transformers under its name."""
     AttentionInterface.register(KERNEL, trie_attention)
     AttentionMaskInterface.register(KERNEL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
@@ -59,13 +88,13 @@ def trie_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface.
+    """Attend by transformers' attention interface: along the paths of a trie inside its context, else by SDPA.
 
     Args:
         module: the attention layer.
         query: (1, heads, nodes, width) in a trie.
         key, value: (1, key heads, nodes, width).
-        attention_mask: not used in a trie.
+        attention_mask: :func:`trie_mask` in a trie; else for SDPA.
         dropout: of attention probabilities.
         scaling: of the scores; null: one over the root of the width.
         sliding_window: of this layer, in tokens.
@@ -73,7 +102,12 @@ def trie_attention(
 
     Returns:
         (1, nodes, heads, width) and no weights.
+
+    Raises:
+        RuntimeError: a trie outside of its :func:`trie_context`, or anything else inside one.
+        ValueError: a trie, and an argument that has no trie kernel.
     """
+    _check_context(query, attention_mask)
     if not _paths:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
@@ -87,19 +121,23 @@ def trie_attention(
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     queries = _Reorder.apply(query.reshape(-1, width), order.gather, order.inverse, None)
-    flat = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
+    keys_and_values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
     sizes = [b.queries.numel() * heads for b in paths.buckets]
     out = []
-    for bucket, at, q in zip(paths.buckets, paths.key_indices(key.shape[1]), queries.split(sizes), strict=True):
+    for bucket, gather_index, q in zip(
+        paths.buckets, paths.key_indices(key.shape[1]), queries.split(sizes), strict=True
+    ):
         q = q.view(len(bucket.queries), heads, -1, width)
         mask = bucket.mask(sliding_window)
         if is_short(q, bucket.keys.shape[1], dropout):
-            attended = ShortAttention.apply(q, *flat, at, mask, scaling)
+            attended = ShortAttention.apply(q, *keys_and_values, gather_index, mask, scaling)
         else:
-            attend = partial(_attend, at, mask, scaling, dropout)
-            # The gathered keys and values are kept for the backward; where they are many, they are gathered anew.
-            gather_again = torch.is_grad_enabled() and paths.copies > MAX_COPIES
-            attended = checkpoint(attend, q, *flat, use_reentrant=False) if gather_again else attend(q, *flat)
+            attend = partial(_attend, gather_index, mask, scaling, dropout)
+            # The gathered keys and values are kept for the backward; where they are many, they are gathered again.
+            if torch.is_grad_enabled() and paths.copies > MAX_COPIES:
+                attended = checkpoint(attend, q, *keys_and_values, use_reentrant=False)
+            else:
+                attended = attend(q, *keys_and_values)
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
     attended = _Reorder.apply(torch.cat(out), order.node_inverse, order.node_gather, order.padding)
@@ -107,12 +145,12 @@ def trie_attention(
 
 
 def _attend(
-    at: Tensor, mask: Tensor, scaling: float, dropout: float, q: Tensor, keys: Tensor, values: Tensor
+    gather_index: Tensor, mask: Tensor, scaling: float, dropout: float, q: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """The outputs of a bucket's queries: (rows, heads, queries, width), by SDPA.
+    """Return the outputs of a bucket's queries, (rows, heads, queries, width), by SDPA.
 
     Args:
-        at: where the keys stand in ``keys`` and ``values``.
+        gather_index: which of ``keys`` and ``values`` stands at each place of (rows, key heads, keys), flattened.
         mask: bool, (rows, 1, queries, keys).
         scaling: of the scores.
         dropout: of the probabilities.
@@ -120,39 +158,39 @@ def _attend(
         keys, values: (key heads * nodes, width).
     """
     rows, _, _, count = mask.shape
-    k, v = (_Gather.apply(t, at).view(rows, -1, count, t.shape[-1]) for t in (keys, values))
+    k, v = (_Gather.apply(t, gather_index).view(rows, -1, count, t.shape[-1]) for t in (keys, values))
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
     )
 
 
 class _Reorder(torch.autograd.Function):
-    """Vectors, each at least once, in another order. The gradient of the copies that fill up is zero by construction or
+    """Reorders vectors, each taken at least once. The gradient of the copies that fill up is zero by construction or
     not wanted, so the backward is a reordering too, and no sum."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, there: Tensor, back: Tensor, fillers: Tensor | None) -> Tensor:
-        """``vectors[there]``; ``back`` says where each vector's gradient stands, ``fillers`` which are none."""
-        ctx.save_for_backward(back, fillers)
-        return vectors.index_select(0, there)
+    def forward(ctx: Any, vectors: Tensor, index: Tensor, inverse: Tensor, padding: Tensor | None) -> Tensor:
+        """``vectors[index]``; ``inverse`` says where each vector's gradient stands, ``padding`` which are none."""
+        ctx.save_for_backward(inverse, padding)
+        return vectors.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        back, fillers = ctx.saved_tensors
-        gradient = outer[0].index_select(0, back)
-        return gradient if fillers is None else gradient.index_fill_(0, fillers, 0), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, padding = ctx.saved_tensors
+        gradient = grad_outputs[0].index_select(0, inverse)
+        return gradient if padding is None else gradient.index_fill_(0, padding, 0), None, None, None
 
 
 class _Gather(torch.autograd.Function):
-    """Vectors, some more than once. Their gradients are summed in fp32: in bf16 the sum of many would lose the last."""
+    """Gathers vectors, some more than once; their gradients are added up in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, at: Tensor) -> Tensor:
-        ctx.save_for_backward(at)
+    def forward(ctx: Any, vectors: Tensor, gather_index: Tensor) -> Tensor:
+        ctx.save_for_backward(gather_index)
         ctx.count = len(vectors)
-        return vectors.index_select(0, at)
+        return vectors.index_select(0, gather_index)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (at,) = ctx.saved_tensors
-        return summed_back(outer[0], at, ctx.count), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gather_index,) = ctx.saved_tensors
+        return scatter_add_fp32(grad_outputs[0], gather_index, ctx.count), None

@@ -1,4 +1,4 @@
-"""The light RMSNorm is the stock one: outputs, gradients, and only where it is the same formula."""
+"""The patched RMSNorm is the stock one: outputs, gradients, and only where it is the same formula."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trainer.kernels.rms_norm import patch_rms_norms
 def pair(width: int, dtype: torch.dtype, eps: float = 1e-6) -> tuple[Any, Any]:
     stock = LlamaRMSNorm(width, eps).to(dtype)
     nn.init.normal_(stock.weight)
-    light = copy.deepcopy(stock)
-    assert patch_rms_norms(nn.ModuleList([light])) == 1
-    return stock, light
+    patched = copy.deepcopy(stock)
+    assert patch_rms_norms(nn.ModuleList([patched])) == 1
+    return stock, patched
 
 
 def through(norm: Any, hidden: torch.Tensor, outer: torch.Tensor) -> list[torch.Tensor]:
@@ -35,28 +35,28 @@ def through(norm: Any, hidden: torch.Tensor, outer: torch.Tensor) -> list[torch.
 def test_same_numbers(width: int, shape: tuple[int, ...], eps: float, seed: int) -> None:
     """In double, whose rounding cannot hide a wrong formula; a row of zeros among the rows."""
     torch.manual_seed(seed)
-    stock, light = pair(width, torch.float64, eps)
+    stock, patched = pair(width, torch.float64, eps)
     hidden, outer = torch.randn(2, 4, *shape, width, dtype=torch.float64) * torch.tensor([1e-4, 9.0])[seed % 2]
     hidden[0] = 0
-    for name, one, other in zip(("output", "input", "weight"), *(through(n, hidden, outer) for n in (stock, light))):
-        # the stock module goes down to fp32, the light one stays
+    for name, one, other in zip(("output", "input", "weight"), *(through(n, hidden, outer) for n in (stock, patched))):
+        # the stock module goes down to fp32, the patched one stays
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_not_further_from_the_truth_in_bf16() -> None:
     torch.manual_seed(0)
-    stock, light = pair(256, torch.bfloat16)
+    stock, patched = pair(256, torch.bfloat16)
     hidden, outer = torch.randn(2, 50, 256, dtype=torch.bfloat16)
     exact = through(copy.deepcopy(stock).double(), hidden.double(), outer.double())
-    for one, other, true in zip(through(stock, hidden, outer), through(light, hidden, outer), exact, strict=True):
+    for one, other, true in zip(through(stock, hidden, outer), through(patched, hidden, outer), exact, strict=True):
         assert float((other - true).norm()) <= 1.05 * float((one - true).norm())
 
 
 def test_input_is_left_as_it_is() -> None:
-    _, light = pair(8, torch.float32)
+    _, patched = pair(8, torch.float32)
     hidden = torch.randn(3, 8)
     before = hidden.clone()
-    through(light, hidden, torch.ones(3, 8))
+    through(patched, hidden, torch.ones(3, 8))
     assert torch.equal(hidden, before)
 
 
