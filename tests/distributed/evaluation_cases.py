@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.bench import Bench
-from trainer.evaluation.evaluate import _answers
-from trainer.evaluation.text_metrics import SCORES
+from trainer.evaluation.evaluate import generate_answers
+from trainer.evaluation.text_metrics import TEXT_METRICS
 from trainer.models.embedded import resolve
 
 ZERO = ("stage0", "stage2", "stage3")
@@ -41,7 +41,7 @@ class Evaluation:
         loop.generator.end_ids = ENDS
         found: dict[str, Any] = loop.evaluate().metrics
         rows = loop.data.validation
-        found["answers"] = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
+        found["answers"] = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)]
         if bench.world.is_main and not self.expected:
             self.expected = reference(loop)
         return {"found": found, "expected": self.expected}
@@ -69,7 +69,7 @@ def reference(loop: Any) -> dict[str, Any]:
         answers.append(tokenizer.decode(out, skip_special_tokens=True).strip())
     assert len(lengths) > 2, "all answers are of one length"
     references = [row["answer"] for row in rows]
-    texts = {name: score(answers, references) for name, score in SCORES.items()}
+    texts = {name: score(answers, references) for name, score in TEXT_METRICS.items()}
     scores = {"eval_loss": torch.cat(losses).mean().item(), "choice_accuracy": right / len(rows)}
     return {**scores, "answers": answers, **texts}
 

@@ -18,7 +18,7 @@ from tests.helpers.reference import mean_loss, reference_model
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import TrainingError
-from trainer.evaluation.evaluate import _answers
+from trainer.evaluation.evaluate import generate_answers
 from trainer.methods import save_adapter
 from trainer.models.embedded import resolve
 from trainer.training.loop import Loop
@@ -121,7 +121,7 @@ def generation_in_lockstep(bench: Bench) -> dict[str, Any] | None:
     loop = bench.loop(bench.config("zero=stage3", "eval.max_rows=7", "eval.batch_size=2", "generate.max_new_tokens=6"))
     loop.engine.eval()
     rows = loop.data.validation
-    answers = [a for _, a, _ in _answers(loop.generator, rows, loop.config, bench.world)]
+    answers = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)]
     if not bench.world.is_main:
         return None
     stock = reference_model(resolve("tiny"), loop.config).eval()

@@ -1,4 +1,4 @@
-"""Scores on held-out rows, on all ranks at once: of the loss, of multiple choices, of written answers."""
+"""Evaluate held-out rows, on all ranks at once: the loss, multiple choices, generated answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.data.run_data import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.evaluation.generator import Generator
 from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
-from trainer.evaluation.text_metrics import SCORES
+from trainer.evaluation.text_metrics import TEXT_METRICS
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One held-out row: its prompt and reference, and what the model answered."""
+class EvalSample:
+    """One held-out row: its prompt and reference, and the answer that was generated."""
 
     prompt: str
     reference: str
@@ -32,21 +32,21 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Metrics by their name in metrics.jsonl, and some answers to look at (on rank 0)."""
+class EvalResult:
+    """Metrics by their name in metrics.jsonl, and some generated answers to look at (on rank 0)."""
 
     metrics: dict[str, float]
-    samples: list[Sample]
+    samples: list[EvalSample]
 
 
 class Scorer(Protocol):
-    """A model in evaluation mode: the engine, or a bare model."""
+    """A model in evaluation mode: the engine, or a plain model."""
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Summed cross-entropy of one micro-batch."""
+        """Return the summed cross-entropy of one micro-batch."""
 
     def label_logits(self, batch: MicroBatch) -> Tensor:
-        """Logits at its label positions, (labels, vocabulary)."""
+        """Return the logits at its label positions, (labels, vocabulary)."""
 
 
 def evaluate(
@@ -56,12 +56,12 @@ def evaluate(
     data: Data,
     config: TrainConfig,
     world: World,
-) -> Scores:
+) -> EvalResult:
     """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
 
     Args:
         scorer: the model.
-        sampler: answers prompts with the same model.
+        generator: answers prompts with the same model.
         packing: how rows share a forward.
         data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
         config: the whole configuration.
@@ -71,31 +71,33 @@ def evaluate(
     if config.eval.max_rows is not None:
         rows = Rows(rows.tables, rows.indices[: config.eval.max_rows])
     metrics: dict[str, float] = {}
-    samples: list[Sample] = []
+    samples: list[EvalSample] = []
     answers: list[tuple[int, str, str]] = []
     with torch.no_grad():
         if "loss" in config.eval.metrics:
-            metrics |= _loss(scorer.loss_sum, packing, rows, world)
+            metrics |= _eval_loss(scorer.loss_sum, packing, rows, world)
         if "choice_accuracy" in config.eval.metrics:
             letters = letter_tokens(data.validation)  # of all rows: those that are scored may not have every letter
             limits, pad_id = packing.limits, packing.pad_id
             metrics["choice_accuracy"] = choice_accuracy(scorer.label_logits, rows, letters, limits, pad_id, world)
-        if written := [name for name in config.eval.metrics if name in SCORES]:
-            answers = _answers(generator, rows, config, world)
+        if written := [name for name in config.eval.metrics if name in TEXT_METRICS]:
+            answers = generate_answers(generator, rows, config, world)
         if answers:
             texts, references = [a for _, a, _ in answers], [r for _, _, r in answers]
-            metrics |= {name: SCORES[name](texts, references) for name in written}
+            metrics |= {name: TEXT_METRICS[name](texts, references) for name in written}
             shown = answers[: config.eval.samples]
             records = rows.examples([row for row, _, _ in shown])
             samples = [
-                Sample(generator.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
+                EvalSample(generator.decode(record["input_ids"][: record["prompt_length"]]), reference, answer)
                 for record, (_, answer, reference) in zip(records, shown, strict=True)
             ]
-    return Scores(metrics, samples)
+    return EvalResult(metrics, samples)
 
 
-def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows, world: World) -> dict[str, float]:
-    """Cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
+def _eval_loss(
+    loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows, world: World
+) -> dict[str, float]:
+    """Return the cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
     examples = rows.tokens(range(len(rows)))
     total = 0.0
     layout = packing.split(examples, world.world_size)
@@ -106,23 +108,29 @@ def _loss(loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def _answers(generator: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
-    """Each row that has a prompt, with the answer to it and its reference. Plain text has none: nothing is asked."""
+def generate_answers(generator: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+    """Generate an answer to each row that has a prompt (plain text has none). A collective.
+
+    Returns:
+        (row, answer, reference) of every such row, the same on all ranks.
+    """
     prompt_lengths = rows.prompt_lengths
-    asked = np.flatnonzero(prompt_lengths)
-    if not len(asked):
+    with_prompt = np.flatnonzero(prompt_lengths)
+    if not len(with_prompt):
         return []
     mine: dict[int, tuple[str, str]] = {}
-    for micro in split_padded(prompt_lengths[asked], world.world_size, Limits(config.eval.batch_size, 0))[world.rank]:
-        records = rows.examples(asked[micro] if micro else [])  # a few at a time: as Python objects, rows are big
+    for micro in split_padded(prompt_lengths[with_prompt], world.world_size, Limits(config.eval.batch_size, 0))[
+        world.rank
+    ]:
+        records = rows.examples(with_prompt[micro] if micro else [])  # a few at a time: as Python objects, rows are big
         prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
         # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
         answers: Sequence[list[int]] = generator.answer(prompts or [[generator.pad_id]])
         mine |= {
-            int(asked[i]): (generator.decode(answer).strip(), record["answer"].strip())
+            int(with_prompt[i]): (generator.decode(answer).strip(), record["answer"].strip())
             for i, answer, record in zip(micro, answers, records, strict=False)
         }
     merged: dict[int, tuple[str, str]] = {}
     for part in gather_objects(mine):
         merged |= part
-    return [(int(row), *merged[int(row)]) for row in asked]
+    return [(int(row), *merged[int(row)]) for row in with_prompt]

@@ -1,4 +1,4 @@
-"""Answers from a model: batched, padded on the left, greedy or sampled."""
+"""Generate answers with a model: batched, padded on the left, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from trainer.config.schema import GenerateConfig
 
 
 class Generator:
-    """Answers prompts given as token ids.
+    """Generates answers to prompts given as token ids.
 
     Args:
         model: a Hugging Face causal LM, wrapped by PEFT or not; under DeepSpeed the module inside the engine.
         tokenizer: its tokenizer.
-        keys: the ``generate`` group.
+        config: the ``generate`` group.
         end_ids: token ids that end an answer besides the model's own.
         device: where the prompts go.
-        lockstep: the ranks' forwards are collectives (ZeRO-3), so each goes on until all have finished.
+        lockstep: the ranks' forwards are collectives (ZeRO-3), so each continues until all have finished.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        keys: GenerateConfig,
+        config: GenerateConfig,
         end_ids: Sequence[int],
         device: torch.device,
         lockstep: bool = False,
@@ -38,23 +38,23 @@ class Generator:
         own = getattr(model.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*end_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
         # top_k is named because transformers would silently keep the 50 likeliest tokens only
-        sampling = {"temperature": keys.temperature, "top_p": keys.top_p, "top_k": 0} if keys.do_sample else {}
+        sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
         # so is the penalty, which some models bring along: greedy means the likeliest token and nothing else
         self.options = {
-            "max_new_tokens": keys.max_new_tokens,
-            "do_sample": keys.do_sample,
+            "max_new_tokens": config.max_new_tokens,
+            "do_sample": config.do_sample,
             "repetition_penalty": 1.0,
             **sampling,
         }
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[list[int]], streamer: Stream | None = None) -> list[list[int]]:
-        """The answers to some prompts, as token ids without the end token and without padding.
+    def answer(self, prompts: Sequence[list[int]], streamer: AnswerStreamer | None = None) -> list[list[int]]:
+        """Generate the answers to some prompts, as token ids without the end token and without padding.
 
         Args:
             prompts: token ids, at least one each; they are padded on the left, so that every answer begins right after
                 its prompt.
-            streamer: told each token as it comes; with one prompt only.
+            streamer: gets each token as it comes; with one prompt only.
         """
         width = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.int64)
@@ -72,20 +72,20 @@ class Generator:
             streamer=streamer,
             **self.options,
         )
-        return [self._until_end(row[width:].tolist()) for row in out]
+        return [self._cut_at_end(row[width:].tolist()) for row in out]
 
     def stream(self, prompt: list[int], write: Callable[[str], None]) -> tuple[str, str]:
-        """Answer one prompt, its text handed on as it comes.
+        """Answer one prompt and stream its text.
 
         Args:
             prompt: token ids.
-            write: told each new piece of the text; together they are the answer.
+            write: called with each new piece of the text; together they are the answer.
 
         Returns:
             The answer, and how it came to its end: ``end`` (by an end token), ``length`` (it was cut at
             ``generate.max_new_tokens``) or ``interrupted`` (Ctrl-C).
         """
-        streamer = Stream(self, write)
+        streamer = AnswerStreamer(self, write)
         try:
             self.answer([prompt], streamer)
         except KeyboardInterrupt:
@@ -94,21 +94,21 @@ class Generator:
         return streamer.shown, "end" if streamer.has_ended else "length"
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, control tokens left out."""
+        """Return the text of token ids, control tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _until_end(self, ids: list[int]) -> list[int]:
+    def _cut_at_end(self, ids: list[int]) -> list[int]:
         """Cut at the first end token; what stands behind it is padding."""
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         return ids[: ends[0]] if ends else ids
 
 
-class Stream(BaseStreamer):
-    """The text of one answer while its tokens come.
+class AnswerStreamer(BaseStreamer):
+    """Streams the text of one answer while its tokens come.
 
     Args:
-        sampler: whose end tokens close the answer.
-        write: told each new piece of the text.
+        generator: whose end tokens close the answer.
+        write: called with each new piece of the text.
 
     Attributes:
         shown: the text so far.
@@ -134,7 +134,7 @@ class Stream(BaseStreamer):
             self._show(text)
 
     def end(self) -> None:
-        """Hand on what was held back."""
+        """Write what was held back."""
         self._show(self.generator.decode(self._ids or []))
 
     def _show(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Accuracy on multiple choice by log-probability: which letter the model finds likeliest right behind the prompt."""
+"""Score multiple choice by log-probability: the letter that the model finds likeliest right behind the prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def choice_accuracy(
     pad_id: int,
     world: World,
 ) -> float:
-    """Share of rows whose right letter has the largest logit among the letters of the row's options.
+    """Return the share of rows whose right letter has the largest logit among the letters of the row's options.
 
     A collective. All options are weighed in one forward of the prompt, by their letters' first tokens.
 
     Args:
-        label_logits: logits at the label positions of a micro-batch, in evaluation mode.
-        rows: those that are multiple choice are asked.
+        label_logits: returns the logits at the label positions of a micro-batch, in evaluation mode.
+        rows: those that are multiple choice are scored.
         tokens: of the letters, by :func:`letter_tokens`.
         limits: of a forward.
         pad_id: fills padding.
@@ -39,29 +39,31 @@ def choice_accuracy(
         DataError: none is multiple choice.
     """
     choices, answers = rows.texts("choices"), rows.texts("answer")
-    asked = [row for row, letters in enumerate(choices) if letters]
-    if not asked:
+    with_choices = [row for row, letters in enumerate(choices) if letters]
+    if not with_choices:
         reason = f"none of the {len(rows)} rows that are scored has options"
         raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="a larger eval.max_rows")
     lengths = rows.prompt_lengths
-    prompts = [_prompt(example, lengths[row]) for row, example in zip(asked, rows.tokens(asked), strict=True)]
-    packing, right = Packing(False, limits, pad_id), 0
+    prompts = [
+        _prompt(example, lengths[row]) for row, example in zip(with_choices, rows.tokens(with_choices), strict=True)
+    ]
+    packing, correct = Packing(False, limits, pad_id), 0
     layout = packing.split(prompts, world.world_size)
     micros = layout.micros[world.rank]
-    for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, asked), strict=True):
+    for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, with_choices), strict=True):
         logits = label_logits(batch.to(world.device))
         for place, row in enumerate(micro):
-            letters = choices[asked[row]]
+            letters = choices[with_choices[row]]
             found = logits[place, [tokens[letter] for letter in letters]].float()
-            right += letters[int(found.argmax())] == answers[asked[row]]
-    (total,) = sum_over_ranks([float(right)], world.device)
-    return total / len(asked)
+            correct += letters[int(found.argmax())] == answers[with_choices[row]]
+    (total,) = sum_over_ranks([float(correct)], world.device)
+    return total / len(with_choices)
 
 
 def letter_tokens(rows: Rows) -> dict[str, int]:
-    """Each letter's token right behind a prompt, read off the rows whose answer it is.
+    """Return each letter's token right behind a prompt, read off the rows whose answer it is.
 
-    So that a template's space or line break before the answer is in it.
+    So a template's space or line break before the answer is in it.
 
     Raises:
         DataError: no row has options, a letter that is an option is nowhere the answer, or letters share a token.
@@ -85,7 +87,7 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
 
 
 def _prompt(example: Tokens, length: int) -> Tokens:
-    """The prompt and the answer's first token, of which only that is a label: its position's logits are wanted."""
+    """Return the prompt and the answer's first token, the only one in the loss: its position's logits are wanted."""
     loss_mask = np.zeros(length + 1, dtype=bool)
     loss_mask[-1] = True
     return Tokens(example.ids[: length + 1], loss_mask)

@@ -1,4 +1,4 @@
-"""How near written answers are to their references: scores between 0 and 1."""
+"""Score generated answers against their references: text metrics between 0 and 1."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that are their reference to the letter."""
+    """Return the share of answers that are their reference to the letter."""
     return sum(a == r for a, r in zip(answers, references, strict=True)) / len(answers)
 
 
 def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the words of answer and reference as bags, as in SQuAD (Rajpurkar et al., 2016): letter case,
-    punctuation and English articles do not count."""
+    """Return the mean F1 of the words of answer and reference as bags, as in SQuAD (Rajpurkar et al., 2016): letter
+    case, punctuation and English articles do not count."""
     return sum(_f1(_words(a), _words(r)) for a, r in zip(answers, references, strict=True)) / len(answers)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F-measure (Lin, 2004), with stemming, by ``rouge-score``."""
+    """Return the mean ROUGE-L F-measure (Lin, 2004), with stemming, by ``rouge-score``."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -28,7 +28,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """chrF2 of the whole corpus (Popović, 2015), by ``sacrebleu``, divided by 100."""
+    """Return chrF2 of the whole corpus (Popović, 2015), by ``sacrebleu``, divided by 100."""
     from sacrebleu.metrics import CHRF
 
     return float(CHRF().corpus_score(list(answers), [list(references)]).score) / 100
@@ -47,7 +47,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
     return 2 * common / (len(answer) + len(reference))
 
 
-SCORES: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+TEXT_METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "exact_match": exact_match,
     "f1": token_f1,
     "rouge_l": rouge_l,

@@ -26,7 +26,7 @@ from trainer.distributed.process_group import World, gather_objects, sum_over_ra
 from trainer.engine.engine import Engine, Update
 from trainer.engine.meter import Meter
 from trainer.errors import TrainingError
-from trainer.evaluation.evaluate import Scores, evaluate
+from trainer.evaluation.evaluate import EvalResult, evaluate
 from trainer.evaluation.generator import Generator
 from trainer.tracking.tracker import Tracker
 from trainer.training.monitor import Decision, EvalMonitor
@@ -147,7 +147,7 @@ class Loop:
             record["loss_scale"] = self.engine.loss_scale
         return StepResult(record, stop_requested)
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> EvalResult:
         """Score the held-out rows and show samples. A collective."""
         self.engine.eval()
         scores = evaluate(self.engine, self.generator, self.packing, self.data, self.config, self.world)

@@ -6,23 +6,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.evaluation.text_metrics import SCORES, chrf, exact_match, rouge_l, token_f1
+from trainer.evaluation.text_metrics import TEXT_METRICS, chrf, exact_match, rouge_l, token_f1
 
 texts = st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", TEXT_METRICS)
 @settings(max_examples=30, deadline=None)
 @given(pairs=texts)
 def test_scores_are_between_0_and_1(name: str, pairs: list[tuple[str, str]]) -> None:
-    assert 0 <= SCORES[name]([a for a, _ in pairs], [r for _, r in pairs]) <= 1 + 1e-9
+    assert 0 <= TEXT_METRICS[name]([a for a, _ in pairs], [r for _, r in pairs]) <= 1 + 1e-9
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", TEXT_METRICS)
 def test_a_reference_is_its_own_best_answer(name: str) -> None:
     said = ["the cat sat on the mat", "no"]
-    assert SCORES[name](said, said) == pytest.approx(1)
-    assert SCORES[name](["x", "y"], said) < 0.2
+    assert TEXT_METRICS[name](said, said) == pytest.approx(1)
+    assert TEXT_METRICS[name](["x", "y"], said) < 0.2
 
 
 def test_known_values() -> None:
