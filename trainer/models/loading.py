@@ -1,4 +1,4 @@
-"""Base models and tokenizers: load dense, in 8 bits or in 4, with the right dtype and attention kernel."""
+"""Load base models and tokenizers: dense, in 8 bits or in 4, in the dtype of mixed precision, with the trie kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dtype:
-    """The dtype of forward and backward.
+    """Choose the dtype of forward and backward: of mixed precision in bf16 or fp16, or fp32 throughout.
+
+    Under mixed precision the optimizer still steps in fp32: ZeRO 1 to 3 keep fp32 masters of the 16-bit weights, and
+    under stage 0 what is trained is fp32 itself, with autocast.
 
     Args:
         name: ``model.dtype``; ``auto`` is bf16 where the hardware multiplies it, else fp16 on GPU and fp32 on CPU.
@@ -54,14 +57,14 @@ def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dty
 
 
 def _cpu_multiplies_bf16() -> bool:
-    """Whether matrix products in bf16 are done by the hardware (AVX512-BF16, AMX or Arm's BF16)."""
+    """Return whether matrix products in bf16 are done by the hardware (AVX512-BF16, AMX or Arm's BF16)."""
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_tokenizer(folder: str, model: ModelConfig) -> Any:
-    """The model's tokenizer; padding falls back to the end token, which is safe because labels go by position.
+    """Load the model's tokenizer; padding falls back to the end token, which is safe because labels go by position.
 
     Raises:
         ModelError: it cannot be found or read.
@@ -88,10 +91,10 @@ def load_model(
     zero_stage: int,
     device_map: str | None = None,
 ) -> nn.Module:
-    """The base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
+    """Load the base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
 
     Args:
-        folder: a local folder or hub id (``fetch.resolve`` has been applied).
+        folder: a local folder or hub id (``embedded.resolve`` has been applied).
         model: the ``model`` group.
         method: the ``method`` group: its ``bits`` and quantisation.
         dtype: of weights and arithmetic.
@@ -108,7 +111,7 @@ def load_model(
     if model.attention != "auto":
         extra["attn_implementation"] = model.attention
     if method.bits < 16:
-        extra["quantization_config"] = quantization(method, dtype, zero_stage)
+        extra["quantization_config"] = quantization_config(method, dtype, zero_stage)
         extra["device_map"] = {"": str(device)}
     if device_map is not None:
         extra["device_map"] = device_map
@@ -126,7 +129,7 @@ def load_model(
     patch_rms_norms(loaded)
     _keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
-        head.register_forward_pre_hook(_contiguous)
+        head.register_forward_pre_hook(_make_input_contiguous)
     if model.attention in ("auto", "sdpa"):
         use_trie_kernel(loaded)
     if model.gradient_checkpointing:
@@ -134,17 +137,19 @@ def load_model(
     return loaded
 
 
-def _contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Generation asks for the logits of the last positions, a slice with gaps. torch would copy the whole vocabulary
-    matrix for each row of it: most of the time of a prefill of 32 rows on CPU, and gigabytes."""
+def _make_input_contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the output layer's input where it has gaps, as in generation: a slice of the last positions.
+
+    torch would copy the whole vocabulary matrix for each row of it: most of the time of a prefill of 32 rows on CPU,
+    and gigabytes."""
     return (args[0].contiguous(), *args[1:]) if args else args
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
-    """bitsandbytes repacks 4-bit weights for a fast CPU kernel at the first forward in evaluation mode, and never back.
+    """Keep bitsandbytes from repacking 4-bit weights for a fast CPU kernel at the first forward in evaluation mode.
 
-    That kernel has no backward: after one evaluation, training would go on without the gradient that flows through the
-    base, and would say nothing.
+    It never packs them back, and that kernel has no backward: after one evaluation, training would silently continue
+    without the gradient that flows through the base.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -152,7 +157,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 
 def use_trie_kernel(model: Any) -> None:
-    """Let the model attend by the kernel that knows tries and is SDPA elsewhere, where its architecture can.
+    """Set the model's attention to the trie kernel, SDPA outside of a trie, where its architecture can.
 
     A model whose authors want no SDPA (soft-capped scores, attention sinks) keeps the kernel that they chose.
     """
@@ -163,8 +168,8 @@ def use_trie_kernel(model: Any) -> None:
         model.set_attn_implementation(KERNEL)
 
 
-def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> Any:
-    """bitsandbytes' configuration: LLM.int8 (Dettmers et al., 2022) or 4 bits (QLoRA, Dettmers et al., 2023)."""
+def quantization_config(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> Any:
+    """Build bitsandbytes' configuration: LLM.int8 (Dettmers et al., 2022) or 4 bits (QLoRA, Dettmers et al., 2023)."""
     from transformers import BitsAndBytesConfig
 
     if method.bits == 8:
@@ -175,11 +180,11 @@ def quantization(method: MethodConfig, dtype: torch.dtype, zero_stage: int) -> A
         bnb_4bit_quant_type=method.quant_type,
         bnb_4bit_use_double_quant=method.double_quant,
         bnb_4bit_compute_dtype=DTYPES.get(method.compute_dtype, dtype),
-        bnb_4bit_quant_storage=_storage(method.quant_storage, dtype, zero_stage),
+        bnb_4bit_quant_storage=_quant_storage_dtype(method.quant_storage, dtype, zero_stage),
     )
 
 
-def _storage(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
+def _quant_storage_dtype(wanted: str, dtype: torch.dtype, zero_stage: int) -> torch.dtype:
     if wanted == "auto":
         return dtype if zero_stage == 3 else torch.uint8
     return torch.uint8 if wanted == "uint8" else DTYPES[wanted]
