@@ -90,9 +90,9 @@ def merge(
     print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
     allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
     print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
-    print(f"likeliest token: the same at {100 * result.same_choice:.1f} % of the positions")
-    if result.trained_distance is not None:
-        print(f"trained on a quantised base: {result.trained_distance:.1e} from the adapter there")
+    print(f"likeliest token: the same at {100 * result.top_token_agreement:.1f} % of the positions")
+    if result.training_distance is not None:
+        print(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
     print(f"merged: {to}")
 
 

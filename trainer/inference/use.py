@@ -27,7 +27,7 @@ from trainer.evaluation.generator import Generator
 from trainer.inference.run_model import Loaded, load_run, run_config
 from trainer.kernels.label_loss import LabelLoss
 from trainer.merge.card import model_card
-from trainer.merge.merge import Merged, answers, check_mergeable, merge
+from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
 from trainer.models.loading import load_model, load_tokenizer
 
 MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
@@ -90,7 +90,7 @@ def _score(loaded: Loaded, name: str, data: Data) -> dict[str, float]:
     return evaluate(PlainScorer(model), generator, packing, data, config, loaded.world).metrics
 
 
-def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
+def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult:
     """Merge a run's adapter into its base, in 16 bits (or as ``model.dtype`` says), and prove it.
 
     Args:
@@ -105,10 +105,10 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
     check_mergeable(config)
     tokenizer = load_tokenizer(str(run / "adapter"), config.model)
     prompts = _prompts(config, tokenizer)
-    trained = None
+    reference_logits = None
     if config.method.bits < 16:
         quantised = load_run(run, overrides)
-        trained = answers(quantised.model, prompts)
+        reference_logits = logits_at_positions(quantised.model, prompts)
         del quantised
         gc.collect()
     summary = json.loads((run / "summary.json").read_text())
@@ -125,7 +125,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> Merged:
         to,
         reload,
         lambda result: model_card(config, summary, result),
-        trained,
+        reference_logits,
     )
 
 

@@ -1,4 +1,4 @@
-"""The model card of a merged model."""
+"""Write the model card of a merged model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
-from trainer.merge.merge import Merged
+from trainer.merge.merge import MergeResult
 
 
-def model_card(config: TrainConfig, summary: dict[str, Any], result: Merged) -> str:
-    """What the folder holds, where it comes from, and the figures of the run and of the merge.
+def model_card(config: TrainConfig, summary: dict[str, Any], result: MergeResult) -> str:
+    """Return the card as Markdown: what the folder holds, where it comes from, the figures of run and merge.
 
     Args:
         config: the run's.
@@ -35,17 +35,17 @@ def model_card(config: TrainConfig, summary: dict[str, Any], result: Merged) -> 
         "plain model now: `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read this folder.",
         "",
         f"Data: `{_names(config.data.path)}`, {summary.get('steps')} updates of {config.batch.global_size} examples, "
-        f"learnt: {config.data.train_on}, seed {config.run.seed}.",
+        f"loss on: {config.data.train_on}, seed {config.run.seed}.",
         *_scores(summary),
         "",
         "## How the merge was proved",
         "",
         *_proofs(result),
     ]
-    if result.trained_distance is not None:
+    if result.training_distance is not None:
         lines.append(
             f"- The adapter was trained on the base in {method.bits} bits and merged into the base in 16 bits: the "
-            f"merged model's logits are {result.trained_distance:.1e} from those in training."
+            f"merged model's logits are {result.training_distance:.1e} from those in training."
         )
     return "\n".join(lines) + "\n"
 
@@ -56,14 +56,14 @@ def _scores(summary: dict[str, Any]) -> list[str]:
     return ["", "| score on held-out rows | |", "|---|---|", *rows] if rows else []
 
 
-def _proofs(result: Merged) -> list[str]:
+def _proofs(result: MergeResult) -> list[str]:
     return [
         f"- Each of {result.layers} folded layers does in fp32, on random inputs, what it did with its adapter.",
         f"- Read back from disk, all {result.tensors} tensors are to the bit what was folded.",
         f"- On {result.prompts} prompts its logits are {result.distance:.1e} (relative, Frobenius) from the live "
         f"adapter's, where {result.bound:.1e} is allowed; those of the base without the adapter are "
-        f"{result.base_distance:.1e} from them. The likeliest token is the same at {100 * result.same_choice:.1f} % of "
-        "the positions.",
+        f"{result.base_distance:.1e} from them. The likeliest token is the same at "
+        f"{100 * result.top_token_agreement:.1f} % of the positions.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Adapters folded into the weights that they stand beside: layer by layer in fp32, each proved on random inputs."""
+"""Fold adapters into the weights that they stand beside: layer by layer in fp32, each verified on random inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBES = 8  # random inputs a layer, as wide as its own; of an embedding so many
 # what the adapter does to them. When all is right the order of sums is left: 3e-7 of the outputs (576 wide) to 8e-7
 # (14336 wide) were measured, by LoRA, DoRA, AdaLoRA and IA3. A scale that is off by 1 % is found wherever the adapter
 # moves the outputs by more than 4e-4 of themselves; rounding the weights to bf16 alone moves them by 1e-3.
-ROUNDING, MISTAKE = 3e-6, 1e-3
+OUTPUT_TOLERANCE, EFFECT_TOLERANCE = 3e-6, 1e-3
 
 
 def fold(model: Any) -> tuple[nn.Module, int]:
@@ -44,14 +44,14 @@ def fold(model: Any) -> tuple[nn.Module, int]:
 
 
 def _fold_layer(name: str, layer: Any) -> None:
-    held = [(p, p.data) for p in layer.parameters() if p.is_floating_point()]
-    for parameter, own in held:
+    stored = [(p, p.data) for p in layer.parameters() if p.is_floating_point()]
+    for parameter, own in stored:
         parameter.data = own.float()
-    base, probe = layer.get_base_layer(), _probe(layer)
+    base, probe = layer.get_base_layer(), _random_inputs(layer)
     before, live = _outputs(layer, base, probe), _outputs(layer, layer, probe)
     layer.merge()
-    _check(name, before, live, _outputs(layer, base, probe))
-    for parameter, own in held:
+    _check_fold(name, before, live, _outputs(layer, base, probe))
+    for parameter, own in stored:
         own.copy_(parameter.data)
         parameter.data = own
         if not torch.isfinite(own).all():
@@ -59,8 +59,8 @@ def _fold_layer(name: str, layer: Any) -> None:
             raise CheckpointError(name, reason=reason, hint="model.dtype=bf16, or serve the adapter beside the base")
 
 
-def _probe(layer: Any) -> Tensor:
-    """Inputs that no part of the weights answers with nothing."""
+def _random_inputs(layer: Any) -> Tensor:
+    """Return random inputs, which every part of the weights has an effect on."""
     draw = torch.Generator().manual_seed(0)
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
@@ -71,33 +71,33 @@ def _probe(layer: Any) -> Tensor:
     return torch.randn(PROBES, layer.in_features, generator=draw).to(base.weight.device)
 
 
-def _outputs(layer: Any, of: Any, probe: Tensor) -> Tensor:
-    """What the layer with its adapter, or its base alone, gives for the probe.
+def _outputs(layer: Any, part: Any, probe: Tensor) -> Tensor:
+    """Return the probe's outputs of the layer with its adapter, or of its base alone.
 
     A parameter of more than two dimensions (experts) has no forward of its own: its products with the probe.
     """
     if not isinstance(layer, ParamWrapper):
-        return of(probe).clone()
-    if of is not layer:
+        return part(probe).clone()
+    if part is not layer:
         return layer.get_param() @ probe
     with layer._activate_lora(layer.active_adapters):
         return getattr(layer.get_base_layer(), layer.parameter_name) @ probe
 
 
-def _check(name: str, before: Tensor, live: Tensor, folded: Tensor) -> None:
-    apart, effect = float((folded - live).norm()), float((live - before).norm())
-    bound = ROUNDING * max(float(before.norm()), float(live.norm())) + MISTAKE * effect
-    if not apart <= bound:
+def _check_fold(name: str, before: Tensor, live: Tensor, folded: Tensor) -> None:
+    distance, effect = float((folded - live).norm()), float((live - before).norm())
+    bound = OUTPUT_TOLERANCE * max(float(before.norm()), float(live.norm())) + EFFECT_TOLERANCE * effect
+    if not distance <= bound:
         raise CheckpointError(
             name,
-            reason=f"folded, it is {apart / max(effect, 1e-30):.1e} of what its adapter does from the layer with its "
-            f"adapter, in fp32 on random inputs; {bound / max(effect, 1e-30):.1e} is allowed",
+            reason=f"folded, it is {distance / max(effect, 1e-30):.1e} of what its adapter does from the layer with "
+            f"its adapter, in fp32 on random inputs; {bound / max(effect, 1e-30):.1e} is allowed",
             hint="serve the adapter beside the base",
         )
 
 
 def _untie(model: Any) -> None:
-    """An adapted embedding must not take the output layer along that it shares its weights with."""
+    """Untie an adapted embedding from the output layer, which must not change with it."""
     base = model.get_base_model()
     inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
     if outer is None or not any(isinstance(layer, BaseTunerLayer) for layer in (inner, outer)):

@@ -1,4 +1,4 @@
-"""A merge that is proved: adapter into base, written, read back from disk, compared with the live adapter, or deleted.
+"""Merge an adapter into its base and verify it: write, read back from disk, compare with the live adapter, or delete.
 
 Three proofs, from the sharpest to the widest. Each folded layer does in fp32 what it did with its adapter (``fold``).
 What is read back from disk is to the bit what was folded. And the merged model answers real prompts as the live one
@@ -30,16 +30,16 @@ from trainer.errors import CheckpointError
 from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold
 
-SHARD = "2GB"  # of weights a file
-POSITIONS = 32  # of each prompt whose logits are compared; all its tokens have a part in them
+SHARD_SIZE = "2GB"  # of weights a file
+MAX_POSITIONS = 32  # of each prompt whose logits are compared; all its tokens have a part in them
 # Relative distance (Frobenius) of all logits. In fp32 what is left is the order of sums; in 16 bits each merged weight
 # is rounded once, where the live adapter adds its own small output to the base's.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+MAX_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Where the adapter moves the logits by more than rounding may, the merged model must be nearer to the live one than the
 # base is by this factor. In bf16 any change of a weight, however small, moves the logits by 2e-2 to 3e-2 (SmolLM2-135M,
 # adapters of every strength; a random Llama of 22 layers): a right merge then has at most 0.6 of the base's distance,
 # one that left the adapter out all of it. An adapter that moves them less is told from the base by the other proofs.
-NEARER = 0.7
+BASE_DISTANCE_FACTOR = 0.7
 NOT_MERGEABLE = {
     "bottleneck": "its layers are not linear, and no weight of the base can do what they do",
     "prompt": "its virtual tokens stand before the rows, and no weight of the base can do what they do",
@@ -49,28 +49,28 @@ NOT_MERGEABLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge was found to be.
+class MergeResult:
+    """The figures that a merge was verified by.
 
     Attributes:
         distance: relative distance of the logits, merged from disk against live on the base in 16 bits.
-        bound: what was allowed.
+        bound: the largest distance that is allowed.
         base_distance: the same for the base without the adapter against live: what the adapter does.
-        same_choice: share of positions at which both find the same token likeliest.
+        top_token_agreement: share of positions at which both find the same token likeliest.
         prompts: how many were answered.
         layers: how many were folded, each proved in fp32.
         tensors: how many were read back from disk and were to the bit what was folded.
-        trained_distance: merged against the live adapter on the base as it was trained on, when that was quantised.
+        training_distance: merged against the live adapter on the quantised base that it was trained on, if it was.
     """
 
     distance: float
     bound: float
     base_distance: float
-    same_choice: float
+    top_token_agreement: float
     prompts: int
     layers: int
     tensors: int
-    trained_distance: float | None = None
+    training_distance: float | None = None
 
 
 def check_mergeable(config: TrainConfig) -> None:
@@ -81,8 +81,8 @@ def check_mergeable(config: TrainConfig) -> None:
         raise CheckpointError("run", value=title, reason=f"cannot be merged: {why}", hint=hint)
 
 
-def answers(model: Any, prompts: Sequence[list[int]]) -> list[Tensor]:
-    """Logits of up to POSITIONS positions of every prompt, evenly spread, the last one with them.
+def logits_at_positions(model: Any, prompts: Sequence[list[int]]) -> list[Tensor]:
+    """Return the logits of up to MAX_POSITIONS positions of every prompt, evenly spread, the last one with them.
 
     Returns:
         for each prompt (positions, vocabulary) on the CPU, in the model's own dtype: nothing is lost, and no memory.
@@ -92,25 +92,26 @@ def answers(model: Any, prompts: Sequence[list[int]]) -> list[Tensor]:
     with torch.no_grad():
         for prompt in prompts:
             logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits[0]
-            spread = torch.linspace(0, len(prompt) - 1, min(POSITIONS, len(prompt)), device=device)
+            spread = torch.linspace(0, len(prompt) - 1, min(MAX_POSITIONS, len(prompt)), device=device)
             found.append(logits[spread.round().long()].cpu())
     return found
 
 
-def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """Relative Frobenius distance of all logits put together; share of positions with the same likeliest token."""
-    apart = whole = 0.0
+def relative_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the relative Frobenius distance of all logits put together, and the share of positions with the same
+    likeliest token."""
+    difference = norm = 0.0
     same = count = 0
     for one, other in zip(found, expected, strict=True):
-        apart += float((one.float() - other.float()).square().sum())
-        whole += float(other.float().square().sum())
+        difference += float((one.float() - other.float()).square().sum())
+        norm += float(other.float().square().sum())
         same, count = same + int((one.argmax(-1) == other.argmax(-1)).sum()), count + len(one)
-    value = (apart / max(whole, 1e-30)) ** 0.5
+    value = (difference / max(norm, 1e-30)) ** 0.5
     return (value if value == value else float("inf")), same / count
 
 
-def digests(model: nn.Module) -> dict[str, str]:
-    """A digest of each tensor's dtype, shape and bits, by its name in the state dict."""
+def state_digests(model: nn.Module) -> dict[str, str]:
+    """Return a digest of each tensor's dtype, shape and bits, by its name in the state dict."""
 
     def digest(tensor: Tensor) -> str:
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -121,22 +122,22 @@ def digests(model: nn.Module) -> dict[str, str]:
         return dict(zip(state, pool.map(digest, state.values()), strict=True))
 
 
-def bytes_held(model: nn.Module) -> Counter[torch.dtype]:
-    """Bytes of the state dict by dtype, what is tied counted once."""
+def bytes_in_memory(model: nn.Module) -> Counter[torch.dtype]:
+    """Return the bytes of the state dict by dtype, what is tied counted once."""
     own = {(t.data_ptr(), t.shape): t for t in model.state_dict().values() if t.numel()}
-    return _bytes(own.values())
+    return _bytes_by_dtype(own.values())
 
 
-def bytes_written(folder: Path) -> Counter[torch.dtype]:
-    """Bytes of weights in a folder's safetensors, by dtype."""
+def bytes_on_disk(folder: Path) -> Counter[torch.dtype]:
+    """Return the bytes of weights in a folder's safetensors, by dtype."""
     found: Counter[torch.dtype] = Counter()
     for shard in folder.glob("*.safetensors"):
         with safe_open(str(shard), framework="pt") as file:
-            found += _bytes(file.get_tensor(name) for name in file.keys())  # noqa: SIM118  it is no dict
+            found += _bytes_by_dtype(file.get_tensor(name) for name in file.keys())  # noqa: SIM118  it is no dict
     return found
 
 
-def _bytes(tensors: Any) -> Counter[torch.dtype]:
+def _bytes_by_dtype(tensors: Any) -> Counter[torch.dtype]:
     found: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         found[tensor.dtype] += tensor.nbytes
@@ -149,10 +150,10 @@ def merge(
     prompts: Sequence[list[int]],
     to: Path,
     reload: Callable[[Path, torch.dtype], Any],
-    card: Callable[[Merged], str],
-    trained: Sequence[Tensor] | None = None,
-) -> Merged:
-    """Merge, write, read back, compare; what does not compare is deleted.
+    card: Callable[[MergeResult], str],
+    reference_logits: Sequence[Tensor] | None = None,
+) -> MergeResult:
+    """Merge, write, read back and compare; delete what does not compare.
 
     Args:
         load_live: loads the base with its adapter; loaded here, so that its memory can go again.
@@ -161,34 +162,37 @@ def merge(
         to: the folder that is made; it must not be there.
         reload: reads the merged model from a folder, in a dtype.
         card: the model card, as Markdown.
-        trained: what :func:`answers` gave for the live adapter on the quantised base it was trained on.
+        reference_logits: what :func:`logits_at_positions` gave for the live adapter on the quantised base that
+            it was trained on.
 
     Raises:
-        CheckpointError: a folded layer, what is on disk, or its answers are not what they were, or ``to`` is there.
+        CheckpointError: a folded layer, what is on disk, or its logits are not what they were, or ``to`` is there.
     """
     if to.exists():
         raise CheckpointError(str(to), reason="is there already", hint="another folder")
     model = load_live()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    expected = answers(model, prompts)
+    expected = logits_at_positions(model, prompts)
     with model.disable_adapter():
-        of_base = distance(answers(model, prompts), expected)[0]
+        base_distance = relative_distance(logits_at_positions(model, prompts), expected)[0]
     folded, layers = fold(model)
     del model
     with partial_folder(to) as partial:
-        known, held = digests(folded), bytes_held(folded)
+        known, held = state_digests(folded), bytes_in_memory(folded)
         _write(folded, tokenizer, partial)
         del folded
         gc.collect()
         give_back_memory(torch.device("cpu"))
         again = reload(partial, dtype)
         _check_written(partial, again, known, held)
-        found = answers(again, prompts)
-        apart, same = distance(found, expected)
-        allowed = _allowed(dtype, of_base)
-        _check_answers(to, apart, of_base, allowed)
-        from_trained = None if trained is None else distance(found, trained)[0]
-        result = Merged(apart, allowed, of_base, same, len(prompts), layers, len(known), from_trained)
+        found = logits_at_positions(again, prompts)
+        distance, agreement = relative_distance(found, expected)
+        bound = _distance_bound(dtype, base_distance)
+        _check_logits(to, distance, base_distance, bound)
+        training_distance = None if reference_logits is None else relative_distance(found, reference_logits)[0]
+        result = MergeResult(
+            distance, bound, base_distance, agreement, len(prompts), layers, len(known), training_distance
+        )
         (partial / "README.md").write_text(card(result))
         commit_folder(partial, to)
     return result
@@ -196,34 +200,35 @@ def merge(
 
 def _write(folded: Any, tokenizer: Any, folder: Path) -> None:
     folded.config.use_cache = True  # it is off in training
-    folded.save_pretrained(str(folder), max_shard_size=SHARD)
+    folded.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(str(folder))
 
 
 def _check_written(folder: Path, again: nn.Module, known: dict[str, str], held: Counter[torch.dtype]) -> None:
-    """Read by whoever will read it, for on disk some models name and cut their tensors otherwise; and, since a reader
-    casts what has another dtype and passes over what it does not know, as many bytes of each dtype as were held."""
-    found = digests(again)
+    """Compare what is on disk with what was folded: the tensors as read by transformers, for on disk some models name
+    and cut them otherwise; and, since a reader casts what has another dtype and passes over what it does not know, the
+    bytes of each dtype."""
+    found = state_digests(again)
     odd = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
     if odd:
         reason = f"read back from disk, {len(odd)} of {len(known)} tensors are not what was folded; deleted"
         raise CheckpointError(f"{folder.name} {odd[0]}", reason=reason, hint="check the disk")
-    if (written := bytes_written(folder)) != held:
-        reason = f"holds {_shown(written)} of weights, where {_shown(held)} were folded; deleted"
+    if (written := bytes_on_disk(folder)) != held:
+        reason = f"holds {_describe_bytes(written)} of weights, where {_describe_bytes(held)} were folded; deleted"
         raise CheckpointError(folder.name, reason=reason, hint="check the disk")
 
 
-def _shown(found: Counter[torch.dtype]) -> str:
+def _describe_bytes(found: Counter[torch.dtype]) -> str:
     return ", ".join(f"{count} bytes of {str(dtype).removeprefix('torch.')}" for dtype, count in found.items())
 
 
-def _allowed(dtype: torch.dtype, of_base: float) -> float:
-    bound = BOUNDS[dtype]
-    return bound if of_base <= bound else min(bound, NEARER * of_base)
+def _distance_bound(dtype: torch.dtype, base_distance: float) -> float:
+    bound = MAX_DISTANCE[dtype]
+    return bound if base_distance <= bound else min(bound, BASE_DISTANCE_FACTOR * base_distance)
 
 
-def _check_answers(to: Path, apart: float, of_base: float, allowed: float) -> None:
-    if not apart <= allowed:
-        reason = f"the merged model's logits are {apart:.1e} from the live adapter's, {allowed:.1e} is allowed "
-        reason += f"(the base's without it are {of_base:.1e}); deleted"
+def _check_logits(to: Path, distance: float, base_distance: float, bound: float) -> None:
+    if not distance <= bound:
+        reason = f"the merged model's logits are {distance:.1e} from the live adapter's, {bound:.1e} is allowed "
+        reason += f"(the base's without it are {base_distance:.1e}); deleted"
         raise CheckpointError(str(to), reason=reason, hint="model.dtype=fp32, or serve the adapter beside the base")

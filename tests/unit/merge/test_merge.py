@@ -24,7 +24,7 @@ from trainer.config import load
 from trainer.config.method import MethodConfig
 from trainer.errors import CheckpointError
 from trainer.merge.card import model_card
-from trainer.merge.merge import Merged, answers, check_mergeable, digests, merge
+from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge, state_digests
 from trainer.methods import attach, load_adapter, save_adapter, trainable_parameters
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 40))]
@@ -49,12 +49,12 @@ def reload(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
 
 
-def card(result: Merged) -> str:
+def card(result: MergeResult) -> str:
     return f"{result.distance}"
 
 
 def adapted(model: Any, dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
-    """An adapter that does much, as if learnt."""
+    """An adapter that does much, as if trained."""
     return spread(attach(cast(model, dtype), MethodConfig(**{"r": 4, **keys}), seed=0))
 
 
@@ -116,12 +116,12 @@ def test_a_merged_model_answers_as_the_live_one(name: str, tmp_path: Path) -> No
     model, start = learnt(MethodConfig(**KINDS[name]))
     save_adapter(model, tmp_path / "a", {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     live = load_adapter(base(), tmp_path / "a").eval()
-    expected = answers(live, PROMPTS)
+    expected = logits_at_positions(live, PROMPTS)
     result = merge(lambda: live, Plain(), PROMPTS, tmp_path / "merged", reload, card)
     assert result.distance < 1e-5 < 1e-3 < result.base_distance
-    assert result.same_choice == 1.0
+    assert result.top_token_agreement == 1.0
     plain = reload(tmp_path / "merged")
-    for one, other in zip(answers(plain, PROMPTS), expected, strict=True):
+    for one, other in zip(logits_at_positions(plain, PROMPTS), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert {f.name for f in (tmp_path / "merged").iterdir()} >= {"README.md", "tokenizer.json", "config.json"}
     assert not (tmp_path / "merged.partial").exists()
@@ -234,10 +234,10 @@ def test_what_16_bits_have_no_room_for_is_found(tmp_path: Path) -> None:
 
 
 def test_an_adapted_embedding_is_untied_from_the_output_layer(tmp_path: Path) -> None:
-    before = digests(tied())["lm_head.weight"]
-    assert before == digests(tied())["transformer.wte.weight"]
+    before = state_digests(tied())["lm_head.weight"]
+    assert before == state_digests(tied())["transformer.wte.weight"]
     merge(lambda: LIVE["embedding"](torch.float32), Plain(), PROMPTS, tmp_path / "merged", reload, card)
-    after = digests(reload(tmp_path / "merged"))
+    after = state_digests(reload(tmp_path / "merged"))
     assert after["lm_head.weight"] == before != after["transformer.wte.weight"]
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
 
@@ -277,7 +277,7 @@ def test_the_card_tells_data_method_and_figures() -> None:
     config = load(["experiment=demo", "method.r=8"])
     config.data.path = "/somewhere/secret/rows.jsonl"
     summary = {"steps": 12, "metrics": {"eval_loss": 1.25}}
-    found = model_card(config, summary, Merged(1e-2, 5e-2, 0.3, 0.98, 16, layers=7, tensors=21))
+    found = model_card(config, summary, MergeResult(1e-2, 5e-2, 0.3, 0.98, 16, layers=7, tensors=21))
     for told in (
         "rows.jsonl",
         "LoRA, r = 8",
@@ -290,7 +290,7 @@ def test_the_card_tells_data_method_and_figures() -> None:
     ):
         assert told in found
     assert "secret" not in found
-    assert "score" not in model_card(config, {"steps": 1, "metrics": {}}, Merged(0, 1, 0, 1, 1, 1, 1))
+    assert "score" not in model_card(config, {"steps": 1, "metrics": {}}, MergeResult(0, 1, 0, 1, 1, 1, 1))
 
 
 MEMORY = """
