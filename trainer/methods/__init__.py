@@ -1,4 +1,4 @@
-"""What is trained: attach adapters or free all weights, count them, save and load them."""
+"""Attach, count, save and load what is trained: adapters of every method, or all weights."""
 
 from trainer.methods.attach import attach, is_prompt_learning, virtual_tokens
 from trainer.methods.load import is_adapter, load_adapter

@@ -1,4 +1,4 @@
-"""Put the trained parameters on a model."""
+"""Attach the trainable parameters to a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trainer.methods.warm_start import warm_start
 def attach(
     model: nn.Module, method: MethodConfig, seed: int, total_steps: int = 1, text_ids: list[int] | None = None
 ) -> nn.Module:
-    """Freeze what is not trained and add what is, as fresh adapters or with the values of ``method.adapter``.
+    """Freeze the base and add the trainable parameters: fresh, or with the values of ``method.adapter`` (warm start).
 
     Args:
         model: the base model.
         method: the ``method`` group, checked.
-        seed: the adapters' start is drawn from it, the same on every rank.
+        seed: the adapters are initialised by it, the same on every rank.
         total_steps: updates of the whole run, which AdaLoRA's times follow from.
         text_ids: tokens of ``method.init_text``.
 
@@ -32,7 +32,7 @@ def attach(
         its fp32 copies are the optimizer's.
 
     Raises:
-        ConfigError: a named module, layer or place does not exist in this model; ``method.adapter`` is of another
+        ConfigError: a named module or layer does not exist in this model; ``method.adapter`` is of another
             method, shape or base.
         CheckpointError: ``method.adapter`` cannot be read.
     """
@@ -53,7 +53,7 @@ def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_
     wrapped = get_peft_model(model, peft_config(model, method, total_steps), autocast_adapter_dtype=False)
     if method.init == "text":
         assert text_ids, "the words of method.init_text give tokens"
-        _start_as(wrapped, text_ids)
+        _init_from_tokens(wrapped, text_ids)
     for name, parameter in wrapped.named_parameters():
         if ".ranknum." in name:  # on a 16-bit base PEFT lets AdaLoRA's divisor be trained, and never saves it
             parameter.requires_grad_(False)
@@ -62,8 +62,8 @@ def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_
     return wrapped
 
 
-def _start_as(model: Any, ids: list[int]) -> None:
-    """Let virtual tokens start as the embeddings of these tokens, repeated or cut."""
+def _init_from_tokens(model: Any, ids: list[int]) -> None:
+    """Initialise virtual tokens with the embeddings of these tokens, repeated or cut."""
     weight = model.prompt_encoder["default"].embedding.weight
     repeated = torch.tensor([ids[k % len(ids)] for k in range(len(weight))], device=model.word_embeddings.weight.device)
     with torch.no_grad():
@@ -71,10 +71,10 @@ def _start_as(model: Any, ids: list[int]) -> None:
 
 
 def is_prompt_learning(model: Any) -> bool:
-    """Whether virtual tokens stand before every row (prompt and prefix tuning)."""
+    """Return whether virtual tokens stand before every row (prompt and prefix tuning)."""
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def virtual_tokens(model: Any) -> int:
-    """How many virtual tokens stand before every row."""
+    """Return how many virtual tokens stand before every row."""
     return int(model.active_peft_config.num_virtual_tokens) if is_prompt_learning(model) else 0

@@ -1,4 +1,4 @@
-"""Saved adapters: read, and put on a base model for inference."""
+"""Read saved adapters, and load them onto a base model for inference."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
-from trainer.methods.bottleneck import KIND, attach_bottleneck, parse_bottleneck_config
+from trainer.methods.bottleneck import BOTTLENECK_TYPE, attach_bottleneck, parse_bottleneck_config
 from trainer.methods.parameters import trainable_parameters
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
+    """Return whether a folder holds a PEFT adapter."""
     return (folder / "adapter_config.json").exists()
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, on the CPU.
+    """Read the tensors of one safetensors file, on the CPU.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -38,7 +38,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The configuration that an adapter was saved with.
+    """Read the metadata that an adapter was saved with, its adapter_config.json.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -47,31 +47,31 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(folder), reason="holds no adapter_config.json", hint="name a run's folder")
     file = folder / "adapter_config.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        metadata = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
-    if not isinstance(facts, dict) or "peft_type" not in facts:
+    if not isinstance(metadata, dict) or "peft_type" not in metadata:
         raise CheckpointError(str(file), reason="names no peft_type, so it is no adapter's", hint="name a run's folder")
-    return facts
+    return metadata
 
 
-def base_weight_init(facts: dict[str, Any]) -> str:
-    """The start of a saved LoRA that has changed the base's weights and was not converted when it was saved; else
-    nothing. Stock PEFT makes the change again on any base that it is loaded on."""
-    start = facts.get("init_lora_weights")
-    return start if isinstance(start, str) and start.startswith(CHANGING_STARTS) else ""
+def find_base_changing_init(metadata: dict[str, Any]) -> str:
+    """Return the initialisation of a saved LoRA that changed the base's weights and was not converted when saved; else
+    an empty string. Stock PEFT makes the change again on any base that it is loaded on."""
+    init = metadata.get("init_lora_weights")
+    return init if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS) else ""
 
 
 def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
-    """The base model with a saved adapter on it, for inference; its tensors take the base's dtype.
+    """Load a saved adapter onto the base model, for inference; its tensors take the base's dtype.
 
     Raises:
         CheckpointError: the adapter cannot be read or does not fit the base.
     """
-    facts = read_adapter_config(folder)
+    metadata = read_adapter_config(folder)
     saved = read_tensors(folder / ADAPTER_FILE)
-    if facts["peft_type"] == KIND:
-        return _load_bottleneck(base, folder, facts, saved)
+    if metadata["peft_type"] == BOTTLENECK_TYPE:
+        return _load_bottleneck(base, folder, metadata, saved)
     try:
         model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -83,14 +83,14 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def _load_bottleneck(base: nn.Module, folder: Path, facts: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
+def _load_bottleneck(base: nn.Module, folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
     try:
-        model = attach_bottleneck(base, parse_bottleneck_config(facts))
-        mine = trainable_parameters(model)
-        if odd := sorted(set(saved) ^ set(mine)):
+        model = attach_bottleneck(base, parse_bottleneck_config(metadata))
+        own = trainable_parameters(model)
+        if odd := sorted(set(saved) ^ set(own)):
             raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
         with torch.no_grad():
-            for name, parameter in mine.items():
+            for name, parameter in own.items():
                 parameter.copy_(saved[name])
     except (RuntimeError, KeyError, ConfigError) as error:
         raise _does_not_fit(folder, str(error).splitlines()[0]) from error

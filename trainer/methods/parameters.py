@@ -1,4 +1,4 @@
-"""The parameters of a model: which are trained, how many there are, what they are."""
+"""List, count and digest the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in the model's order."""
+    """Return the trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A digest of each tensor's values, the same in any float dtype that holds them."""
+    """Return a digest of each tensor's values, the same in any float dtype that holds them."""
     return {
         name: hashlib.blake2b(t.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
         for name, t in tensors.items()
@@ -22,13 +22,14 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained and total parameters; a weight held in 4 bits counts as one, a ZeRO-3 partition as its whole."""
-    trained = total = 0
+    """Return the number of trainable and of all parameters; a weight held in 4 bits counts as one, a ZeRO-3 partition
+    as its whole."""
+    trainable = total = 0
     for parameter in model.parameters():
         count = _numel(parameter)
         total += count
-        trained += count if parameter.requires_grad else 0
-    return trained, total
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
 
 
 def _numel(parameter: Any) -> int:

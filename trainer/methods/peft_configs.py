@@ -1,4 +1,4 @@
-"""Our keys in stock PEFT's terms."""
+"""Translate the ``method`` group into stock PEFT's configurations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASK = "CAUSAL_LM"
 
 
 def peft_config(model: nn.Module, method: MethodConfig, total_steps: int) -> PeftConfig:
-    """The configuration of one of PEFT's methods.
+    """Build the configuration of one of PEFT's methods.
 
     Args:
         model: the base model; named targets are looked up in it.
@@ -38,7 +38,7 @@ def _targets(model: nn.Module, method: MethodConfig) -> dict[str, Any]:
 
 
 def _lora(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
-    """LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023), DoRA (Liu et al., 2024); alpha null means 2·r."""
+    """Build LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023), DoRA (Liu et al., 2024); alpha null means 2·r."""
     r = given(method.r)
     return LoraConfig(
         task_type=TASK,
@@ -56,7 +56,7 @@ def _lora(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
 
 
 def _adalora(model: nn.Module, method: MethodConfig, total_steps: int) -> PeftConfig:
-    """AdaLoRA (Zhang et al., 2023)."""
+    """Build AdaLoRA (Zhang et al., 2023)."""
     tinit, tfinal, delta = adalora_times(method, total_steps)
     init_r = given(method.init_r)
     return AdaLoraConfig(
@@ -77,7 +77,7 @@ def _adalora(model: nn.Module, method: MethodConfig, total_steps: int) -> PeftCo
 
 
 def _ia3(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
-    """IA3 (Liu et al., 2022). PEFT has no layers for it: with ``layers``, full module names are given."""
+    """Build IA3 (Liu et al., 2022). PEFT has no layers for it: with ``layers``, full module names are given."""
     names = target_names(model, method.target_modules)
     inner = down_names(model, names) if method.feedforward_modules is None else method.feedforward_modules
     if method.feedforward_modules is not None:
@@ -89,7 +89,7 @@ def _ia3(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
 
 
 def _in_layers(model: nn.Module, names: list[str], layers: list[int]) -> list[str]:
-    """Full names of the modules that have one of these endings and stand in one of these layers."""
+    """Return the full names of the modules that have one of these endings and stand in one of these layers."""
     return [
         full
         for full, _ in model.named_modules()
@@ -98,7 +98,7 @@ def _in_layers(model: nn.Module, names: list[str], layers: list[int]) -> list[st
 
 
 def _prompt(_: nn.Module, method: MethodConfig, __: int) -> PeftConfig:
-    """Prompt tuning (Lester et al., 2021). The words of init_text are put in by ``attach``: PEFT would write the
+    """Build prompt tuning (Lester et al., 2021). The words of init_text are put in by ``attach``: PEFT would write the
     tokenizer's path into the adapter."""
     return PromptTuningConfig(
         task_type=TASK,
@@ -108,7 +108,7 @@ def _prompt(_: nn.Module, method: MethodConfig, __: int) -> PeftConfig:
 
 
 def _prefix(_: nn.Module, method: MethodConfig, __: int) -> PeftConfig:
-    """Prefix tuning (Li & Liang, 2021)."""
+    """Build prefix tuning (Li & Liang, 2021)."""
     return PrefixTuningConfig(
         task_type=TASK,
         num_virtual_tokens=method.virtual_tokens,

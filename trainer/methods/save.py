@@ -1,4 +1,4 @@
-"""Trained weights on disk: stock PEFT adapters and plain Hugging Face folders, reopened before they are trusted."""
+"""Save trained weights as stock PEFT adapters or plain Hugging Face folders, and verify them by reopening."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from trainer.methods.load import ADAPTER_FILE, read_tensors
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, weights: dict[str, Tensor], start: dict[str, Tensor] | None = None
+    model: nn.Module, folder: Path, weights: dict[str, Tensor], initial_weights: dict[str, Tensor] | None = None
 ) -> None:
     """Write an adapter and reopen it: in stock PEFT's form, or in bottleneck's own.
 
     Args:
         model: with its adapters attached; under ZeRO-3 its own tensors are empty and are not looked at.
         folder: made if it is not there.
-        weights: whole tensors of every trained parameter by its name in ``model``.
-        start: what ``initial_weights.copy_initial_weights`` gave: the adapter is written for the base as it was.
+        weights: whole tensors of every trainable parameter by its name in ``model``.
+        initial_weights: what ``initial_weights.copy_initial_weights`` gave: the adapter is written for the base as it
+            was.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.
@@ -43,8 +44,8 @@ def save_adapter(
     if is_prompt_learning(model):
         expected = {"prompt_embeddings": prompt_embeddings(whole)}
     else:
-        if start:
-            whole = convert_to_original_base(whole, start, config)
+        if initial_weights:
+            whole = convert_to_original_base(whole, initial_weights, config)
         expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
         if config.peft_type == "ADALORA":
             config.rank_pattern = model.peft_config["default"].rank_pattern
@@ -54,16 +55,16 @@ def save_adapter(
 
 
 def prompt_embeddings(weights: dict[str, Tensor]) -> Tensor:
-    """What prompt and prefix tuning have learnt, (virtual tokens, width): the MLP of a projected prefix is applied and
-    thrown away.
+    """Return the embeddings that prompt or prefix tuning has trained, (virtual tokens, width): the MLP of a projected
+    prefix is applied and dropped.
 
     PEFT would run its encoder, which under ZeRO-3 is a collective, and only rank 0 saves.
     """
     part = {name.partition("prompt_encoder.default.")[2]: tensor for name, tensor in weights.items()}
-    start = part["embedding.weight"]
+    embedding = part["embedding.weight"]
     if "transform.0.weight" not in part:
-        return start
-    inner = nn.functional.linear(start, part["transform.0.weight"], part["transform.0.bias"])
+        return embedding
+    inner = nn.functional.linear(embedding, part["transform.0.weight"], part["transform.0.bias"])
     out = nn.functional.linear(inner.tanh(), part["transform.2.weight"], part["transform.2.bias"])
     return out.contiguous()
 

@@ -1,4 +1,4 @@
-"""Several adapters, of whatever kinds, one at a time on one base that is loaded once.
+"""Switch between adapters, of whatever kinds, on one base that is loaded once.
 
 Stock PEFT keeps several adapters on a base side by side, but of one kind only, and each keeps the biases that the first
 one has overwritten. Here an adapter is taken off before the next is put on: the base is then what it was, to the bit.
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods.bottleneck import Bottleneck
-from trainer.methods.load import base_weight_init, load_adapter, read_adapter_config
+from trainer.methods.load import find_base_changing_init, load_adapter, read_adapter_config
 
 
 class AdapterSwitcher:
-    """A base model and the adapters that may be put on it.
+    """Switches the adapter on a base model.
 
     Args:
-        base: nothing is on it.
+        base: without adapters.
         adapters: folders by name; ``None`` is the base alone.
-        place: called with each adapted model, to move what was added to its device.
+        to_device: called with each adapted model, to move what was added to its device.
 
     Attributes:
         model: what answers now.
@@ -34,16 +34,19 @@ class AdapterSwitcher:
     """
 
     def __init__(
-        self, base: nn.Module, adapters: Mapping[str, Path | None], place: Callable[[Any], Any] = lambda model: model
+        self,
+        base: nn.Module,
+        adapters: Mapping[str, Path | None],
+        to_device: Callable[[Any], Any] = lambda model: model,
     ) -> None:
-        self._base, self._place = base, place
+        self._base, self._to_device = base, to_device
         self._biases: dict[str, Tensor] = {}
         self.adapters = dict(adapters)
         self.model: Any = base
         self.name: str | None = None
 
     def use(self, name: str) -> Any:
-        """The model with this adapter in place of any other, in evaluation mode.
+        """Return the model with this adapter in place of any other, in evaluation mode.
 
         Raises:
             ConfigError: there is no adapter of this name.
@@ -54,32 +57,32 @@ class AdapterSwitcher:
             raise ConfigError("adapter", value=name, reason="there is none of this name", hint=f"one of {known}")
         if name == self.name:
             return self.model
-        self._clear()
+        self._restore_base()
         folder = self.adapters[name]
         if folder is not None:
-            self._keep(folder)
+            self._prepare_base(folder)
             try:
-                self.model = self._place(load_adapter(self._base, folder))
+                self.model = self._to_device(load_adapter(self._base, folder))
             except BaseException:
-                self._clear()
+                self._restore_base()
                 raise
         self.name = name
         return self.model.eval()
 
-    def _keep(self, folder: Path) -> None:
-        """Copies of what this adapter will overwrite in the base."""
-        facts = read_adapter_config(folder)
-        if start := base_weight_init(facts):
-            reason = f"starts in the base's own weights ({start}), so it would change the base for the others"
+    def _prepare_base(self, folder: Path) -> None:
+        """Copy the biases that this adapter will overwrite in the base; refuse one that would change more."""
+        metadata = read_adapter_config(folder)
+        if init := find_base_changing_init(metadata):
+            reason = f"starts in the base's own weights ({init}), so it would change the base for the others"
             raise CheckpointError(str(folder), reason=reason, hint="save it converted, for the base as it was")
-        if facts.get("use_dora") and getattr(self._base, "is_loaded_in_8bit", False):
+        if metadata.get("use_dora") and getattr(self._base, "is_loaded_in_8bit", False):
             reason = "is DoRA, whose first forward loses the scales of a base in 8 bits (peft 0.21)"
             raise CheckpointError(str(folder), reason=reason, hint="--bits 4 or --bits 16")
-        if facts.get("bias", "none") != "none":
+        if metadata.get("bias", "none") != "none":
             biases = {n: p for n, p in self._base.named_parameters() if n.endswith("bias")}
             self._biases = {n: p.detach().clone() for n, p in biases.items()}
 
-    def _clear(self) -> None:
+    def _restore_base(self) -> None:
         remove_adapters(self._base)
         with torch.no_grad():
             for name, value in self._biases.items():

@@ -1,4 +1,4 @@
-"""Named sets of modules: attention_min, attention, all_linear, on any architecture that has them.
+"""Find the modules to adapt by named sets: attention_min, attention, all_linear, on any architecture that has them.
 
 Experts of a mixture are out of reach: transformers 5 stacks them in parameters of three dimensions, which are no linear
 layers. Routers are no target of ``all_linear`` either: trained on little data they send all tokens to a few experts,
@@ -34,7 +34,7 @@ ROUTERS = {"gate", "router", "shared_expert_gate"}  # where they are linear laye
 
 
 def target_names(model: nn.Module, wanted: Any) -> list[str]:
-    """The endings of the names of the modules that get adapters, sorted.
+    """Return the endings of the names of the modules that get adapters, sorted.
 
     Args:
         model: the base model, also on the meta device.
@@ -67,7 +67,7 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
 
 
 def down_names(model: nn.Module, names: list[str]) -> list[str]:
-    """Of some targets, those that are the MLP's last projection."""
+    """Return those of some targets that are the MLP's last projection."""
     found = [name for name in names if name in DOWN]
     if "c_proj" in found:  # in GPT-2 attention has a c_proj too: only the MLP's is meant
         return [name for name in (*found, "mlp.c_proj") if name != "c_proj"]
@@ -75,7 +75,7 @@ def down_names(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def check_layers(model: nn.Module, layers: list[int] | None) -> list[int] | None:
-    """``method.layers``, checked against the model.
+    """Return ``method.layers``, checked against the model.
 
     Raises:
         ConfigError: the model has fewer layers.
@@ -88,12 +88,12 @@ def check_layers(model: nn.Module, layers: list[int] | None) -> list[int] | None
 
 
 def layer_index(full: str) -> int | None:
-    """The number of the layer that a module of this full name stands in."""
+    """Return the number of the layer that a module of this full name stands in."""
     return next((int(part) for part in full.split(".") if part.isdigit()), None)
 
 
 def _ending_in(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that PEFT takes a target name for."""
+    """Return the modules that PEFT takes a target name for."""
     return [module for full, module in model.named_modules() if full == name or full.endswith(f".{name}")]
 
 
@@ -102,18 +102,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _linear(model: nn.Module) -> list[str]:
-    """Full names of every linear layer but the output head."""
+    """Return the full names of every linear layer but the output head."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
 
 
 def _linear_names(model: nn.Module) -> Counter[str]:
-    """Last name parts of every linear layer but the output head, with how often each occurs."""
+    """Return the last name parts of every linear layer but the output head, with how often each occurs."""
     return Counter(name.rpartition(".")[2] for name in _linear(model))
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Stacks of matrices, (experts, …, …), by name: no adapter reaches them, and bitsandbytes passes over them."""
+    """Return the stacks of matrices, (experts, …, …), by name: no adapter reaches them, nor does bitsandbytes."""
     return {
         f"{full}.{name}": parameter
         for full, module in model.named_modules()
@@ -124,13 +124,13 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe_unreached(model: nn.Module, bits: int) -> str | None:
-    """A sentence for the user where a model has experts that adapters pass over; else nothing."""
+    """Return a sentence for the user where a model has experts that adapters pass over; else nothing."""
     experts = expert_parameters(model)
     if not experts:
         return None
-    held = f", and are not quantised: method.bits={bits} holds for the other layers" if bits < 16 else ""
+    not_quantised = f", and are not quantised: method.bits={bits} holds for the other layers" if bits < 16 else ""
     count = sum(p.numel() for p in experts.values())
-    return f"experts: {count:,} weights ({_kinds(experts)}) are 3-D parameters, which no adapter reaches{held}"
+    return f"experts: {count:,} weights ({_kinds(experts)}) are 3-D parameters, which no adapter reaches{not_quantised}"
 
 
 def _kinds(experts: dict[str, nn.Parameter]) -> str:
@@ -138,7 +138,7 @@ def _kinds(experts: dict[str, nn.Parameter]) -> str:
 
 
 def _moved_to_experts(model: nn.Module, names: set[str]) -> set[str]:
-    """Of some names, those that stock PEFT takes for the experts' of old, whatever linear layers bear them: before
+    """Return those of some names that stock PEFT takes for the experts', whatever linear layers bear them: before
     transformers 5, experts were linear layers of the names that dense and shared ones have."""
     if not expert_parameters(model):
         return set()

@@ -1,4 +1,4 @@
-"""A run that goes on from a saved adapter: its trained tensors in place of the fresh start, if they mean the same."""
+"""Warm start a run from a saved adapter: its tensors in place of the fresh ones, if they mean the same."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from trainer.config.messages import config_error
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
-from trainer.methods.bottleneck import KIND, bottleneck_metadata
-from trainer.methods.load import ADAPTER_FILE, base_weight_init, read_adapter_config, read_tensors
+from trainer.methods.bottleneck import BOTTLENECK_TYPE, bottleneck_metadata
+from trainer.methods.load import ADAPTER_FILE, find_base_changing_init, read_adapter_config, read_tensors
 from trainer.methods.parameters import trainable_parameters
 
-NAMES = {
+METHOD_NAMES = {
     "LORA": "lora",
     "ADALORA": "adalora",
     "IA3": "ia3",
     "PROMPT_TUNING": "prompt",
     "PREFIX_TUNING": "prefix",
-    KIND: "bottleneck",
+    BOTTLENECK_TYPE: "bottleneck",
 }
-# What tensors of one name and shape may still mean: the saved key, and ours. The rank comes first, since alpha follows
-# from it when it is not given.
-MEANING: dict[str, dict[str, str]] = {
+# Settings that change what tensors of one name and shape mean: the saved key, and ours. The rank comes first, since
+# alpha follows from it when it is not given.
+SETTINGS: dict[str, dict[str, str]] = {
     "lora": {
         "use_dora": "dora",
         "use_rslora": "rslora",
@@ -47,7 +47,7 @@ PREFIX = "base_model.model."
 
 
 def warm_start(model: Any, method: MethodConfig, folder: Path) -> None:
-    """Give the trained tensors the values of a saved adapter.
+    """Copy a saved adapter's values into the trainable parameters.
 
     Args:
         model: with fresh adapters attached, whole on this rank.
@@ -58,59 +58,62 @@ def warm_start(model: Any, method: MethodConfig, folder: Path) -> None:
         ConfigError: the adapter is of another method, shape, scale or base.
         CheckpointError: it cannot be read.
     """
-    facts = read_adapter_config(folder)
-    is_own = method.name == "bottleneck"  # the one kind that PEFT does not have
-    _same_method(facts, method, folder)
-    _same_meaning(
-        facts, bottleneck_metadata(model) if is_own else model.peft_config["default"].to_dict(), method, folder
+    metadata = read_adapter_config(folder)
+    is_bottleneck = method.name == "bottleneck"  # the one kind that PEFT does not have
+    _check_method(metadata, method, folder)
+    _check_settings(
+        metadata,
+        bottleneck_metadata(model) if is_bottleneck else model.peft_config["default"].to_dict(),
+        method,
+        folder,
     )
     saved = read_tensors(folder / ADAPTER_FILE)
-    if is_own:
-        mine = trainable_parameters(model)
+    if is_bottleneck:
+        own = trainable_parameters(model)
     else:
-        mine = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if method.name == "adalora" and facts.get("rank_pattern"):
-        saved = _with_taken_ranks(saved, facts["rank_pattern"], mine)
-    _same_shapes(saved, mine, facts, folder)
-    assert not any(tensor.is_meta for tensor in mine.values()), "adapters without values cannot be given any"
-    if is_own:
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if method.name == "adalora" and metadata.get("rank_pattern"):
+        saved = _restore_pruned_ranks(saved, metadata["rank_pattern"], own)
+    _check_shapes(saved, own, metadata, folder)
+    assert not any(tensor.is_meta for tensor in own.values()), "adapters without values cannot be given any"
+    if is_bottleneck:
         with torch.no_grad():
-            for name, parameter in mine.items():
+            for name, parameter in own.items():
                 parameter.copy_(saved[name])
     else:
         set_peft_model_state_dict(model, saved)
 
 
-def _same_method(facts: dict[str, Any], method: MethodConfig, folder: Path) -> None:
-    kind = facts["peft_type"]
-    name = NAMES.get(kind)
+def _check_method(metadata: dict[str, Any], method: MethodConfig, folder: Path) -> None:
+    kind = metadata["peft_type"]
+    name = METHOD_NAMES.get(kind)
     if name is None:
         hint = f"an adapter of {METHODS[method.name].title}"
-        raise _refused(folder, f"is of a kind that is not trained here ({kind})", hint)
+        raise _cannot_start(folder, f"is of a kind that is not trained here ({kind})", hint)
     if name != method.name:
         reason = f"is of {METHODS[name].title}, and this run trains {METHODS[method.name].title}"
-        raise _refused(folder, reason, f"method={name}")
-    if start := base_weight_init(facts):
-        reason = f"starts in the base's own weights ({start}): on the base as it is, it means something else"
-        raise _refused(folder, reason, "an adapter that was converted when it was saved (afina's are)")
+        raise _cannot_start(folder, reason, f"method={name}")
+    if init := find_base_changing_init(metadata):
+        reason = f"starts in the base's own weights ({init}): on the base as it is, it means something else"
+        raise _cannot_start(folder, reason, "an adapter that was converted when it was saved (afina's are)")
 
 
-def _same_meaning(facts: dict[str, Any], own: dict[str, Any], method: MethodConfig, folder: Path) -> None:
-    for theirs, ours in MEANING[method.name].items():
-        was, now = facts.get(theirs) or None, own.get(theirs) or None  # an adapter of an older PEFT lacks the newest
+def _check_settings(metadata: dict[str, Any], own: dict[str, Any], method: MethodConfig, folder: Path) -> None:
+    for theirs, ours in SETTINGS[method.name].items():
+        was, now = metadata.get(theirs) or None, own.get(theirs) or None  # an adapter of an older PEFT lacks the newest
         if was == now:
             continue
-        hint = f"method.{ours}={_typed(facts.get(theirs))}"
+        hint = f"method.{ours}={_as_override(metadata.get(theirs))}"
         if theirs in ("r", "init_r"):
-            hint += f" method.alpha={_typed(facts.get('lora_alpha'))}"
-        reason = f"the adapter to start from ({folder}) has {_typed(facts.get(theirs))}"
+            hint += f" method.alpha={_as_override(metadata.get('lora_alpha'))}"
+        reason = f"the adapter to start from ({folder}) has {_as_override(metadata.get(theirs))}"
         raise config_error(f"method.{ours}", own.get(theirs), reason, hint)
 
 
-def _with_taken_ranks(
+def _restore_pruned_ranks(
     saved: dict[str, Tensor], pattern: dict[str, list[bool]], fresh: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """AdaLoRA's tensors with the ranks that were taken: those start afresh, with an E of zero, so they add nothing."""
+    """Return AdaLoRA's tensors with the pruned ranks in them: fresh ones, whose E is zero, so they add nothing."""
     out = dict(saved)
     for name, kept in pattern.items():
         module = PREFIX + name.partition(".lora_E")[0]
@@ -118,7 +121,7 @@ def _with_taken_ranks(
         for part in "ABE":
             key = f"{module}.lora_{part}"
             if key not in fresh or key not in saved or len(fresh[key].T if part == "B" else fresh[key]) != len(ranks):
-                continue  # told by the comparison of names and shapes
+                continue  # found by the comparison of names and shapes
             whole, values = fresh[key].detach().clone(), saved[key].to(fresh[key])
             if part == "B":
                 whole[:, ranks] = values
@@ -128,45 +131,47 @@ def _with_taken_ranks(
     return out
 
 
-def _same_shapes(saved: dict[str, Tensor], mine: dict[str, Tensor], facts: dict[str, Any], folder: Path) -> None:
-    modules, own = _modules(saved), _modules(mine)
-    if modules != own:
-        kinds, own_kinds = ({name.rpartition(".")[2] for name in names} for names in (modules, own))
+def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
+    modules, own_modules = _modules(saved), _modules(own)
+    if modules != own_modules:
+        kinds, own_kinds = ({name.rpartition(".")[2] for name in names} for names in (modules, own_modules))
         if kinds != own_kinds:
             listed = ",".join(sorted(kinds))
             reason = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"
             hint = f"method.target_modules=[{listed}]"
             raise config_error("method.target_modules", sorted(own_kinds), reason, hint)
-        layers, own_layers = _layers(modules), _layers(own)
+        layers, own_layers = _layer_numbers(modules), _layer_numbers(own_modules)
         reason = (
-            f"the adapter to start from ({folder}, of {facts.get('base_model_name_or_path')}) is in others: {layers}"
+            f"the adapter to start from ({folder}, of {metadata.get('base_model_name_or_path')}) is in others: {layers}"
         )
         raise config_error("method.layers", own_layers, reason, "its layers and its own base")
-    if odd := sorted(set(saved) ^ set(mine)):
-        raise _refused(folder, f"has other tensors than this run, {odd[0]} among them", "its own method and base")
-    for name, tensor in mine.items():
+    if differing := sorted(set(saved) ^ set(own)):
+        raise _cannot_start(
+            folder, f"has other tensors than this run, {differing[0]} among them", "its own method and base"
+        )
+    for name, tensor in own.items():
         if saved[name].shape != tensor.shape:
             reason = f"has {name} of shape {tuple(saved[name].shape)}, and this run needs {tuple(tensor.shape)}"
-            raise _refused(folder, reason, f"its own base, {facts.get('base_model_name_or_path')}")
+            raise _cannot_start(folder, reason, f"its own base, {metadata.get('base_model_name_or_path')}")
 
 
 def _modules(tensors: dict[str, Tensor]) -> set[str]:
-    """Full names of the modules that hold adapters; none for prompt kinds. A module that takes another's place
-    (bottleneck) has that one's name."""
+    """Return the full names of the modules that hold adapters; none for prompt kinds. A module that takes another's
+    place (bottleneck) has that one's name."""
     return {re.split(r"\.(?:lora_|ia3_l$|down\.|up\.)", name)[0] for name in tensors if "." in name}
 
 
-def _layers(modules: set[str]) -> list[int]:
+def _layer_numbers(modules: set[str]) -> list[int]:
     return sorted({int(part) for name in modules for part in name.split(".") if part.isdigit()})
 
 
-def _typed(value: Any) -> str:
+def _as_override(value: Any) -> str:
     if isinstance(value, dict):
-        return f"'{{{', '.join(f'{k}: {_typed(v)}' for k, v in value.items())}}}'"
+        return f"'{{{', '.join(f'{k}: {_as_override(v)}' for k, v in value.items())}}}'"
     if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(_as_override, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _refused(folder: Path, reason: str, hint: str) -> ConfigError:
+def _cannot_start(folder: Path, reason: str, hint: str) -> ConfigError:
     return config_error("method.adapter", folder, reason, hint)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers.architectures import VOCABULARY, tiny
 from tests.helpers.processes import ROOT, run
-from tests.unit.methods.test_peft_configs import KINDS, base, learnt
+from tests.unit.methods.test_peft_configs import KINDS, base, trained_model
 from trainer.config import load
 from trainer.config.method import MethodConfig
 from trainer.errors import CheckpointError
@@ -113,7 +113,7 @@ EACH = [
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_merged_model_answers_as_the_live_one(name: str, tmp_path: Path) -> None:
-    model, start = learnt(MethodConfig(**KINDS[name]))
+    model, start = trained_model(MethodConfig(**KINDS[name]))
     save_adapter(model, tmp_path / "a", {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     live = load_adapter(base(), tmp_path / "a").eval()
     expected = logits_at_positions(live, PROMPTS)
@@ -182,7 +182,7 @@ def add(weights: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (swap, "2 of 21 tensors are not what was folded"),
         (flip, r"model.norm.weight: read back from disk, 1 of 21"),
@@ -192,7 +192,7 @@ def add(weights: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_not_on_disk_as_it_was_folded_is_found(
-    spoil: Callable[[dict[str, Any]], None], told: str, dtype: torch.dtype, tmp_path: Path
+    spoil: Callable[[dict[str, Any]], None], message: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     def spoilt(folder: Path, dtype: torch.dtype) -> Any:
         weights = load_file(folder / "model.safetensors")
@@ -200,7 +200,7 @@ def test_what_is_not_on_disk_as_it_was_folded_is_found(
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
         return reload(folder, dtype)
 
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         merge(lambda: LIVE["lora"](dtype), Plain(), PROMPTS, tmp_path / "merged", spoilt, card)
     assert list(tmp_path.iterdir()) == []
 
@@ -278,7 +278,7 @@ def test_the_card_tells_data_method_and_figures() -> None:
     config.data.path = "/somewhere/secret/rows.jsonl"
     summary = {"steps": 12, "metrics": {"eval_loss": 1.25}}
     found = model_card(config, summary, MergeResult(1e-2, 5e-2, 0.3, 0.98, 16, layers=7, tensors=21))
-    for told in (
+    for message in (
         "rows.jsonl",
         "LoRA, r = 8",
         "12 updates",
@@ -288,7 +288,7 @@ def test_the_card_tells_data_method_and_figures() -> None:
         "98.0 %",
         "21 te",
     ):
-        assert told in found
+        assert message in found
     assert "secret" not in found
     assert "score" not in model_card(config, {"steps": 1, "metrics": {}}, MergeResult(0, 1, 0, 1, 1, 1, 1))
 
@@ -329,7 +329,7 @@ if sys.argv[2] == "make":
     print(make(folder / "small", 64, 1), make(folder / "big", 1024, 12))
 else:
     merge_in(folder / "small")  # whatever is imported late is there now
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at zero
     before = resident("VmRSS")
     merge_in(folder / "big")
     print(resident("VmHWM") - before)

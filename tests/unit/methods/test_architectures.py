@@ -17,7 +17,7 @@ from trainer.engine.verify_trie import choose_packing
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, trainable_parameters
-from trainer.methods.bottleneck import places
+from trainer.methods.bottleneck import find_projections
 from trainer.methods.targets import describe_unreached, down_names, target_names
 from trainer.models.loading import load_model, use_trie_kernel
 
@@ -44,11 +44,11 @@ def test_bottlenecks_stand_behind_attention_and_mlp(name: str) -> None:
     model, row = tiny(name), ARCHITECTURES[name]
     if not row.down:
         with pytest.raises(ConfigError, match=r"method\.placement=pfeiffer: .*experts are 3-D parameters"):
-            places(model, "pfeiffer", None)
+            find_projections(model, "pfeiffer", None)
         return
-    found = [full for full, _ in places(model, "houlsby", None)]
+    found = [full for full, _ in find_projections(model, "houlsby", None)]
     assert sum(full.endswith(row.attention_end) for full in found) == 2
-    assert sum(full.endswith(row.down) for full in found) == 2 == len(places(model, "pfeiffer", None))
+    assert sum(full.endswith(row.down) for full in found) == 2 == len(find_projections(model, "pfeiffer", None))
     assert len(found) == 4
     adapted = attach(
         model, MethodConfig(name="bottleneck", reduction_factor=4, placement="houlsby", activation="relu"), 0

@@ -74,8 +74,8 @@ def kind(request: pytest.FixtureRequest) -> MethodConfig:
     return MethodConfig(**KINDS[request.param])
 
 
-def learnt(kind: MethodConfig) -> tuple[Any, dict[str, Tensor]]:
-    """A model some steps after its start, and what its adapters started as in the base."""
+def trained_model(kind: MethodConfig) -> tuple[Any, dict[str, Tensor]]:
+    """A model some steps after its start, and the initial weights that its adapters took out of the base."""
     model = attach(base(), kind, seed=0, total_steps=10)
     start = copy_initial_weights(model, kind)
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
@@ -88,9 +88,9 @@ def learnt(kind: MethodConfig) -> tuple[Any, dict[str, Tensor]]:
 
 
 def test_what_is_saved_is_what_was_trained(kind: MethodConfig, tmp_path: Path) -> None:
-    model, start = learnt(kind)
+    model, start = trained_model(kind)
     expected = logits(model)
-    assert float((expected - logits(base())).abs().max()) > 1e-3, "nothing was learnt"
+    assert float((expected - logits(base())).abs().max()) > 1e-3, "training changed nothing"
     save_adapter(model, tmp_path, {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     found = logits(load_adapter(base(), tmp_path).eval())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -102,7 +102,7 @@ def test_what_is_saved_is_what_was_trained(kind: MethodConfig, tmp_path: Path) -
 @pytest.mark.parametrize("name", [name for name in KINDS if name.split(",")[0] not in ("pissa", "olora")])
 def test_the_base_is_frozen(name: str) -> None:
     kind = MethodConfig(**{**KINDS[name], "bias": "none"})
-    untouched, (model, _) = base(), learnt(kind)
+    untouched, (model, _) = base(), trained_model(kind)
     mine = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if not p.requires_grad}
     for full, parameter in untouched.named_parameters():
         held = next(p for other, p in mine.items() if other.endswith(full))
@@ -207,11 +207,11 @@ def test_words_start_a_prompt() -> None:
 
 
 def test_an_adapter_of_another_place_is_refused(tmp_path: Path) -> None:
-    model, _ = learnt(MethodConfig(**KINDS["bottleneck"]))
+    model, _ = trained_model(MethodConfig(**KINDS["bottleneck"]))
     weights = {n: p.detach() for n, p in trainable_parameters(model).items()}
     save_adapter(model, tmp_path, weights)
-    facts = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**facts, "placement": "pfeiffer"}))
+    metadata = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**metadata, "placement": "pfeiffer"}))
     with pytest.raises(CheckpointError, match="does not fit"):
         load_adapter(base(), tmp_path)
 

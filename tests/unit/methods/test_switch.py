@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from tests.helpers.architectures import tiny
-from tests.unit.methods.test_peft_configs import IDS, KINDS, base, learnt, logits
+from tests.unit.methods.test_peft_configs import IDS, KINDS, base, logits, trained_model
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {}
     for number, name in enumerate(NAMES):
         out[name] = tmp_path_factory.mktemp("adapters") / str(number)
-        model, start = learnt(MethodConfig(**KINDS[name]))
+        model, start = trained_model(MethodConfig(**KINDS[name]))
         save_adapter(model, out[name], {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     return out
 
@@ -123,16 +123,16 @@ def test_what_fails_leaves_the_base_alone(folders: dict[str, Path], base_folder:
     torn.mkdir()
     for file in folders["lora"].iterdir():
         (torn / file.name).write_bytes(file.read_bytes())
-    facts = json.loads((torn / "adapter_config.json").read_text())
-    (torn / "adapter_config.json").write_text(json.dumps({**facts, "r": 3}))
+    metadata = json.loads((torn / "adapter_config.json").read_text())
+    (torn / "adapter_config.json").write_text(json.dumps({**metadata, "r": 3}))
     pissa = tmp_path / "pissa"
     pissa.mkdir()
-    (pissa / "adapter_config.json").write_text(json.dumps({**facts, "init_lora_weights": "pissa"}))
+    (pissa / "adapter_config.json").write_text(json.dumps({**metadata, "init_lora_weights": "pissa"}))
     every = {"torn": torn, "pissa": pissa, "lora": folders["lora"], "base": None}
     switch = AdapterSwitcher(load(base_folder), every)
     expected = logits(switch.use("lora"))
-    for name, told in (("torn", "does not fit"), ("pissa", "would change the base")):
-        with pytest.raises(CheckpointError, match=told):
+    for name, message in (("torn", "does not fit"), ("pissa", "would change the base")):
+        with pytest.raises(CheckpointError, match=message):
             switch.use(name)
         assert switch.name is None
         assert torch.equal(logits(switch.model), logits(load(base_folder)))

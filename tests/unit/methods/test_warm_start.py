@@ -1,4 +1,4 @@
-"""A run that starts from a saved adapter: stock PEFT's logits before the first step, or a refusal that says why."""
+"""A warm start from a saved adapter: stock PEFT's logits before the first step, or a refusal that says why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.architectures import tiny
 from tests.helpers.processes import afina
-from tests.unit.methods.test_peft_configs import KINDS, adalora_model, base, learnt, logits
+from tests.unit.methods.test_peft_configs import KINDS, adalora_model, base, logits, trained_model
 from trainer.config import load, run_folder
 from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base, check_method
@@ -23,36 +23,36 @@ from trainer.methods.load import ADAPTER_FILE, load_adapter
 from trainer.methods.parameters import digests
 from trainer.tracking.files import read_metrics, read_summary
 
-CONTINUED = [
+WARM_STARTED = [
     name for name, keys in KINDS.items() if not changes_base(MethodConfig(**keys)) and not keys.get("prefix_projection")
 ]
 
 
 def saved(folder: Path, **keys: Any) -> Path:
     """An adapter some steps after its start."""
-    model, start = learnt(MethodConfig(**keys))
+    model, start = trained_model(MethodConfig(**keys))
     save_adapter(model, folder, {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
     return folder
 
 
-def continued(folder: Path, onto: Any = None, **keys: Any) -> Any:
+def warm_started(folder: Path, onto: Any = None, **keys: Any) -> Any:
     kind = MethodConfig(**{**keys, "adapter": str(folder)})
     check_method(kind)
     return attach(onto or base(), kind, seed=9, total_steps=10).eval()
 
 
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("name", WARM_STARTED)
 def test_it_starts_as_the_adapter_that_was_saved(name: str, tmp_path: Path) -> None:
     keys = KINDS[name]
     folder = saved(tmp_path, **keys)
-    model = continued(folder, **keys)
+    model = warm_started(folder, **keys)
     loads = load_adapter if keys.get("name") == "bottleneck" else PeftModel.from_pretrained
     assert torch.equal(logits(model), logits(loads(base(), folder).eval()))
     fresh = attach(base(), MethodConfig(**keys), seed=9, total_steps=10)
-    mine, started = trainable_parameters(model), trainable_parameters(fresh)
-    assert list(mine) == list(started), "it must train what a fresh run trains"
-    assert [p.dtype for p in mine.values()] == [p.dtype for p in started.values()]
-    assert digests(mine) != digests(started)
+    mine, initial = trainable_parameters(model), trainable_parameters(fresh)
+    assert list(mine) == list(initial), "it must train what a fresh run trains"
+    assert [p.dtype for p in mine.values()] == [p.dtype for p in initial.values()]
+    assert digests(mine) != digests(initial)
     logits_of = model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3)).logits
     logits_of.square().sum().backward()
     assert all(p.grad is not None for p in mine.values())
@@ -65,11 +65,11 @@ def test_in_16_bits_it_is_the_saved_one_to_the_bit(tmp_path: Path) -> None:
     for parameter in trainable_parameters(model).values():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     save_adapter(model, tmp_path, {n: p.detach() for n, p in trainable_parameters(model).items()})
-    again = continued(tmp_path, base().to(torch.bfloat16), **keys)
+    again = warm_started(tmp_path, base().to(torch.bfloat16), **keys)
     assert digests(trainable_parameters(again)) == digests(trainable_parameters(model))
 
 
-def test_ranks_that_were_taken_start_afresh(tmp_path: Path) -> None:
+def test_pruned_ranks_start_fresh(tmp_path: Path) -> None:
     model = adalora_model()
     for name, parameter in trainable_parameters(model).items():
         if "lora_E" in name:
@@ -83,32 +83,32 @@ def test_ranks_that_were_taken_start_afresh(tmp_path: Path) -> None:
     expected = {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
     save_adapter(model, tmp_path, expected)
     keys = {**KINDS["adalora"], "target_modules": ["q_proj", "v_proj"]}
-    again = continued(tmp_path, **keys)
+    again = warm_started(tmp_path, **keys)
     stock = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
     torch.testing.assert_close(logits(again), logits(stock), rtol=1e-5, atol=1e-6)
     for name, parameter in trainable_parameters(again).items():
         if "lora_E" in name:
             assert torch.equal(parameter, expected[name])
         else:
-            assert parameter.ne(0).all(), "a rank that is all zero could never be learnt again"
+            assert parameter.ne(0).all(), "a rank that is all zero could never be trained again"
 
 
-def test_a_prefix_from_an_mlp_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_prefix_from_an_mlp_is_warm_started_without_it(tmp_path: Path) -> None:
     keys = KINDS["prefix, projected"]
     folder = saved(tmp_path, **keys)
     with pytest.raises(ConfigError, match=r"not the MLP that made it.*prefix_projection=false"):
-        continued(folder, **keys)
-    model = continued(folder, **KINDS["prefix"])
+        warm_started(folder, **keys)
+    model = warm_started(folder, **KINDS["prefix"])
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base(), str(folder)).eval()))
 
 
-def test_an_adapter_that_started_in_the_base_goes_on_at_twice_the_rank(tmp_path: Path) -> None:
+def test_an_adapter_that_started_in_the_base_is_warm_started_at_twice_the_rank(tmp_path: Path) -> None:
     folder = saved(tmp_path, **KINDS["pissa"])
     with pytest.raises(ConfigError, match=r"method\.init=pissa takes the start out.*double method\.r"):
-        continued(folder, **KINDS["pissa"])
+        warm_started(folder, **KINDS["pissa"])
     with pytest.raises(ConfigError, match=r"^method\.r=4: .* has 8 → method\.r=8 method\.alpha=16$"):
-        continued(folder, **KINDS["lora"])
-    model = continued(folder, r=8, alpha=16.0)
+        warm_started(folder, **KINDS["lora"])
+    model = warm_started(folder, r=8, alpha=16.0)
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base(), str(folder)).eval()))
 
 
@@ -139,13 +139,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("was", "now", "told"), REFUSED)
+@pytest.mark.parametrize(("was", "now", "message"), REFUSED)
 def test_what_means_something_else_is_refused(
-    was: dict[str, Any], now: dict[str, Any], told: str, tmp_path: Path
+    was: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path, **was)
-    with pytest.raises(ConfigError, match=told) as caught:
-        continued(folder, **now)
+    with pytest.raises(ConfigError, match=message) as caught:
+        warm_started(folder, **now)
     assert "\n" not in str(caught.value)
 
 
@@ -154,7 +154,7 @@ def test_another_base_is_refused(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, **KINDS[name])
     other = tiny("llama", hidden_size=64)
     with pytest.raises(ConfigError, match=r"of shape .*its own base|its own method and base"):
-        continued(folder, other, **KINDS[name])
+        warm_started(folder, other, **KINDS[name])
 
 
 def test_a_stock_adapter_is_taken_and_one_left_unconverted_is_not(tmp_path: Path) -> None:
@@ -168,11 +168,11 @@ def test_a_stock_adapter_is_taken_and_one_left_unconverted_is_not(tmp_path: Path
                 parameter.data.normal_()
         model.save_pretrained(str(tmp_path))
         if start is True:
-            again = continued(tmp_path, r=4, target_modules=names)
+            again = warm_started(tmp_path, r=4, target_modules=names)
             assert torch.equal(logits(again), logits(PeftModel.from_pretrained(base(), str(tmp_path)).eval()))
             continue
         with pytest.raises(ConfigError, match=rf"starts in the base's own weights \({start}\)"):
-            continued(tmp_path, r=4, target_modules=names)
+            warm_started(tmp_path, r=4, target_modules=names)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -180,18 +180,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     tensors = load_file(folder / ADAPTER_FILE)
     save_file({n: t for n, t in tensors.items() if "lora_A" in n}, folder / ADAPTER_FILE)
     with pytest.raises(ConfigError, match="has other tensors than this run"):
-        continued(folder, **ALL)
+        warm_started(folder, **ALL)
     (folder / ADAPTER_FILE).write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        continued(folder, **ALL)
-    facts = json.loads((folder / "adapter_config.json").read_text())
-    for text, told in (("{", "cannot be read"), ("{}", "names no peft_type")):
+        warm_started(folder, **ALL)
+    metadata = json.loads((folder / "adapter_config.json").read_text())
+    for text, message in (("{", "cannot be read"), ("{}", "names no peft_type")):
         (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=told):
-            continued(folder, **ALL)
-    (folder / "adapter_config.json").write_text(json.dumps({**facts, "peft_type": "VERA"}))
+        with pytest.raises(CheckpointError, match=message):
+            warm_started(folder, **ALL)
+    (folder / "adapter_config.json").write_text(json.dumps({**metadata, "peft_type": "VERA"}))
     with pytest.raises(ConfigError, match="of a kind that is not trained here"):
-        continued(folder, **ALL)
+        warm_started(folder, **ALL)
 
 
 def test_the_folder_is_found_as_data_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,20 +208,20 @@ def test_the_folder_is_found_as_data_is(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "runs" / "whole" / "model" / "config.json").write_text("{}")
     (tmp_path / "runs" / "short").mkdir()
     (tmp_path / "runs" / "short" / "config.yaml").write_text("{}")
-    for path, told in (
+    for path, message in (
         ("runs/firts", r"holds no adapter_config\.json .*→ did you mean runs/first\?$"),
         ("runs/whole", r"trained all weights.*model\.name_or_path=.*runs/whole/model$"),
         ("runs/short", r"has not finished"),
         ("''", r"must be a run or adapter folder"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             load(["debug=tiny", f"method.adapter={path}"])
     with pytest.raises(ConfigError, match=r"method\.adapter=first: has no meaning for full fine-tuning"):
         load(["debug=tiny", "method=full", "method.adapter=first"])
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
+def test_a_run_starts_where_another_ended(tmp_path: Path) -> None:
     """Every step sees all rows, which are the held-out ones too: the loss after the last step is the evaluation's."""
     rows = [{"instruction": f"Say {word}.", "output": word * 3} for word in "abcdefgh"]
     data = tmp_path / "rows.jsonl"
@@ -235,7 +235,7 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path) -> None:
     assert first is not None
     assert second is not None
     after = first["metrics"]["eval_loss"]
-    assert after < first["metrics"]["eval_loss_before"] - 0.1, "the first run learnt nothing"
+    assert after < first["metrics"]["eval_loss_before"] - 0.1, "the first run trained nothing"
     assert second["metrics"]["eval_loss_before"] == pytest.approx(after, rel=1e-5)
     assert read_metrics(tmp_path / "runs" / "second")[1]["loss"] == pytest.approx(after, rel=1e-5)
     assert second["metrics"]["eval_loss"] < after

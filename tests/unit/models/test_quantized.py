@@ -27,7 +27,7 @@ def gradients(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_evaluation_leaves_training_as_it_was(bits: int, dtype: torch.dtype) -> None:
     """bitsandbytes' 4-bit kernel for evaluation on CPU has no backward, and a layer that has met it once keeps it: LoRA
-    then learnt without the gradient that flows through the base."""
+    then trained without the gradient that flows through the base."""
     config = load(["debug=tiny", f"method.bits={bits}"])
     base = load_model(resolve("tiny"), config.model, config.method, dtype, torch.device("cpu"), 2)
     model = attach(base, config.method, seed=0)
