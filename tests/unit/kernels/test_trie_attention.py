@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.helpers.architectures import MODELS
-from trainer.data.batching.batches import Limits
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register, trie_context
 
