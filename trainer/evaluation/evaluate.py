@@ -40,7 +40,7 @@ class EvalResult:
 
 
 class Scorer(Protocol):
-    """A model in evaluation mode: the engine, or a plain model."""
+    """Scores micro-batches with a model in evaluation mode: the engine, or a plain model."""
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Return the summed cross-entropy of one micro-batch."""

@@ -3,8 +3,8 @@
 The rows of the hidden states that predict a label are selected before the vocabulary matrix, so logits are computed at
 label positions only. Few labels go through the model's own output layer in its own forward: whatever a model does
 before and after that layer (soft-capping, scaling) stays as its authors wrote it. Many labels are cut into chunks that
-the layer meets one after the other; so no tensor of all logits ever exists. (But under ZeRO-3 with a trainable output
-layer, whose weights DeepSpeed takes away between the calls.)
+the layer meets one after the other; so no tensor of all logits ever exists. (Not so under ZeRO-3 with a trainable
+output layer: DeepSpeed partitions its weights again between the calls.)
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def model_card(config: TrainConfig, summary: dict[str, Any], result: MergeResult
         "",
         "## How the merge was proved",
         "",
-        *_proofs(result),
+        *_describe_checks(result),
     ]
     if result.training_distance is not None:
         lines.append(
@@ -56,7 +56,7 @@ def _scores(summary: dict[str, Any]) -> list[str]:
     return ["", "| score on held-out rows | |", "|---|---|", *rows] if rows else []
 
 
-def _proofs(result: MergeResult) -> list[str]:
+def _describe_checks(result: MergeResult) -> list[str]:
     return [
         f"- Each of {result.layers} folded layers does in fp32, on random inputs, what it did with its adapter.",
         f"- Read back from disk, all {result.tensors} tensors are to the bit what was folded.",

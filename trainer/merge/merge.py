@@ -1,6 +1,6 @@
 """Merge an adapter into its base and verify it: write, read back from disk, compare with the live adapter, or delete.
 
-Three proofs, from the sharpest to the widest. Each folded layer does in fp32 what it did with its adapter (``fold``).
+Three checks, from the sharpest to the widest. Each folded layer does in fp32 what it did with its adapter (``fold``).
 What is read back from disk is to the bit what was folded. And the merged model answers real prompts as the live one
 did, which holds the configuration to account too, and whatever else makes a model of its weights.
 
@@ -38,7 +38,7 @@ MAX_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Where the adapter moves the logits by more than rounding may, the merged model must be nearer to the live one than the
 # base is by this factor. In bf16 any change of a weight, however small, moves the logits by 2e-2 to 3e-2 (SmolLM2-135M,
 # adapters of every strength; a random Llama of 22 layers): a right merge then has at most 0.6 of the base's distance,
-# one that left the adapter out all of it. An adapter that moves them less is told from the base by the other proofs.
+# one that left the adapter out all of it. One that moves them less is found, if it is left out, by the other checks.
 BASE_DISTANCE_FACTOR = 0.7
 NOT_MERGEABLE = {
     "bottleneck": "its layers are not linear, and no weight of the base can do what they do",
@@ -58,7 +58,7 @@ class MergeResult:
         base_distance: the same for the base without the adapter against live: what the adapter does.
         top_token_agreement: share of positions at which both find the same token likeliest.
         prompts: how many were answered.
-        layers: how many were folded, each proved in fp32.
+        layers: how many were folded, each verified in fp32.
         tensors: how many were read back from disk and were to the bit what was folded.
         training_distance: merged against the live adapter on the quantised base that it was trained on, if it was.
     """

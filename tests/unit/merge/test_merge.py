@@ -321,8 +321,8 @@ def merge_in(folder):
     merge(live, Plain(), [[5, 6, 7, 8]], folder / "merged", reload, card)
 
 def resident(name):
-    facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(facts[name].split()[0])
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status[name].split()[0])
 
 folder = Path(sys.argv[1])
 if sys.argv[2] == "make":
