@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.architectures import MODELS
+from tests.helpers.architectures import tiny
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
@@ -19,7 +19,7 @@ from trainer.kernels.trie_attention import KERNEL, register, trie_context
 @pytest.fixture(params=["llama", "mistral, window 8"])
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
+    model = tiny(request.param).eval()
     register()
     model.set_attn_implementation(KERNEL)
     return model
