@@ -1,16 +1,16 @@
-"""The errors a user can mend.
+"""Define the errors that a user can fix, and the exit codes.
 
-Each says four things: what was wrong, the value that was found, the rule it broke and the cure. ``str(error)`` is the
-one line (or, for many rows, the few lines) that the command line prints; a traceback is for our own mistakes only.
+Each says four things: what was wrong, the value that was found, the reason and the hint. ``str(error)`` is the one line
+(or, for many rows, the few lines) that the command line prints; a traceback is for our own mistakes only.
 """
 
 from __future__ import annotations
 
-PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again goes on where this one was stopped
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again resumes where this one was stopped
 
 
 class AfinaError(Exception):
-    """Base of every error that is told to the user in plain words.
+    """Base of every error that is shown to the user in plain words.
 
     Args:
         what: what was wrong, naming the key, file, line or row (``"method.r"``, ``"train.jsonl:12"``).
@@ -22,7 +22,7 @@ class AfinaError(Exception):
     kind = "error"
     exit_code = 1
     rank: int | None = None
-    """The rank that met it, when every rank raises it alike: that one alone tells it."""
+    """The rank that met it, when every rank raises it alike: that one alone reports it."""
 
     def __init__(self, what: str, *, value: object = None, reason: str = "", hint: str = "") -> None:
         self.what, self.value, self.reason, self.hint = what, value, reason, hint
