@@ -15,8 +15,8 @@ class AfinaError(Exception):
     Args:
         what: what was wrong, naming the key, file, line or row (``"method.r"``, ``"train.jsonl:12"``).
         value: the value that was found; left out of the message when ``None``.
-        rule: the rule that was broken, as a full clause (``"must be at least 1"``).
-        cure: what to type or change.
+        reason: why it cannot be used, as a full clause (``"must be at least 1"``).
+        hint: what to type or change.
     """
 
     kind = "error"
