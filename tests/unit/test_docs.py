@@ -30,7 +30,8 @@ def test_readme_is_short() -> None:
 
 @each_page
 def test_lines_are_wrapped(page: Path) -> None:
-    lines = [line for line in prose(page).splitlines() if not line.startswith(("|", "!["))]
+    not_prose = ("|", "![", "Options: ")  # tables, pictures, and lists in docs/config.md, which is generated
+    lines = [line for line in prose(page).splitlines() if not line.startswith(not_prose)]
     assert [line for line in lines if len(line) > MAX_WIDTH] == []
 
 
