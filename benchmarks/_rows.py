@@ -20,7 +20,7 @@ def prepare_rows(overrides: list[str]) -> tuple[TrainConfig, Any, Data]:
     """Return a run's configuration, tokenizer and prepared rows."""
     config = load(overrides)
     tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision), config.model)
-    return config, tokenizer, load_data(config, tokenizer, print)
+    return config, tokenizer, load_data(config, tokenizer)
 
 
 def rows_in_training_order(config: TrainConfig, data: Data, steps: int) -> list[Tokens]:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from trainer.config import load
 from trainer.models.embedded import fetch
+from trainer.tracking.logs import configure_logging
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=22, help="102 MB each, 0.4 GB beside them")
     layers = parser.parse_args().layers
+    configure_logging()
     with tempfile.TemporaryDirectory() as name:
         model_bytes = make_run(Path(name), layers, width=2048)
         found = {"model_bytes": model_bytes, **measure(Path(name))}

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks._rows import prepare_rows, rows_in_training_order, save_rows
 from benchmarks.throughput import HERE, ROOT, run
 from trainer.models.embedded import fetch
+from trainer.tracking.logs import configure_logging
 
 GLOBAL_SIZE = 16
 HELD_OUT = 100
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--tried", type=int, default=6, help="steps on which a rate is tried")
     arguments = parser.parse_args()
+    configure_logging()
     with tempfile.TemporaryDirectory() as name:
         found = measure(str(fetch("smollm2_135m")), Path(name), arguments.steps, arguments.tried)
     text = table(found)

@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks._rows import prepare_rows, rows_in_training_order, save_rows
 from trainer.models.embedded import fetch
+from trainer.tracking.logs import configure_logging
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", choices=list(data_sets()), default=None)
     arguments = parser.parse_args()
+    configure_logging()
     model = str(fetch("smollm2_135m"))
     results = {}
     with tempfile.TemporaryDirectory() as folder:

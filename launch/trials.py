@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from launch import process, torchrun
 from launch.environment import child_environment, visible_gpus
 from trainer.config import TrainConfig
 from trainer.errors import AfinaError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,16 @@ def run(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
 
 
 def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> tuple[int, str]:
-    """Run a trial unless it is finished, and say so. Returns as :func:`run` does."""
+    """Run a trial unless it is finished, and log it. Returns as :func:`run` does."""
     if is_done(trial):
-        say(f"{label}: finished before")
+        logger.info(f"{label}: finished before")
         return 0, ""
-    say(f"{label}: starting")
+    logger.info(f"{label}: starting")
     code, error = run(trial, config_file)
     if code in process.STOPPED:
-        say(f"{label}: stopped; the same command goes on from here")
+        logger.info(f"{label}: stopped; the same command goes on from here")
     elif code:
-        say(f"{label}: failed: {error}")
+        logger.info(f"{label}: failed: {error}")
     return code, error
 
 
@@ -80,8 +83,3 @@ def own_name(config: TrainConfig) -> str:
 def digest(parts: Sequence[str], prefix: str) -> str:
     """``prefix`` and eight hex digits that stand for ``parts``, in whatever order."""
     return prefix + hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:8]
-
-
-def say(line: str) -> None:
-    """A line for people; stdout is for tables."""
-    print(line, file=sys.stderr, flush=True)

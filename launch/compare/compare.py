@@ -6,6 +6,7 @@ A comparison is a folder of run folders: ``<run.dir>/<comparison>/<method>/``, w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
 from launch.compare.candidates import Candidate
-from launch.trials import Trial, digest, own_name, run_if_needed, say
+from launch.trials import Trial, digest, own_name, run_if_needed
 from trainer.config.method import METHODS
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 MORE_TRIES = 3  # rates beyond the grid, while the best one is at its edge
 RATE = "optim.learning_rate"
@@ -39,12 +42,12 @@ def compare(typed: Sequence[str]) -> int:
         ConfigError: what was typed cannot be used; nothing has been started.
     """
     folder, candidates = plan(typed)
-    say(f"comparison of {len(candidates)} methods in {folder}")
+    logger.info(f"comparison of {len(candidates)} methods in {folder}")
     stopped, records = 0, list[comparison.Record]()
     for number, candidate in enumerate(candidates, 1):
         label = f"[{number}/{len(candidates)}] {candidate.name}"
         if candidate.config is None:
-            say(f"{label}: cannot be trained: {candidate.refused}")
+            logger.info(f"{label}: cannot be trained: {candidate.refused}")
             continue
         keys = candidate.config.compare
         stopped = _tune(candidate, folder, label)

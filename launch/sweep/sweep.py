@@ -5,6 +5,7 @@ A sweep is a folder of run folders: ``<run.dir>/<sweep>/<trial>/``. Started agai
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from pathlib import Path
 import trainer.config
 from launch import process, torchrun
 from launch.sweep import report as ranking
-from launch.trials import Trial, digest, own_name, run_if_needed, say
+from launch.trials import Trial, digest, own_name, run_if_needed
 from trainer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # a folder's name may have 255 bytes; the rest is left to the files' own names and to whoever must read it
 MAX_NAME_LENGTH = 80
@@ -69,7 +72,7 @@ def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
         ConfigError: a combination cannot be used; nothing has been started.
     """
     folder, trials = plan(overrides, config_file)
-    say(f"sweep of {len(trials)} runs in {folder}")
+    logger.info(f"sweep of {len(trials)} runs in {folder}")
     errors: dict[str, str] = {}
     stopped = 0
     for number, trial in enumerate(trials, 1):

@@ -59,7 +59,7 @@ class Bench:
     def loop(self, config: TrainConfig, folder: Path | None = None) -> Loop:
         base = resolve(config.model.name_or_path)
         tokenizer = load_tokenizer(base, config.model)
-        data = load_data(config, tokenizer, lambda _: None)
+        data = load_data(config, tokenizer)
         built = build(config, self.world, base, data, tokenizer)
         job = Job(
             config=config,

@@ -72,7 +72,7 @@ def whole_run(bench: Bench, config: TrainConfig) -> Path:
     """What ``trainer.train.train`` does once the process group is up."""
     base = resolve(config.model.name_or_path)
     tokenizer = load_tokenizer(base, config.model)
-    data = load_data(config, tokenizer, lambda _: None)
+    data = load_data(config, tokenizer)
     run = open_run(config, bench.world)
     assert run.finished is None
     job = Job(

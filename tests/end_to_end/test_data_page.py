@@ -83,7 +83,7 @@ def made(folder: Path, overrides: Sequence[str], check: bool = True) -> Page:
         folder / "data.html",
         finished.output,
         finished.returncode,
-        inspect_data(config, tokenizer_of(config), lambda _: None),
+        inspect_data(config, tokenizer_of(config)),
     )
 
 

@@ -58,7 +58,7 @@ def test_trie_gradient_is_the_padded_one(folder: Path, record_property: pytest.R
     """
     config = load([f"model.name_or_path={folder}", "data=headlines", "data.max_rows=64", "data.validation=0",
                    f"batch.global_size={ROWS}", "method.target_modules=attention", "model.dtype=bf16"])  # fmt: skip
-    data = load_data(config, load_tokenizer(str(folder), config.model), lambda _: None)
+    data = load_data(config, load_tokenizer(str(folder), config.model))
     rows = data.train.tokens(range(ROWS))
     model: Any = attach(load_model(str(folder), config.model, config.method, torch.bfloat16, CPU, 2), config.method, 0)
     loss = LabelLoss(model.eval())

@@ -18,13 +18,13 @@ ROWS = [{"instruction": f"Say {i} " + "word " * (i % 5), "output": f"{i}" * (1 +
 class Asked:
     """``prepare`` on rows of its own, counting how often a table is built."""
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, logged: list[str]) -> None:
         self.path = write_rows(folder / "rows.jsonl", ROWS)
-        self.cache, self.tokenizer, self.said = folder / "cache", tokenizer, list[str]()
+        self.cache, self.tokenizer, self.logged = folder / "cache", tokenizer, logged
 
     def __call__(self, tokenizer: Any = None, **keys: Any) -> PreparedTable:
         data = DataConfig(**{"path": str(self.path), **keys})
-        return prepare(DatasetSpec(str(self.path)), data, tokenizer or self.tokenizer, self.cache, self.said.append)
+        return prepare(DatasetSpec(str(self.path)), data, tokenizer or self.tokenizer, self.cache)
 
     def refused(self, found: PreparedTable) -> list[dict[str, str]]:
         return [json.loads(line) for line in found.refused_file.read_text().splitlines()]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.logged import logged_lines
 from tests.helpers.prepared_data import Asked
 
 
@@ -28,6 +30,13 @@ def model(tiny_model: Path) -> Any:
 
 
 @pytest.fixture
-def asked(tmp_path: Path, tokenizer: Any) -> Asked:
+def logged() -> Iterator[list[str]]:
+    """The lines that the program logs during the test."""
+    with logged_lines() as lines:
+        yield lines
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tokenizer: Any, logged: list[str]) -> Asked:
     """A file of 23 rows, and ``prepare`` on it with a cache of its own."""
-    return Asked(tmp_path, tokenizer)
+    return Asked(tmp_path, tokenizer, logged)

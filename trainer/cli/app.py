@@ -145,7 +145,7 @@ def data(
     import trainer.config
     from trainer.view import view
 
-    view(trainer.config.load(overrides or [], config_file), html, examples, lambda text: print(text, file=sys.stderr))
+    view(trainer.config.load(overrides or [], config_file), html, examples)
 
 
 @app.command()
@@ -153,6 +153,7 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
     """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
     import trainer.models.embedded
 
+    configure_logging(stream=sys.stdout)
     if name is None:
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)

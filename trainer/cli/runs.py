@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +52,6 @@ def generate(
         bits=bits,
         device_map=device_map,
         overrides=overrides or [],
-        say=_to_stderr,
     )
     for number, (name, answer) in enumerate(answers):
         if adapters:
@@ -113,7 +111,3 @@ def find_run(run: str) -> Path:
 def _check_bits(bits: int | None) -> None:
     if bits not in (None, 16, 8, 4):
         raise ConfigError("--bits", value=bits, reason="must be 16, 8 or 4", hint="leave it out for the run's own")
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from trainer.errors import DataError
 NAMED_REFUSED = 3
 
 
-def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
+def load_data(config: TrainConfig, tokenizer: Any) -> Data:
     """Prepare (or find) the tables and split them. Needs no process group; every rank gets the same.
 
     Raises:
         DataError: a source cannot be used, more rows are refused than ``data.max_refused`` allows, or there are fewer
             training rows than ``batch.global_size``.
     """
-    tables = _prepare_all(config.data, tokenizer, say)
+    tables = _prepare_all(config.data, tokenizer)
     _check_refused(config.data, tables)
     data = _split(config, tokenizer, tables, must_train=True)
     if config.batch.global_size > len(data.train):
@@ -44,14 +44,14 @@ def load_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -
     return data
 
 
-def inspect_data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> Data:
+def inspect_data(config: TrainConfig, tokenizer: Any) -> Data:
     """Load data that may not be good enough to train on, to look at it: as :func:`load_data`, but neither refused rows
     nor too few rows are an error.
 
     Raises:
         DataError: a source cannot be used, or holds no usable row.
     """
-    return _split(config, tokenizer, _prepare_all(config.data, tokenizer, say), must_train=False)
+    return _split(config, tokenizer, _prepare_all(config.data, tokenizer), must_train=False)
 
 
 def _parse_specs(data_config: DataConfig, path: Any) -> list[DatasetSpec]:
@@ -59,13 +59,13 @@ def _parse_specs(data_config: DataConfig, path: Any) -> list[DatasetSpec]:
     return parse_dataset_specs(path, c.format, c.columns, c.split, c.revision, c.subset)
 
 
-def _prepare_all(data_config: DataConfig, tokenizer: Any, say: Callable[[str], None]) -> list[PreparedTable]:
+def _prepare_all(data_config: DataConfig, tokenizer: Any) -> list[PreparedTable]:
     """Prepare the tables of all parts; that of a validation file is the last."""
     parts = _parse_specs(data_config, data_config.path)
     if isinstance(data_config.validation, str):
         parts += _parse_specs(data_config, data_config.validation)
     cache = Path(data_config.cache_dir).expanduser() if data_config.cache_dir else default_cache()
-    return [prepare(part, data_config, tokenizer, cache, say) for part in parts]
+    return [prepare(part, data_config, tokenizer, cache) for part in parts]
 
 
 def _check_refused(data_config: DataConfig, tables: Sequence[PreparedTable]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from trainer.evaluation.generator import Generator
 from trainer.inference.run_model import Loaded, load_run
 from trainer.methods import virtual_tokens
 
+logger = logging.getLogger(__name__)
+
 HELP = """/adapter NAME  answer with another adapter; what was said is kept
 /adapters      their names; * is the one that answers
 /reset         forget what was said
@@ -24,7 +27,6 @@ HELP = """/adapter NAME  answer with another adapter; what was said is kept
 /exit          end; so does the end of the input
 A line that is to begin with / begins with a space."""
 COMMANDS = ("/adapter", "/adapters", "/reset", "/help", "/exit")
-Say = Callable[[str], None]
 
 
 class Chat:
@@ -33,15 +35,14 @@ class Chat:
     Args:
         loaded: a run's model.
         write: told each new piece of an answer's text, and a newline at its end.
-        say: told everything else, a line at a time.
 
     Attributes:
         turns: what was said so far.
         room: most tokens of a prompt, so that a whole answer fits behind it.
     """
 
-    def __init__(self, loaded: Loaded, write: Say, say: Say) -> None:
-        self.loaded, self.write, self.say = loaded, write, say
+    def __init__(self, loaded: Loaded, write: Callable[[str], None]) -> None:
+        self.loaded, self.write = loaded, write
         keys = loaded.config.data
         self.template = Template(loaded.tokenizer, keys.template, keys.alpaca_role, keys.train_on)
         self.has_turns = keys.template == "chat" or self.template.chat_template is not None
@@ -76,15 +77,15 @@ class Chat:
             self._switch(rest.strip())
         elif command in ("/adapter", "/adapters"):
             now = self.loaded.switch.name
-            self.say("\n".join(f"{'*' if name == now else ' '} {name}" for name in self.loaded.switch.adapters))
+            logger.info("\n".join(f"{'*' if name == now else ' '} {name}" for name in self.loaded.switch.adapters))
         elif command == "/reset":
             self.turns = []
-            self.say("forgotten")
+            logger.info("forgotten")
         elif command == "/help":
-            self.say(HELP)
+            logger.info(HELP)
         else:
             near = get_close_matches(command, COMMANDS, n=1)
-            self.say(f"{command}: there is no such command → {near[0] if near else '/help'}")
+            logger.info(f"{command}: there is no such command → {near[0] if near else '/help'}")
         return True
 
     def _switch(self, name: str) -> None:
@@ -92,23 +93,23 @@ class Chat:
         try:
             self._use(name)
         except AfinaError as error:
-            self.say(f"error: {error}")
+            logger.error(error)
             self._use(before)
-        self.say(f"answering: {self.loaded.switch.name}")
+        logger.info(f"answering: {self.loaded.switch.name}")
 
     def _answer(self, text: str) -> None:
         asked = [*self.turns, Turn("user", text)] if self.has_turns else [Turn("user", text)]
         try:
             asked, prompt = self._fitting(asked)
         except RowError as error:
-            self.say(f"error: {error}")
+            logger.error(error)
             return
         if prompt is None:
             return
         answer, ending = self.generator.stream(prompt, self.write)
         self.write("\n")
         if ending == "length":
-            self.say(f"(cut after {self.loaded.config.generate.max_new_tokens} tokens: generate.max_new_tokens)")
+            logger.info(f"(cut after {self.loaded.config.generate.max_new_tokens} tokens: generate.max_new_tokens)")
         if self.has_turns:
             self.turns = [*asked, Turn("assistant", answer)]
 
@@ -121,10 +122,10 @@ class Chat:
             prompt = self.template.encode_turns(turns)
         if len(prompt) > self.room:
             hint = "a shorter one, or data.max_length=N"
-            self.say(f"error: that takes {len(prompt)} tokens, and there is room for {self.room} → {hint}")
+            logger.error(f"that takes {len(prompt)} tokens, and there is room for {self.room} → {hint}")
             return turns, None
         if dropped:
-            self.say(f"(the oldest {dropped} rounds were forgotten: there is room for {self.room} tokens)")
+            logger.info(f"(the oldest {dropped} rounds were forgotten: there is room for {self.room} tokens)")
         return turns, prompt
 
 
@@ -136,20 +137,19 @@ def chat_run(
     bits: int | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Talk with a run's model until the input ends. Answers go to stdout, all else to stderr.
+    """Talk with a run's model until the input ends. Answers go to stdout, all else is logged.
 
     Args:
         run: a run folder; its data may be gone.
         adapter, adapters, bits, overrides: as in :func:`~trainer.inference.run_model.load_run`.
     """
-    say = _to_stderr
     loaded = load_run(run, overrides, adapter=adapter, adapters=adapters, bits=bits, with_data=False)
     for note in loaded.notes:
-        say(f"note: {note}")
-    chat = Chat(loaded, _to_stdout, say)
+        logger.info(f"note: {note}")
+    chat = Chat(loaded, _to_stdout)
     if not chat.has_turns:
-        say(f"data.template={loaded.config.data.template} has no turns: each prompt is answered alone")
-    say(f"answering: {loaded.switch.name}; /help")
+        logger.info(f"data.template={loaded.config.data.template} has no turns: each prompt is answered alone")
+    logger.info(f"answering: {loaded.switch.name}; /help")
     for line in _lines(lambda: str(loaded.switch.name)):
         if not chat.hear(line):
             return
@@ -183,7 +183,3 @@ def _piped() -> Iterator[str]:
 
 def _to_stdout(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from trainer.merge.card import model_card
 from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
 from trainer.models.loading import load_model, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 MERGE_ROWS, MERGE_TOKENS = 16, 256  # rows of the run's data that a merge is proved on, and how much of each
 
 
@@ -48,25 +51,22 @@ class PlainScorer:
         return self.loss.logits(self.model, batch)
 
 
-def evaluate_run(
-    run: Path, overrides: Sequence[str] = (), adapters: Sequence[str] = (), say: Callable[[str], None] = print
-) -> dict[str, dict[str, float]]:
+def evaluate_run(run: Path, overrides: Sequence[str] = (), adapters: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Score a run's final model, and other adapters on its base, on the run's held-out rows by ``eval.metrics``.
 
     Args:
         run: a run folder.
         overrides: laid over the run's own config.yaml.
         adapters: as in :func:`~trainer.inference.run_model.load_run`.
-        say: told how the data are prepared, and what an adapter was trained with that is different here.
 
     Returns:
         The metrics by the adapter's name, the run's own first.
     """
     loaded = load_run(run, overrides, adapters=adapters)
     for note in loaded.notes:
-        say(f"note: {note}")
+        logger.info(f"note: {note}")
     config, world = loaded.config, loaded.world
-    data = load_data(config, loaded.tokenizer, say)
+    data = load_data(config, loaded.tokenizer)
     if not len(data.validation):
         raise DataError(
             "data.validation",
@@ -131,7 +131,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
 
 def _prompts(config: TrainConfig, tokenizer: Any) -> list[list[int]]:
     """Rows of the run's own data, held-out ones first."""
-    data = load_data(config, tokenizer, lambda _: None)
+    data = load_data(config, tokenizer)
     rows = data.validation if len(data.validation) else data.train
     return [tokens.ids[:MERGE_TOKENS].tolist() for tokens in rows.tokens(range(min(MERGE_ROWS, len(rows))))]
 
@@ -146,7 +146,6 @@ def generate_run(
     bits: int | None = None,
     device_map: str | None = None,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = print,
 ) -> Iterator[tuple[str, str]]:
     """Answer one prompt, laid out as in training, by each adapter asked for; the run's data may be gone.
 
@@ -155,7 +154,6 @@ def generate_run(
         prompt: the instruction.
         input: what the instruction is about, as in an Alpaca row.
         adapter, adapters, bits, device_map, overrides: as in :func:`~trainer.inference.run_model.load_run`.
-        say: told what an adapter was trained with that is different here.
 
     Yields:
         Names and answers, the run's own (or the base's in its place) first.
@@ -164,7 +162,7 @@ def generate_run(
         run, overrides, adapter=adapter, adapters=adapters, bits=bits, device_map=device_map, with_data=False
     )
     for note in loaded.notes:
-        say(f"note: {note}")
+        logger.info(f"note: {note}")
     config = loaded.config
     template = Template(loaded.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
     ids, end_ids = template.encode_prompt(prompt, input), template.end_ids()

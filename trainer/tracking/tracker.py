@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from trainer.config.schema import TrainConfig
 from trainer.tracking.files import MetricsFile
 from trainer.tracking.terminal import Terminal, is_evaluation
 from trainer.tracking.wandb_run import WandbRun
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -70,7 +73,7 @@ class _MainTracker(Tracker):
         self._told_disk = False
         self._metrics = MetricsFile(folder, resume_step=resume_step)
         self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
-        self._wandb = WandbRun(config, folder, model_info, say=self.say)
+        self._wandb = WandbRun(config, folder, model_info)
 
     def log(self, record: Mapping[str, Any]) -> None:
         record = dict(record)
@@ -83,14 +86,14 @@ class _MainTracker(Tracker):
         except OSError as error:
             if not self._told_disk:
                 self._told_disk = True
-                self.say(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
+                logger.info(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
         self._wandb.log(record)
 
     def say(self, text: str) -> None:
         self._terminal.say(text)
 
     def alert(self, title: str, text: str) -> None:
-        self._terminal.say(text)
+        logger.info(text)
         self._wandb.alert(title, text)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import netrc
 import os
@@ -29,14 +30,13 @@ FINISH_TIMEOUT_SECONDS = 15.0
 # Beyond wandb's own limit: it has let a stuck service process through before.
 GRACE_SECONDS = 5.0
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class WandbRun:
     """The W&B side of a tracker. No method raises; the first trouble is said and ends W&B for this process."""
 
-    def __init__(self, config: TrainConfig, folder: Path, facts: Mapping[str, Any], *, say: Say) -> None:
-        self._say = say
+    def __init__(self, config: TrainConfig, folder: Path, facts: Mapping[str, Any]) -> None:
         self._run: Any = None
         self._module: Any = None
         self._folder = folder
@@ -46,7 +46,7 @@ class WandbRun:
         try:
             self._start(config, facts, wish)
         except Exception as error:
-            self._say(f"W&B is off for this run: {_first_line(error)}")
+            logger.info(f"W&B is off for this run: {_first_line(error)}")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log one record under its own step. Redone steps that W&B has already seen are left out there: they were
@@ -79,7 +79,7 @@ class WandbRun:
         trouble = _bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
         # Without a run the trouble has been said when it began.
         if trouble and run is not None:
-            self._say(f"W&B did not finish ({trouble}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
+            logger.info(f"W&B did not finish ({trouble}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
 
     def _tell(self, tell: Callable[[Any], object]) -> None:
         if self._run is None:
@@ -88,7 +88,7 @@ class WandbRun:
             tell(self._run)
         except Exception as error:
             self._run = None
-            self._say(f"W&B stopped recording, training goes on: {_first_line(error)}")
+            logger.info(f"W&B stopped recording, training goes on: {_first_line(error)}")
 
     def _start(self, config: TrainConfig, facts: Mapping[str, Any], wish: str) -> None:
         # Set before the import, which reads them: wandb's console lines would tear the bar, and its telemetry holds
@@ -134,7 +134,7 @@ class WandbRun:
             # The service of the failed start still holds the run's id and refuses it to a second start.
             _bounded(wandb.teardown, GRACE_SECONDS)
         if trouble:
-            self._say(f"W&B records this run offline: {trouble}")
+            logger.info(f"W&B records this run offline: {trouble}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
 
 

@@ -71,7 +71,7 @@ def train(config: TrainConfig, world: World) -> int:
     stop = StopRequest().install()
     base_dir = resolve(config.model.name_or_path, config.model.revision)
     tokenizer = load_tokenizer(base_dir, config.model)
-    data = load_data(config, tokenizer, logger.info)
+    data = load_data(config, tokenizer)
     distributed.init(world)
     try:
         run = open_run(config, world)

@@ -9,14 +9,13 @@ from pathlib import Path
 from trainer.config.schema import TrainConfig
 
 
-def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[str], None]) -> None:
+def view(config: TrainConfig, html: Path | None, examples: int) -> None:
     """Prepare and check the data of a run, and show it on stdout, or on a page.
 
     Args:
         config: the whole configuration.
         html: where the page goes; ``None`` shows the data on stdout alone.
         examples: rows that are shown on stdout.
-        say: told what is being done.
 
     Raises:
         DataError: training would refuse this data; raised after everything has been shown.
@@ -34,7 +33,7 @@ def view(config: TrainConfig, html: Path | None, examples: int, say: Callable[[s
 
     silence_libraries()
     tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision), config.model)
-    data, refusal = collect.find(config, tokenizer, say)
+    data, refusal = collect.find(config, tokenizer)
     facts, reader = collect.facts(data, config, tokenizer, refusal), Reader(tokenizer)
     terminal.show(replace(facts, examples=collect.few_examples(data, config, reader, examples)))
     if html is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -22,16 +22,16 @@ PAGE_EXAMPLES = 200
 PAGE_TOKENS = 200_000  # of all examples of a page: some megabytes, and a second
 
 
-def find(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[Data, DataError | None]:
+def find(config: TrainConfig, tokenizer: Any) -> tuple[Data, DataError | None]:
     """The data as training would have it; and if training would refuse it, as it is, with what it would say.
 
     Raises:
         DataError: there is nothing to look at: a source cannot be used, or holds no usable row.
     """
     try:
-        return load_data(config, tokenizer, say), None
+        return load_data(config, tokenizer), None
     except DataError as error:
-        return inspect_data(config, tokenizer, say), error
+        return inspect_data(config, tokenizer), error
 
 
 def facts(data: Data, config: TrainConfig, tokenizer: Any, refusal: DataError | None) -> Overview:

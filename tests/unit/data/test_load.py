@@ -20,7 +20,7 @@ def loaded_from(asked: Asked) -> Any:
     def loads(*overrides: str) -> Any:
         common = ["model=tiny", f"data.path={asked.path}", "data.validation=5", "batch.global_size=4"]
         config = load([*common, f"data.cache_dir={asked.cache}", *overrides])
-        return load_data(config, asked.tokenizer, asked.said.append)
+        return load_data(config, asked.tokenizer)
 
     return loads
 
@@ -77,7 +77,7 @@ def test_refused_rows_are_an_error_beyond_what_is_allowed(loaded_from: Any, aske
     for allowed in ("2", "0.08"):
         data = loaded_from(f"data.max_refused={allowed}")
         assert (len(data.train), data.parts[0].refused) == (18, 2)
-    assert [text.split()[0] for text in asked.said] == ["preparing", "prepared"], "max_refused prepares nothing again"
+    assert [text.split()[0] for text in asked.logged] == ["preparing", "prepared"], "max_refused prepares nothing again"
     too_long = r"data\.max_refused=2.*\(too_long\).*data\.on_too_long=drop"
     with pytest.raises(DataError, match=too_long):
         loaded_from("data.max_refused=2", "data.max_length=20")
@@ -88,7 +88,7 @@ def test_looking_at_data_never_fails_for_its_rows(asked: Asked) -> None:
     common = ["model=tiny", f"data.path={asked.path}", f"data.cache_dir={asked.cache}", "batch.global_size=999"]
     for validation, left in (("1", 2), ("3", 3), ("0.9", 3)):
         config = load([*common, f"data.validation={validation}"])
-        data = inspect_data(config, asked.tokenizer, asked.said.append)
+        data = inspect_data(config, asked.tokenizer)
         assert (len(data.train), data.parts[0].refused) == (left, 1)
         with pytest.raises(DataError):
-            load_data(config, asked.tokenizer, asked.said.append)
+            load_data(config, asked.tokenizer)

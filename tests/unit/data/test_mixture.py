@@ -83,7 +83,7 @@ def mixed(tmp_path: Path, tokenizer: Any) -> Any:
     def loads(path: str, *overrides: str) -> Data:
         path = path.replace("@", str(tmp_path))
         common = ["model=tiny", f"data.path={path}", "data.validation=8", "batch.global_size=4"]
-        return load_data(load([*common, f"data.cache_dir={tmp_path}/cache", *overrides]), tokenizer, lambda _: None)
+        return load_data(load([*common, f"data.cache_dir={tmp_path}/cache", *overrides]), tokenizer)
 
     return loads
 

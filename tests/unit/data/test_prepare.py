@@ -15,13 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.helpers.logged import logged_to
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import with_template, write_rows
-from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
 from trainer.data.formats.parse import parse_example
 from trainer.data.prepare.encode import SCHEMA
-from trainer.data.prepare.prepare import prepare
 from trainer.data.sources.rows import Row
 from trainer.data.templates.template import Template
 
@@ -70,7 +69,7 @@ def test_any_number_of_processes_writes_the_same_bytes(asked: Asked, workers: in
     again = asked(workers=workers)
     assert again.folder == found.folder
     assert {f.name: f.read_bytes() for f in again.folder.iterdir()} == files
-    assert asked.said[2] == f"preparing rows.jsonl in {workers} processes"
+    assert asked.logged[2] == f"preparing rows.jsonl in {workers} processes"
     assert not psutil.Process().children()
 
 
@@ -83,7 +82,7 @@ def test_a_second_call_builds_nothing(asked: Asked) -> None:
     first = asked()
     files = {f: f.stat().st_mtime_ns for f in asked.cache.rglob("*") if f.is_file() and f.suffix != ".lock"}
     again = asked()
-    assert [text.split()[0] for text in asked.said] == ["preparing", "prepared"]
+    assert [text.split()[0] for text in asked.logged] == ["preparing", "prepared"]
     assert first.fingerprint == again.fingerprint
     assert first.table[:] == again.table[:]
     assert {f: f.stat().st_mtime_ns for f in files} == files
@@ -117,7 +116,7 @@ def test_the_fingerprint_changes_with_what_matters(asked: Asked, keys: dict[str,
 )
 def test_the_fingerprint_stays_with_what_does_not(asked: Asked, keys: dict[str, Any]) -> None:
     assert asked().fingerprint == asked(**keys).fingerprint
-    assert len(asked.said) == 2
+    assert len(asked.logged) == 2
 
 
 def test_the_fingerprint_changes_with_bytes_and_tokenizer_and_not_with_use(asked: Asked) -> None:
@@ -169,16 +168,16 @@ def test_a_kill_in_the_middle_leaves_no_half_table(asked: Asked, monkeypatch: py
 
 def test_processes_at_once_build_once(asked: Asked, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    start, said = context.Barrier(4), tmp_path / "said"
+    start, lines = context.Barrier(4), tmp_path / "lines"
+
+    def append(text: str) -> None:
+        with lines.open("a") as stream:
+            stream.write(text + "\n")
 
     def child() -> None:
-        def say(text: str) -> None:
-            with said.open("a") as stream:
-                stream.write(text + "\n")
-
         start.wait()
-        data = DataConfig(path=str(asked.path))
-        assert len(prepare(DatasetSpec(str(asked.path)), data, asked.tokenizer, asked.cache, say)) == len(ROWS)
+        with logged_to(append):
+            assert len(asked()) == len(ROWS)
 
     children = [context.Process(target=child) for _ in range(4)]
     for process in children:
@@ -186,7 +185,7 @@ def test_processes_at_once_build_once(asked: Asked, tmp_path: Path) -> None:
     for process in children:
         process.join(60)
     assert [process.exitcode for process in children] == [0, 0, 0, 0]
-    assert said.read_text().count("preparing") == 1
+    assert lines.read_text().count("preparing") == 1
 
 
 def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not() -> None:

@@ -119,7 +119,7 @@ def test_refused_rows_are_written_down_and_left_out(asked: Asked) -> None:
         assert [set(row) for row in rows] == [{"where", "reason", "message", "raw"}] * 3
         assert (rows[0]["raw"], rows[1]["raw"], len(rows[2]["raw"])) == ('{"instruction": "a"}', bad, 2000)
         assert (found.refused, len(found)) == (3, len(ROWS))
-    assert len(asked.said) == 2
+    assert len(asked.logged) == 2
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "broken\n{]\n", '{"instruction": "a", "output": ""}\n' * 5])
@@ -133,7 +133,7 @@ def test_no_usable_row_names_the_first_and_where_all_are(asked: Asked, text: str
         (refused,) = asked.cache.glob("*/refused.jsonl")
         assert str(refused) in str(caught.value)
         assert len(refused.read_text().splitlines()) == len(text.splitlines())
-    assert len(asked.said) == 2
+    assert len(asked.logged) == 2
 
 
 def test_the_format_is_that_of_the_first_row_that_has_one(asked: Asked) -> None:

@@ -39,15 +39,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 class Talk:
-    """A chat whose prompts, answers and remarks are kept."""
+    """A chat whose prompts and answers are kept."""
 
     def __init__(self, runs: Path, name: str = "one", *overrides: str, **keys: Any) -> None:
-        self.said: list[str] = []
         self.written: list[str] = []
         self.prompts: list[list[int]] = []
-        self.chat = Chat(
-            load_run(runs / name, overrides, with_data=False, **keys), self.written.append, self.said.append
-        )
+        self.chat = Chat(load_run(runs / name, overrides, with_data=False, **keys), self.written.append)
 
     def __call__(self, line: str) -> str:
         """The whole answer to a line."""
@@ -134,18 +131,18 @@ def test_control_tokens_that_the_user_types_are_text(runs: Path, tokenizer: Any)
     assert evil in tokenizer.decode(talk.prompts[0])
 
 
-def test_the_oldest_rounds_are_dropped_and_it_is_said(runs: Path, tokenizer: Any) -> None:
+def test_the_oldest_rounds_are_dropped_and_it_is_logged(runs: Path, tokenizer: Any, logged: list[str]) -> None:
     first = Template(tokenizer, "chat").encode_prompt("word " * 5)
     talk = Talk(runs, "one", f"data.max_length={3 * len(first) + TOKENS}")
     for _ in range(5):
         talk("word " * 5)
     assert all(len(prompt) <= talk.chat.room for prompt in talk.prompts)
-    assert any("rounds were forgotten" in line for line in talk.said)
+    assert any("rounds were forgotten" in line for line in logged)
     assert talk.chat.turns[0].role == "user"
     kept = len(talk.chat.turns)
     asked = len(talk.prompts)
     assert talk("word " * 200) == ""
-    assert "there is room for" in talk.said[-1]
+    assert "there is room for" in logged[-1]
     assert (len(talk.prompts), len(talk.chat.turns)) == (asked, kept), "what cannot be asked is not remembered"
 
 
@@ -200,29 +197,29 @@ def test_bytes_that_are_no_text_are_answered(runs: Path, capsys: Capture, monkey
     assert "answering: base" in shown.err
 
 
-def test_a_run_of_all_weights_talks(runs: Path, tokenizer: Any) -> None:
+def test_a_run_of_all_weights_talks(runs: Path, tokenizer: Any, logged: list[str]) -> None:
     talk = Talk(runs, "whole")
     whole = AutoModelForCausalLM.from_pretrained(runs / "whole" / "model", dtype=torch.float32).eval()
     assert talk("Hello") == stock(whole, tokenizer, [{"role": "user", "content": "Hello"}]) + "\n"
     talk("/adapter base")
-    assert "one of whole" in talk.said[-2]
+    assert "one of whole" in logged[-2]
 
 
-def test_an_adapter_that_fails_leaves_the_one_before(runs: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_fails_leaves_the_one_before(runs: Path, tmp_path: Path, logged: list[str]) -> None:
     bad = shutil.copytree(runs / "two" / "adapter", tmp_path / "bad")
     talk = Talk(runs, adapters=[f"bad={bad}"])
     expected = talk("Hello")
     (bad / "adapter_model.safetensors").write_bytes(b"torn")
     talk("/reset")
     talk("/adapter bad")
-    assert "cannot be read" in talk.said[-2]
-    assert talk.said[-1] == "answering: one"
+    assert "cannot be read" in logged[-2]
+    assert logged[-1] == "answering: one"
     assert talk("Hello") == expected
 
 
 def test_a_model_without_a_chat_template_says_so(runs: Path) -> None:
     loaded = load_run(runs / "one", with_data=False)
     loaded.tokenizer.chat_template = None
-    chat = Chat(loaded, lambda _: None, lambda _: None)
+    chat = Chat(loaded, lambda _: None)
     with pytest.raises(DataError, match="has no chat template"):
         chat.hear("Hello")

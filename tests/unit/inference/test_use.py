@@ -98,10 +98,10 @@ def test_what_needs_rows_says_that_they_are_gone(verb: str, work: Path, tmp_path
 def test_scores_stand_side_by_side(work: Path, capsys: Capture) -> None:
     runs = work / "runs"
     given = [f"two={runs / 'two'}", "base"]
-    scores = evaluate_run(runs / "one", adapters=given, say=lambda _: None)
+    scores = evaluate_run(runs / "one", adapters=given)
     assert list(scores) == ["one", "two", "base"]
     for name in ("one", "two"):
-        (own,) = evaluate_run(runs / name, say=lambda _: None).values()
+        (own,) = evaluate_run(runs / name).values()
         assert own == scores[name]
     assert scores["one"]["eval_loss"] != scores["base"]["eval_loss"] != scores["two"]["eval_loss"]
     assert all(math.isfinite(value) for of in scores.values() for value in of.values())
@@ -117,7 +117,7 @@ def test_scores_stand_side_by_side(work: Path, capsys: Capture) -> None:
 def test_the_loss_is_that_of_plain_transformers(work: Path, tokenizer: Any) -> None:
     """Summed cross-entropy row by row, over the labels of all rows."""
     runs, overrides = work / "runs", [f"data.validation={work / 'rows.jsonl'}", "eval.max_rows=null"]
-    scores = evaluate_run(runs / "one", overrides, [f"four={runs / 'four'}", "base"], say=lambda _: None)
+    scores = evaluate_run(runs / "one", overrides, [f"four={runs / 'four'}", "base"])
     template = Template(tokenizer, "chat")
     for name, found in scores.items():
         model = tiny() if name == "base" else load_adapter(tiny(), runs / name / "adapter").eval()

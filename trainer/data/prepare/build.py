@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.open import Source
 
 BIG_BYTES = 8_000_000  # below it, starting processes costs more than they save
-SAY_EVERY_SECONDS = 30
+LOG_EVERY_SECONDS = 30
+
+logger = logging.getLogger(__name__)
 
 
-def build(
-    source: Source, spec: EncodingSpec, workers: int | None, folder: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path) -> dict[str, Any]:
     """Encode a source into a folder: ``rows.arrow``, ``counts.npy``, ``keys.npy``, ``refused.jsonl``.
 
     Args:
@@ -35,7 +35,6 @@ def build(
         spec: how they become tokens.
         workers: ``data.workers``.
         folder: an empty one.
-        say: told of the start, twice a minute of the progress, and of the end.
 
     Returns:
         What the marker says of the table, as JSON can hold it: ``rows refused dropped truncated format findings``.
@@ -46,8 +45,8 @@ def build(
     """
     number = workers or _workers_for(source)
     name = source.names[0] if len(source.names) == 1 else f"{source.spec.path} ({len(source.names)} files)"
-    say(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
-    begin = said = time.monotonic()
+    logger.info(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
+    begin = logged = time.monotonic()
     counter = RejectionCounter(spec.on_too_long)
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
@@ -65,9 +64,9 @@ def build(
             rows += len(chunk.stats)
             counter.add(chunk.rejected)
             rejected.writelines(map(to_json_line, chunk.rejected))
-            if time.monotonic() - said > SAY_EVERY_SECONDS:
-                said = time.monotonic()
-                say(f"prepared {rows:,} rows so far")
+            if time.monotonic() - logged > LOG_EVERY_SECONDS:
+                logged = time.monotonic()
+                logger.info(f"prepared {rows:,} rows so far")
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
@@ -75,7 +74,7 @@ def build(
         stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
     )
     seconds = time.monotonic() - begin
-    say(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
+    logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
         "rows": rows,
         "refused": counter.refused,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ def prepare(
     data_config: DataConfig,
     tokenizer: Any,
     cache: Path,
-    say: Callable[[str], None] = lambda _: None,
 ) -> PreparedTable:
     """Return the prepared table of one data set, built if it is not in the cache.
 
@@ -43,7 +42,6 @@ def prepare(
         data_config: the ``data`` section.
         tokenizer: the model's tokenizer.
         cache: folder of prepared tables.
-        say: told what is being done, by the one process that does it.
 
     Raises:
         DataError: the source, the template or the cache cannot be used, or not one row can.
@@ -54,7 +52,7 @@ def prepare(
     folder = cache / fingerprint
     with _lock_table(cache, fingerprint):
         if not (folder / MARKER).exists():
-            _build(source, data_config, tokenizer, folder, say)
+            _build(source, data_config, tokenizer, folder)
     return open_table(folder, source)
 
 
@@ -91,7 +89,7 @@ def _no_cache(cache: Path, error: OSError) -> DataError:
     )
 
 
-def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> None:
+def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path) -> None:
     """Build a table beside its place and rename it there. Called with its lock held."""
     remove_stale_partials(folder.parent)
     spec = EncodingSpec(
@@ -106,7 +104,7 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
     )
     try:
         with partial_folder(folder) as partial:
-            made = build(source, spec, data_config.workers, partial, say)
+            made = build(source, spec, data_config.workers, partial)
             commit_folder(partial, folder, MARKER, json.dumps(made))
     except OSError as error:
         raise _no_cache(folder.parent, error) from error
