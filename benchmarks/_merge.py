@@ -19,7 +19,7 @@ from typing import Any
 import deepspeed  # noqa: F401  `afina merge` loads it too: it belongs to what importing costs
 
 import trainer.merge.merge
-from trainer.inference.use import merge_run
+from trainer.inference.merge import merge_run
 
 # A function of trainer.merge.merge: the part that it is, and the one that follows.
 PARTS = {"fold": ("folding", "digests"), "_write": ("writing", "reading back, its answers")}

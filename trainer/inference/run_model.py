@@ -1,4 +1,4 @@
-"""A finished run's model for use: one base in memory, and the adapters that may be put on it by name."""
+"""Load a finished run's model for inference: one base in memory, and the adapters that may be put on it by name."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ BASE = "base"  # the name of the base alone
 
 
 @dataclass(slots=True)
-class Loaded:
-    """A run's model, ready for inference, and what it was trained with.
+class RunModel:
+    """Hold a run's model, ready for inference, with its config and tokenizer.
 
     Attributes:
         config: the run's.
-        switch: the base with what is on it; its ``adapters`` are all that may be.
+        switcher: the base with the adapter that is on it; its ``adapters`` are all that may be.
         tokenizer: the run's.
         world: this process.
-        asked: names of what was asked for, the run's own (or the base in its place) first.
+        requested: names of the adapters asked for, the run's own (or the base in its place) first.
         notes: what the user should know of the adapters asked for.
     """
 
     config: TrainConfig
-    switch: AdapterSwitcher
+    switcher: AdapterSwitcher
     tokenizer: Any
     world: distributed.World
-    asked: list[str]
+    requested: list[str]
     notes: list[str]
 
     @property
     def model(self) -> Any:
-        """What answers now."""
-        return self.switch.model
+        """Return the base with the adapter that is on it now."""
+        return self.switcher.model
 
 
 def load_run(
@@ -58,8 +58,8 @@ def load_run(
     bits: int | None = None,
     device_map: str | None = None,
     with_data: bool = True,
-) -> Loaded:
-    """The base model of a run with its final adapter on it, or its fully trained model.
+) -> RunModel:
+    """Load the base model of a run with its final adapter on it, or its fully trained model.
 
     Args:
         run: a run folder.
@@ -67,7 +67,7 @@ def load_run(
         adapter: without it the base model answers as it was before training.
         adapters: others that may be put on the same base: ``NAME=DIR``, or ``base`` for the base alone.
         bits: hold the base in so many bits; ``None``: as in training.
-        device_map: handed to transformers (``auto`` spreads the base over the devices); ``None``: one device.
+        device_map: passed to transformers (``auto`` spreads the base over the devices); ``None``: one device.
         with_data: false: the run's data may be gone.
 
     Raises:
@@ -75,43 +75,23 @@ def load_run(
         ConfigError: an override or one of ``adapters`` cannot be used.
     """
     silence_libraries()
-    config = run_config(run, overrides, with_data)
-    choices, first = _choices(run, config, adapter, adapters)
+    config = load_run_config(run, overrides, with_data)
+    choices, first = _find_adapters(run, config, adapter, adapters)
     base, place = _load_base(run, config, choices, bits, device_map)
-    switch = AdapterSwitcher(base, choices, place)
-    switch.use(first)
-    asked = [first, *(name for name in named_adapters(adapters, own_name(run)) if name != first)]
-    trained = run / ("model" if config.method.name == "full" else "adapter")
-    if adapter or _own_template(run):
-        tokenizer = load_tokenizer(str(trained), dataclasses.replace(config.model, revision=None))
+    switcher = AdapterSwitcher(base, choices, place)
+    switcher.use(first)
+    requested = [first, *(name for name in parse_adapters(adapters, run_adapter_name(run)) if name != first)]
+    if adapter or _saved_template_override(run):
+        model_config = dataclasses.replace(config.model, revision=None)
+        tokenizer = load_tokenizer(str(_run_model_dir(run, config)), model_config)
     else:
-        tokenizer = load_tokenizer(_base_folder(config), config.model)
-    notes = _notes(config, adapters)
-    return Loaded(config, switch, tokenizer, distributed.from_environment(), asked, notes)
+        tokenizer = load_tokenizer(_resolve_base(config), config.model)
+    notes = _describe_differences(config, adapters)
+    return RunModel(config, switcher, tokenizer, distributed.from_environment(), requested, notes)
 
 
-def _choices(
-    run: Path, config: TrainConfig, adapter: bool, adapters: Sequence[str]
-) -> tuple[dict[str, Path | None], str]:
-    """What may be on the base, by name, and what is at first."""
-    is_full = config.method.name == "full"
-    trained = run / ("model" if is_full else "adapter")
-    is_there = (trained / "config.json").exists() or is_adapter(trained)
-    if adapter and not is_there:
-        raise CheckpointError(str(trained), reason="is not there: the run has not finished", hint="train it to its end")
-    own = own_name(run)
-    others = named_adapters(adapters, own)
-    if is_full and adapter:
-        if others:
-            reason = f"belongs on a base as it was, and {own} has trained all of its weights"
-            raise config_error("--adapter", adapters[0], reason, "name the run of an adapter as RUN")
-        return {own: None}, own
-    mine: dict[str, Path | None] = {own: trained} if is_there and not is_full else {}
-    return {**mine, BASE: None, **others}, own if adapter else BASE
-
-
-def run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> TrainConfig:
-    """A run's configuration for its use: what it started from and would resume from does not matter any more.
+def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> TrainConfig:
+    """Load a run's config for inference: what it was warm-started or resumed from does not matter any more.
 
     Raises:
         ConfigError: an override cannot be used.
@@ -120,18 +100,18 @@ def run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> T
         if typed.startswith("method.adapter="):
             hint = f"--adapter NAME={typed.partition('=')[2]}"
             raise config_error("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
-    past = ["method.adapter=null", "checkpoint.resume=auto", *_own_template(run)]
-    return load([*past, *overrides], run / "config.yaml", with_data)
+    defaults = ["method.adapter=null", "checkpoint.resume=auto", *_saved_template_override(run)]
+    return load([*defaults, *overrides], run / "config.yaml", with_data)
 
 
-def own_name(run: Path) -> str:
-    """What a run's own adapter is called: by its folder."""
+def run_adapter_name(run: Path) -> str:
+    """Return the name of a run's own adapter: its folder's."""
     name = run.resolve().name
     return name if name != BASE else "run"
 
 
-def named_adapters(given: Sequence[str], own: str) -> dict[str, Path | None]:
-    """Folders by name of ``--adapter NAME=DIR``; ``base`` has none.
+def parse_adapters(given: Sequence[str], own: str) -> dict[str, Path | None]:
+    """Parse ``--adapter NAME=DIR`` into folders by name; ``base`` has none.
 
     Raises:
         ConfigError: a name is taken, or no adapter is there.
@@ -153,22 +133,49 @@ def named_adapters(given: Sequence[str], own: str) -> dict[str, Path | None]:
     return found
 
 
-def _notes(config: TrainConfig, given: Sequence[str]) -> list[str]:
-    """Where an adapter's own run was trained on another base or with another layout of its prompts."""
+def _find_adapters(
+    run: Path, config: TrainConfig, adapter: bool, adapters: Sequence[str]
+) -> tuple[dict[str, Path | None], str]:
+    """Return the folders of all adapters that may be on the base, by name, and the name of the first to be."""
+    is_full = config.method.name == "full"
+    run_model_dir = _run_model_dir(run, config)
+    is_there = (run_model_dir / "config.json").exists() or is_adapter(run_model_dir)
+    if adapter and not is_there:
+        reason = "is not there: the run has not finished"
+        raise CheckpointError(str(run_model_dir), reason=reason, hint="train it to its end")
+    own = run_adapter_name(run)
+    others = parse_adapters(adapters, own)
+    if is_full and adapter:
+        if others:
+            reason = f"belongs on a base as it was, and {own} has trained all of its weights"
+            raise config_error("--adapter", adapters[0], reason, "name the run of an adapter as RUN")
+        return {own: None}, own
+    run_adapter: dict[str, Path | None] = {own: run_model_dir} if is_there and not is_full else {}
+    return {**run_adapter, BASE: None, **others}, own if adapter else BASE
+
+
+def _run_model_dir(run: Path, config: TrainConfig) -> Path:
+    """Return the folder with a run's final weights: of its adapter, or of all weights."""
+    return run / ("model" if config.method.name == "full" else "adapter")
+
+
+def _describe_differences(config: TrainConfig, given: Sequence[str]) -> list[str]:
+    """Describe where an adapter's own run had another base or another layout of its prompts."""
     notes = []
     for text in given:
         name, _, folder = text.partition("=")
-        trained_by = find_adapter("--adapter", folder).parent / "config.yaml" if folder else None
-        if trained_by is None or not trained_by.is_file():
+        config_file = find_adapter("--adapter", folder).parent / "config.yaml" if folder else None
+        if config_file is None or not config_file.is_file():
             continue
-        theirs = OmegaConf.load(trained_by)
+        adapter_config = OmegaConf.load(config_file)
         for key, own in (
             ("model.name_or_path", config.model.name_or_path),
             ("model.revision", config.model.revision),
             ("data.template", config.data.template),
             ("data.alpaca_role", config.data.alpaca_role),
         ):
-            if (other := OmegaConf.select(theirs, key)) != own and not is_template_file(str(other)):
+            other = OmegaConf.select(adapter_config, key)
+            if other != own and not is_template_file(str(other)):
                 notes.append(f"{name} was trained with {key}={other}; here it is {own}")
     return notes
 
@@ -176,14 +183,14 @@ def _notes(config: TrainConfig, given: Sequence[str]) -> list[str]:
 def _load_base(
     run: Path, config: TrainConfig, choices: dict[str, Path | None], bits: int | None, device_map: str | None
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """The base (or, where that is no choice, a fully trained model), and what moves an adapter to where it is."""
-    trained = BASE not in choices
+    """Load the base (or a fully trained model, which has none), and return it with what moves an adapter to it."""
+    is_full = BASE not in choices
     device = distributed.from_environment().device
     method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
     dtype = compute_dtype(config.model.dtype, device, zero_stage=2)
-    folder = str(run / "model") if trained else _base_folder(config)
-    keys = dataclasses.replace(config.model, revision=None) if trained else config.model
-    base: Any = load_model(folder, keys, method, dtype, device, zero_stage=0, device_map=device_map)
+    folder = str(_run_model_dir(run, config)) if is_full else _resolve_base(config)
+    model_config = dataclasses.replace(config.model, revision=None) if is_full else config.model
+    base: Any = load_model(folder, model_config, method, dtype, device, zero_stage=0, device_map=device_map)
 
     def place(model: Any) -> Any:
         return model.to(device) if device_map is None and method.bits == 16 else model
@@ -191,13 +198,13 @@ def _load_base(
     return place(base).eval(), place
 
 
-def _base_folder(config: TrainConfig) -> str:
+def _resolve_base(config: TrainConfig) -> str:
     return resolve(config.model.name_or_path, config.model.revision)
 
 
-def _own_template(run: Path) -> list[str]:
-    """What to override when a finished run was trained with a chat template from a file: the tokenizer that it saved
-    carries that template, so the file may be gone by now."""
+def _saved_template_override(run: Path) -> list[str]:
+    """Return what to override when a finished run was trained with a chat template from a file: the tokenizer that it
+    saved carries that template, so the file may be gone by now."""
     config = OmegaConf.load(run / "config.yaml")
     saved = any((run / name / "tokenizer_config.json").exists() for name in ("adapter", "model"))
     return ["data.template=chat"] if saved and is_template_file(OmegaConf.select(config, "data.template")) else []

@@ -1,4 +1,4 @@
-"""`environment.json`: what a run ran on, so that its numbers can be placed a year later."""
+"""Write `environment.json`: what a run ran on, so that its numbers can be placed a year later."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credentials?)
 
 
 def redact(text: str) -> str:
-    """``text`` with secrets hidden: tokens and credentials by their shape (``trainer.config.messages``), the value of
+    """Hide secrets in ``text``: tokens and credentials by their shape (``trainer.config.messages``), the value of
     ``api_key=…`` and the like, and wherever it occurs the value of an environment variable with such a name."""
     for name, value in os.environ.items():
         # A short value ("true", "1") of a variable such as HF_HUB_DISABLE_IMPLICIT_TOKEN is no secret.
@@ -73,7 +73,7 @@ def write_environment(folder: Path, extra: Mapping[str, Any] | None = None) -> N
         "cpu_count": os.cpu_count(),
         "git": _git(Path.cwd()),
         "packages": _package_versions(),
-        "variables": {name: redact(value) for name, value in sorted(os.environ.items()) if _matters(name)},
+        "variables": {name: redact(value) for name, value in sorted(os.environ.items()) if _is_recorded(name)},
         **(extra or {}),
     }
     text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False)
@@ -91,7 +91,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit of ``folder`` and whether tracked files differ from it; None outside a repository or without git."""
+    """Return the commit of ``folder`` and whether files differ from it; None outside a repository or without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -105,8 +105,8 @@ def _git(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _matters(name: str) -> bool:
-    """Variables that change speed or placement, and none that may hold a user's private matters."""
+def _is_recorded(name: str) -> bool:
+    """Return whether a variable changes speed or placement, and cannot hold a user's private matters."""
     exact = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     prefixes = ("NCCL_", "TORCHELASTIC_", "PYTORCH_", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
     return (name in exact or name.startswith(prefixes)) and not _SECRET_NAME.search(name)

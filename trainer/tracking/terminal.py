@@ -1,4 +1,4 @@
-"""What people see: a progress bar on a terminal, plain lines in a pipe or a job's log, and `log.txt` always."""
+"""Show a run to people: a progress bar on a terminal, plain lines in a pipe or a job's log, and `log.txt` always."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ TRAINING_KEYS = frozenset(
 
 
 def is_evaluation(record: Mapping[str, Any]) -> bool:
-    """Whether a record carries more than the keys of a training step."""
+    """Return whether a record carries more than the keys of a training step."""
     return bool(record.keys() - TRAINING_KEYS)
 
 
 def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | None) -> str:
-    """One line for people: ``step 12/75 loss 0.412 lr 4.9e-04 320 tok/s 1.9 GiB eta 3:12 eval_loss 0.39``."""
+    """Format a record as one line: ``step 12/75 loss 0.412 lr 4.9e-04 320 tok/s 1.9 GiB eta 3:12 eval_loss 0.39``."""
     parts = [f"step {record['step']}/{total_steps}", *_training_parts(record)]
     if eta_seconds is not None and record["step"] < total_steps:
         parts.append(f"eta {clock(eta_seconds)}")
@@ -55,14 +55,14 @@ def step_line(record: Mapping[str, Any], total_steps: int, eta_seconds: float | 
 
 
 def clock(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    """Format seconds as ``m:ss`` or ``h:mm:ss``."""
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 class Eta:
-    """Time that is left, from the steps of this process alone: a resumed run must not count what it did not do."""
+    """Estimate the time left from the steps of this process alone: a resumed run must not count what it did not do."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -95,7 +95,7 @@ class Terminal:
         self._task: TaskID | None = None
         if sys.stdout.isatty():
             self._bar, self._task = _start_bar(total_steps, resume_step)
-        self._handler = LineHandler(self.say)
+        self._handler = LineHandler(self.write_line)
         self._handler_before = use_handler(self._handler)
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -114,8 +114,8 @@ class Terminal:
         if self._bar is None or is_evaluation(record):
             self._print(line)
 
-    def say(self, text: str) -> None:
-        """A line for people, above the bar and in `log.txt`."""
+    def write_line(self, text: str) -> None:
+        """Write a line above the bar and, with the time, into `log.txt`."""
         self._write_log(text)
         self._print(text)
 
@@ -148,7 +148,8 @@ class Terminal:
             use_handler(latest)
 
     def _is_due(self, record: Mapping[str, Any]) -> bool:
-        """All of few lines; of many about ``MAX_LINES``, yet never silence, and always evaluations and the end."""
+        """Return whether a step gets a line: all of few; of many about ``MAX_LINES``, yet never silence, and always
+        evaluations and the end."""
         step = record["step"]
         return (
             step % self._every == 0
@@ -230,5 +231,5 @@ def _indented(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: a model's answer may hold any, and a terminal would obey them."""
+    """Replace control characters: a model's answer may hold any, and a terminal would obey them."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)

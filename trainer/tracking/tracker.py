@@ -1,4 +1,4 @@
-"""The tracker: the one object the loop talks to."""
+"""Record a run: the one object through which the loop logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Records a run. This base is what every rank but 0 gets: it does nothing, so that the loop need not ask."""
+    """Record a run. This base is what every rank but 0 gets: it does nothing, so that the loop need not ask."""
 
     @staticmethod
     def open(
@@ -28,15 +28,16 @@ class Tracker:
         resume_step: int,
         model_info: Mapping[str, Any] | None = None,
     ) -> Tracker:
-        """The tracker of this process.
+        """Open the tracker of this process.
 
         Args:
             config: the resolved configuration (``log`` is used here, all of it goes to W&B).
             folder: the run folder; made if it is missing.
             is_main: True on rank 0.
             total_steps: steps of the whole run, for the bar and the time that is left.
-            resume_step: the step that the run goes on from, 0 at a start; later lines of `metrics.jsonl` are dropped.
-            model_info: what W&B shall know beside the config (parameters, world size, …).
+            resume_step: the step that the run is resumed from, 0 at a start; later lines of
+                `metrics.jsonl` are dropped.
+            model_info: what W&B records beside the config (parameters, world size, …).
         """
         if not is_main:
             return Tracker()
@@ -53,13 +54,13 @@ class Tracker:
         """A line for people: on the terminal and, with the time, in `log.txt`."""
 
     def alert(self, title: str, text: str) -> None:
-        """Something that people should hear of while the run goes on: a line, and an alert of W&B."""
+        """Log a warning that people should see while the run is going on, and send it as an alert of W&B."""
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show sample answers; each row has ``prompt``, ``reference`` and ``answer``."""
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """End of the run, also of a failed one: stop the bar, finish W&B (bounded in time). ``summary`` as in
+        """End the record, also of a failed run: stop the bar, finish W&B (bounded in time). ``summary`` as in
         ``write_summary``, which the caller has called before: the file must not wait for a network."""
 
 
@@ -70,7 +71,7 @@ class _MainTracker(Tracker):
         folder.mkdir(parents=True, exist_ok=True)
         self._every_steps = config.log.every_steps
         self._total_steps = total_steps
-        self._told_disk = False
+        self._disk_failure_logged = False
         self._metrics = MetricsFile(folder, resume_step=resume_step)
         self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
         self._wandb = WandbRun(config, folder, model_info)
@@ -84,13 +85,13 @@ class _MainTracker(Tracker):
         try:
             self._metrics.write(record)
         except OSError as error:
-            if not self._told_disk:
-                self._told_disk = True
+            if not self._disk_failure_logged:
+                self._disk_failure_logged = True
                 logger.info(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
         self._wandb.log(record)
 
     def say(self, text: str) -> None:
-        self._terminal.say(text)
+        self._terminal.write_line(text)
 
     def alert(self, title: str, text: str) -> None:
         logger.info(text)

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run, from rank 0, that goes on under its id after a restart and never holds training up."""
+"""Record a run in Weights & Biases, from rank 0: resumed under the same id after a restart, never delaying training."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """The W&B side of a tracker. No method raises; the first trouble is said and ends W&B for this process."""
+    """Record a run in W&B. No method raises; the first problem is logged and ends W&B for this process."""
 
-    def __init__(self, config: TrainConfig, folder: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, model_info: Mapping[str, Any]) -> None:
         self._run: Any = None
         self._module: Any = None
         self._folder = folder
-        wish = wanted_mode(config.log.wandb)
-        if wish == "off":
+        mode = wanted_mode(config.log.wandb)
+        if mode == "off":
             return
         try:
-            self._start(config, facts, wish)
+            self._start(config, model_info, mode)
         except Exception as error:
             logger.info(f"W&B is off for this run: {_first_line(error)}")
 
@@ -52,12 +52,12 @@ class WandbRun:
         """Log one record under its own step. Redone steps that W&B has already seen are left out there: they were
         recorded by the run that was killed, with the same values."""
         values = {key: value for key, value in record.items() if key != "step"}
-        self._tell(lambda run: run.log(values, step=record["step"]))
+        self._send(lambda run: run.log(values, step=record["step"]))
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert, by mail or as the user has it set; offline, when the run is synced. Like a record, it is
         handed to wandb's own process: nothing is waited for."""
-        self._tell(lambda run: run.alert(title, text, level="WARN"))
+        self._send(lambda run: run.alert(title, text, level="WARN"))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Put the summary on the run and finish it, within ``FINISH_TIMEOUT_SECONDS + GRACE_SECONDS``."""
@@ -76,21 +76,21 @@ class WandbRun:
                 # Here and not at the exit of the process, where nothing would bound it.
                 module.teardown()
 
-        trouble = _bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
-        # Without a run the trouble has been said when it began.
-        if trouble and run is not None:
-            logger.info(f"W&B did not finish ({trouble}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
+        problem = _run_bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
+        # Without a run the problem was logged when it began.
+        if problem and run is not None:
+            logger.info(f"W&B did not finish ({problem}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
 
-    def _tell(self, tell: Callable[[Any], object]) -> None:
+    def _send(self, send: Callable[[Any], object]) -> None:
         if self._run is None:
             return
         try:
-            tell(self._run)
+            send(self._run)
         except Exception as error:
             self._run = None
             logger.info(f"W&B stopped recording, training goes on: {_first_line(error)}")
 
-    def _start(self, config: TrainConfig, facts: Mapping[str, Any], wish: str) -> None:
+    def _start(self, config: TrainConfig, model_info: Mapping[str, Any], mode: str) -> None:
         # Set before the import, which reads them: wandb's console lines would tear the bar, and its telemetry holds
         # the end of the process up by 12 s where the server does not answer.
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -99,10 +99,11 @@ class WandbRun:
         self._module = wandb
         base_url = str(wandb.setup().settings.base_url)
         key = api_key(base_url)
-        mode = wish if wish != "auto" else ("online" if key else "offline")
-        trouble = None
+        if mode == "auto":
+            mode = "online" if key else "offline"
+        problem = None
         if mode == "online":
-            trouble = unreachable(base_url) if key else "there is no API key; `wandb login`, or set WANDB_API_KEY"
+            problem = unreachable(base_url) if key else "there is no API key; `wandb login`, or set WANDB_API_KEY"
         settings = {
             "silent": True,
             "console": "off",
@@ -119,35 +120,35 @@ class WandbRun:
             "group": log.group,
             "name": log.name or config.run.name or self._folder.name,
             "tags": list(log.tags) or None,
-            "config": {**_redacted_config(config), "facts": strict(facts)},
+            "config": {**_redacted_config(config), "facts": strict(model_info)},
             "dir": str(self._folder),
             "id": _run_id(self._folder),
             "resume": "allow",
             "reinit": "create_new",
         }
-        if mode == "online" and not trouble:
+        if mode == "online" and not problem:
             try:
                 self._run = wandb.init(mode="online", settings=wandb.Settings(api_key=key, **settings), **arguments)
                 return
             except Exception as error:
-                trouble = _first_line(error)
+                problem = _first_line(error)
             # The service of the failed start still holds the run's id and refuses it to a second start.
-            _bounded(wandb.teardown, GRACE_SECONDS)
-        if trouble:
-            logger.info(f"W&B records this run offline: {trouble}")
+            _run_bounded(wandb.teardown, GRACE_SECONDS)
+        if problem:
+            logger.info(f"W&B records this run offline: {problem}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
 
 
 def wanted_mode(setting: str) -> str:
-    """``auto``, ``online``, ``offline`` or ``off``. `WANDB_MODE` counts where `log.wandb` is auto."""
+    """Return ``auto``, ``online``, ``offline`` or ``off``. `WANDB_MODE` counts where `log.wandb` is auto."""
     if setting != "auto":
         return setting
-    names = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
-    return names.get(os.environ.get("WANDB_MODE", ""), "auto")
+    modes = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+    return modes.get(os.environ.get("WANDB_MODE", ""), "auto")
 
 
 def api_key(base_url: str) -> str | None:
-    """The key wandb itself would use without asking: `WANDB_API_KEY`, else the host's entry in ~/.netrc.
+    """Return the key wandb itself would use without asking: `WANDB_API_KEY`, else the host's entry in ~/.netrc.
 
     Found by us because wandb asks on a terminal where it finds none, and a run must not wait for an answer.
     """
@@ -167,7 +168,7 @@ def api_key(base_url: str) -> str | None:
 
 
 def unreachable(base_url: str) -> str | None:
-    """Why no connection to the server can be made, or None. Behind a proxy only wandb itself can tell.
+    """Return why no connection to the server can be made, or None. Behind a proxy only wandb itself can tell.
 
     Asked first because a machine without a network answers this at once, and wandb only when its time is up.
     """
@@ -180,12 +181,12 @@ def unreachable(base_url: str) -> str | None:
         socket.create_connection(target, timeout=CONNECT_TIMEOUT_SECONDS).close()
 
     # A name server that does not answer holds the look-up up for longer than any timeout of a socket.
-    trouble = _bounded(connect, CONNECT_TIMEOUT_SECONDS + 1)
-    return f"{address.hostname} cannot be reached ({trouble})" if trouble else None
+    problem = _run_bounded(connect, CONNECT_TIMEOUT_SECONDS + 1)
+    return f"{address.hostname} cannot be reached ({problem})" if problem else None
 
 
 def _run_id(folder: Path) -> str:
-    """The id of this run folder: made once and kept in it, so that a restart goes on with the same W&B run."""
+    """Return the W&B id of this run folder: made once and kept in it, so that a restart resumes the same W&B run."""
     path = folder / "wandb" / "run_id.txt"
     try:
         if known := path.read_text().strip():
@@ -207,21 +208,24 @@ def _redacted_config(config: TrainConfig) -> dict[str, Any]:
     return content
 
 
-def _bounded(work: Callable[[], object], seconds: float) -> str | None:
-    """Run ``work`` for at most so long; what went wrong, or None. A thread, since no wandb call can be cancelled."""
-    trouble = [f"no answer in {math.ceil(seconds)} s"]
+def _run_bounded(work: Callable[[], object], seconds: float) -> str | None:
+    """Run ``work`` for at most so long; return what went wrong, or None.
+
+    A thread, since no wandb call can be cancelled.
+    """
+    problem = [f"no answer in {math.ceil(seconds)} s"]
 
     def target() -> None:
         try:
             work()
-            trouble.clear()
+            problem.clear()
         except Exception as error:
-            trouble[:] = [_first_line(error)]
+            problem[:] = [_first_line(error)]
 
     thread = threading.Thread(target=target, name="wandb-bounded", daemon=True)
     thread.start()
     thread.join(seconds)
-    return trouble[0] if trouble else None
+    return problem[0] if problem else None
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,8 @@ import yaml
 import trainer.cli.app
 import trainer.config
 from tests.helpers.processes import ROOT
+from trainer.cli.finished_run import find_run
+from trainer.cli.inspection import as_yaml
 from trainer.config import load, run_folder, to_yaml
 
 Capture = pytest.CaptureFixture[str]
@@ -79,8 +81,8 @@ def test_the_nearest_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert trainer.cli.app.main(["eval", "runs/tiny-lora-0541f628"]) == 3
     assert "did you mean runs/tiny-lora-0541f629?" in capsys.readouterr().err
-    assert trainer.cli.app.find_run("tiny-lora-0541f629") == Path("runs/tiny-lora-0541f629")
-    assert trainer.cli.app.find_run(str(folder)) == folder
+    assert find_run("tiny-lora-0541f629") == Path("runs/tiny-lora-0541f629")
+    assert find_run(str(folder)) == folder
 
 
 def test_config_prints_yaml_that_repeats_the_run(tmp_path: Path, capsys: Capture) -> None:
@@ -112,7 +114,7 @@ def test_keys_are_all_there_with_their_meaning(capsys: Capture) -> None:
     ("value", "text"), [(None, "null"), (True, "true"), (False, "false"), (0, "0"), (1, "1"), (0.0, "0.0"), ("a", "a")]
 )
 def test_defaults_are_shown_as_typed(value: object, text: str) -> None:
-    assert trainer.cli.app.as_yaml(value) == text
+    assert as_yaml(value) == text
 
 
 @pytest.mark.parametrize("launch", ["here", "torchrun"])

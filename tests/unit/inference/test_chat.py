@@ -56,7 +56,7 @@ class Talk:
             return answer(prompts, *rest)
 
         generator.answer = kept  # type: ignore[method-assign]
-        assert self.chat.hear(line)
+        assert self.chat.handle_line(line)
         generator.answer = answer  # type: ignore[method-assign]
         return "".join(self.written)
 
@@ -136,7 +136,7 @@ def test_the_oldest_rounds_are_dropped_and_it_is_logged(runs: Path, tokenizer: A
     talk = Talk(runs, "one", f"data.max_length={3 * len(first) + TOKENS}")
     for _ in range(5):
         talk("word " * 5)
-    assert all(len(prompt) <= talk.chat.room for prompt in talk.prompts)
+    assert all(len(prompt) <= talk.chat.max_prompt_tokens for prompt in talk.prompts)
     assert any("rounds were forgotten" in line for line in logged)
     assert talk.chat.turns[0].role == "user"
     kept = len(talk.chat.turns)
@@ -149,9 +149,9 @@ def test_the_oldest_rounds_are_dropped_and_it_is_logged(runs: Path, tokenizer: A
 def test_the_models_positions_are_a_limit_too(runs: Path) -> None:
     positions = tiny().config.max_position_embeddings
     talk = Talk(runs, "one", "data.max_length=100000", "batch.micro_size=1", adapters=[f"two={runs / 'two'}"])
-    assert talk.chat.room == positions - TOKENS
+    assert talk.chat.max_prompt_tokens == positions - TOKENS
     talk("/adapter two")
-    assert talk.chat.room == positions - TOKENS - 20, "virtual tokens take positions"
+    assert talk.chat.max_prompt_tokens == positions - TOKENS - 20, "virtual tokens take positions"
     with pytest.raises(ConfigError, match=r"generate\.max_new_tokens=\d+: leaves no room for a prompt"):
         Talk(runs, "one", f"generate.max_new_tokens={positions}")
 
@@ -222,4 +222,4 @@ def test_a_model_without_a_chat_template_says_so(runs: Path) -> None:
     loaded.tokenizer.chat_template = None
     chat = Chat(loaded, lambda _: None)
     with pytest.raises(DataError, match="has no chat template"):
-        chat.hear("Hello")
+        chat.handle_line("Hello")

@@ -51,7 +51,7 @@ def silent_config(every_steps: int = 1) -> TrainConfig:
 
 def open_tracker(folder: Path, total_steps: int = 10, resume_step: int = 0, every_steps: int = 1) -> Tracker:
     config = silent_config(every_steps)
-    return Tracker.open(config, folder, is_main=True, total_steps=total_steps, resume_step=resume_step, facts={})
+    return Tracker.open(config, folder, is_main=True, total_steps=total_steps, resume_step=resume_step, model_info={})
 
 
 def train_record(step: int) -> dict:
@@ -98,7 +98,7 @@ def test_the_same_step_again_is_merged_into_its_line(tmp_path):
 
 def test_other_ranks_leave_nothing(tmp_path, capsys):
     config = silent_config()
-    tracker = Tracker.open(config, tmp_path / "run", is_main=False, total_steps=5, resume_step=0, facts={})
+    tracker = Tracker.open(config, tmp_path / "run", is_main=False, total_steps=5, resume_step=0, model_info={})
     tracker.log(train_record(1))
     tracker.say("hello")
     tracker.samples([{"prompt": "a", "reference": "b", "answer": "c"}])
@@ -270,7 +270,7 @@ from trainer.config.schema import TrainConfig
 from trainer.tracking.tracker import Tracker
 config = TrainConfig()
 config.log.wandb = "off"
-tracker = Tracker.open(config, Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, facts={})
+tracker = Tracker.open(config, Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, model_info={})
 for step in range(1, 4):
     tracker.log({"step": step, "loss": 0.125, "useful_tokens_per_second": 77.0, "peak_memory_bytes": 3 * 2**30})
 tracker.say("[bold]saved[/bold]")

@@ -62,8 +62,8 @@ def wandb_config(mode: str = "offline") -> TrainConfig:
 
 def record_run(folder: Path, records: list[dict], mode: str = "offline", resume_step: int = 0) -> None:
     config = wandb_config(mode)
-    facts = {"trainable_parameters": 10}
-    tracker = Tracker.open(config, folder, is_main=True, total_steps=3, resume_step=resume_step, facts=facts)
+    model_info = {"trainable_parameters": 10}
+    tracker = Tracker.open(config, folder, is_main=True, total_steps=3, resume_step=resume_step, model_info=model_info)
     for record in records:
         tracker.log(record)
     write_summary(folder, SUMMARY)
@@ -167,7 +167,7 @@ def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
 def test_an_alert_arrives_and_holds_nothing_up(tmp_path, server, capsys, monkeypatch, network):
     monkeypatch.setattr("trainer.tracking.wandb_run.FINISH_TIMEOUT_SECONDS", 2.0)
     config = wandb_config("offline" if network == "none" else "online")
-    tracker = Tracker.open(config, tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker = Tracker.open(config, tmp_path, is_main=True, total_steps=3, resume_step=0, model_info={})
     tracker.log(RECORDS[0])
     server.silent = network == "lost"
     start = time.monotonic()
@@ -324,7 +324,8 @@ sys.path.insert(0, sys.argv[2])
 from test_wandb import RECORDS, SUMMARY, wandb_config
 from trainer.tracking.tracker import Tracker
 start = time.monotonic()
-tracker = Tracker.open(wandb_config("auto"), Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, facts={})
+config, folder = wandb_config("auto"), Path(sys.argv[1])
+tracker = Tracker.open(config, folder, is_main=True, total_steps=3, resume_step=0, model_info={})
 print("OPEN", time.monotonic() - start)
 start = time.monotonic()
 for record in RECORDS:
@@ -368,7 +369,7 @@ def test_without_a_network_nothing_waits_and_the_run_is_recorded_offline(tmp_pat
 @pytest.mark.slow
 def test_a_network_that_goes_away_later_bounds_the_end(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("trainer.tracking.wandb_run.FINISH_TIMEOUT_SECONDS", 2.0)
-    tracker = Tracker.open(wandb_config("auto"), tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker = Tracker.open(wandb_config("auto"), tmp_path, is_main=True, total_steps=3, resume_step=0, model_info={})
     tracker.log(RECORDS[0])
     server.silent = True
     start = time.monotonic()
@@ -384,7 +385,7 @@ def test_a_network_that_goes_away_later_bounds_the_end(server, tmp_path, monkeyp
 
 
 def test_a_failure_of_wandb_is_said_once_and_the_run_goes_on(tmp_path, capsys):
-    tracker = Tracker.open(wandb_config(), tmp_path, is_main=True, total_steps=3, resume_step=0, facts={})
+    tracker = Tracker.open(wandb_config(), tmp_path, is_main=True, total_steps=3, resume_step=0, model_info={})
     tracker.log(RECORDS[0])
     # Its service process dies, as it may by the kernel's hand when memory is short.
     mine = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True)

@@ -16,8 +16,9 @@ from tests.helpers.finished_run import LETTERS, finished, tiny
 from trainer.data.formats.turns import Example, Turn
 from trainer.data.templates.template import Template
 from trainer.errors import AfinaError, ConfigError
-from trainer.inference.run_model import load_run, named_adapters
-from trainer.inference.use import evaluate_run, generate_run
+from trainer.inference.generate import generate_run
+from trainer.inference.run_model import load_run, parse_adapters
+from trainer.inference.score import score_run
 from trainer.methods import load_adapter
 
 Capture = pytest.CaptureFixture[str]
@@ -98,10 +99,10 @@ def test_what_needs_rows_says_that_they_are_gone(verb: str, work: Path, tmp_path
 def test_scores_stand_side_by_side(work: Path, capsys: Capture) -> None:
     runs = work / "runs"
     given = [f"two={runs / 'two'}", "base"]
-    scores = evaluate_run(runs / "one", adapters=given)
+    scores = score_run(runs / "one", adapters=given)
     assert list(scores) == ["one", "two", "base"]
     for name in ("one", "two"):
-        (own,) = evaluate_run(runs / name).values()
+        (own,) = score_run(runs / name).values()
         assert own == scores[name]
     assert scores["one"]["eval_loss"] != scores["base"]["eval_loss"] != scores["two"]["eval_loss"]
     assert all(math.isfinite(value) for of in scores.values() for value in of.values())
@@ -117,7 +118,7 @@ def test_scores_stand_side_by_side(work: Path, capsys: Capture) -> None:
 def test_the_loss_is_that_of_plain_transformers(work: Path, tokenizer: Any) -> None:
     """Summed cross-entropy row by row, over the labels of all rows."""
     runs, overrides = work / "runs", [f"data.validation={work / 'rows.jsonl'}", "eval.max_rows=null"]
-    scores = evaluate_run(runs / "one", overrides, [f"four={runs / 'four'}", "base"])
+    scores = score_run(runs / "one", overrides, [f"four={runs / 'four'}", "base"])
     template = Template(tokenizer, "chat")
     for name, found in scores.items():
         model = tiny() if name == "base" else load_adapter(tiny(), runs / name / "adapter").eval()
@@ -141,7 +142,7 @@ def test_a_run_of_all_weights_has_no_base_to_switch_to(work: Path, tokenizer: An
     with pytest.raises(ConfigError, match="has trained all of its weights"):
         load_run(runs / "whole", adapters=["base"])
     loaded = load_run(runs / "whole", adapter=False, adapters=[f"one={runs / 'one'}"])
-    assert list(loaded.switch.adapters) == ["base", "one"]
+    assert list(loaded.switcher.adapters) == ["base", "one"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_a_run_of_all_weights_has_no_base_to_switch_to(work: Path, tokenizer: An
 def test_a_wrong_name_is_refused(given: list[str], told: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     with pytest.raises(ConfigError, match=told):
-        named_adapters(given, "one")
+        parse_adapters(given, "one")
 
 
 def test_what_an_adapter_was_trained_with_is_told(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs for a run that has been trained, but `eval`: `generate`, `chat`, `merge`. What they are told and print."""
+"""Verbs for a finished run: score it, answer a prompt, chat, merge its adapter."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
 from trainer.errors import CheckpointError, ConfigError
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="OVERRIDES", help="key=value, group=choice, +new.key=value, ~key", show_default=False),
-]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        metavar="NAME=DIR",
-        help="another adapter (of a run, or a folder) on the same base, or base alone; may be repeated",
-        show_default=False,
-    ),
-]
-NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="the base in place of what the run trained")]
-Bits = Annotated[int | None, typer.Option(metavar="16|8|4", help="hold the base in so many bits")]
+
+def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
+    """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
+    folder = find_run(run)
+    import trainer.inference.score
+    from launch import table
+
+    scores = trainer.inference.score.score_run(folder, overrides or [], adapters or [])
+    metrics = next(iter(scores.values()))
+    rows = [[metric, *(f"{scored[metric]:.4f}" for scored in scores.values())] for metric in metrics]
+    table.show(["metric", *(scores if adapters else ["value"])], rows)
 
 
 def generate(
@@ -41,9 +37,9 @@ def generate(
     """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
     _check_bits(bits)
     folder = find_run(run)
-    import trainer.inference.use
+    import trainer.inference.generate
 
-    answers = trainer.inference.use.generate_run(
+    answers = trainer.inference.generate.generate_run(
         folder,
         prompt,
         input=input,
@@ -82,9 +78,9 @@ def merge(
     overrides: Overrides = None,
 ) -> None:
     """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
-    import trainer.inference.use
+    import trainer.inference.merge
 
-    result = trainer.inference.use.merge_run(find_run(run), to, overrides or [])
+    result = trainer.inference.merge.merge_run(find_run(run), to, overrides or [])
     print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
     allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
     print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
@@ -95,7 +91,7 @@ def merge(
 
 
 def find_run(run: str) -> Path:
-    """The folder of a run named by its path or by its name in runs/.
+    """Return the folder of a run named by its path or by its name in runs/.
 
     Raises:
         CheckpointError: there is no such run; the nearest name in runs/ is suggested.

@@ -1,0 +1,103 @@
+"""Verbs that train nothing: show the config, this machine, the data; fetch a model; print versions."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.cli.options import ConfigFile, Overrides
+from trainer.tracking.logs import configure_logging
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+
+def config(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    keys: Annotated[bool, typer.Option("--keys", help="list every key: type, default, meaning")] = False,
+) -> None:
+    """Print the composed config as YAML. On top: which file each group came from."""
+    import trainer.config
+
+    if keys:
+        from launch import table
+
+        every: list[trainer.config.Key] = trainer.config.keys()
+        rows = [[key.name, key.type, as_yaml(key.default), key.help] for key in every]
+        table.show(["key", "type", "default", "meaning"], rows)
+        return
+    print_config(trainer.config.load(overrides or [], config_file), overrides or [], config_file)
+
+
+def doctor(
+    matrix: Annotated[bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage")] = False,
+) -> None:
+    """What this machine has for training; with --matrix, what goes with what."""
+    import launch.doctor
+    from launch import table
+
+    if not matrix:
+        table.show(["what", "found"], launch.doctor.machine())
+        return
+    heads, rows, notes = launch.doctor.matrix()
+    table.show(heads, rows)
+    works, refused = launch.doctor.count(rows)
+    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+
+
+def data(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page to look at, too")] = None,
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=0, help="rows shown token by token")] = 3,
+) -> None:
+    """Prepare, check and show the data: the loss mask token by token, lengths, sharing, refused rows. No model."""
+    import trainer.config
+    from trainer.view import view
+
+    view(trainer.config.load(overrides or [], config_file), html, examples)
+
+
+def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:
+    """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
+    import trainer.models.embedded
+
+    configure_logging(stream=sys.stdout)
+    if name is None:
+        for embedded in trainer.models.embedded.EMBEDDED:
+            print(embedded)
+    else:
+        print(trainer.models.embedded.fetch(name))
+
+
+def version() -> None:
+    """Print versions. Of afina, Python, and the libraries that decide whether a number can be repeated."""
+    lines = []
+    for library in ("afina", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "hydra-core"):
+        try:
+            lines.append(f"{library} {package_version(library)}")
+        except PackageNotFoundError:
+            lines.append(f"{library} not installed")
+    print("\n".join([lines[0], f"python {platform.python_version()}", *lines[1:]]))
+
+
+def print_config(config: TrainConfig, overrides: list[str], config_file: Path | None) -> None:
+    """Print a composed config; where each group came from stands on top as comments, so that it stays YAML."""
+    import trainer.config
+
+    files = {"all": str(config_file)} if config_file else trainer.config.sources(overrides)
+    for group, file in files.items():
+        print(f"# {group}: {file}")
+    print(trainer.config.to_yaml(config), end="")
+
+
+def as_yaml(value: object) -> str:
+    """Return a default as it is typed: null and true, not None and True."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

@@ -1,0 +1,78 @@
+"""Verbs that train: one run, a sweep, a comparison of methods."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.cli.inspection import print_config
+from trainer.cli.options import ConfigFile, DryRun, Overrides
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+
+def train(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    dry_run: DryRun = False,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="every combination a run: same as sweep")] = False,
+) -> int:
+    """Check the config, then train. Here, or with launch=torchrun in one process a device."""
+    arguments = overrides or []
+    if multirun:
+        return sweep(arguments, config_file, dry_run)
+    import trainer.config
+
+    config = trainer.config.load(arguments, config_file)
+    if dry_run:
+        print(f"# would run: {shlex.join(train_command(config, arguments, config_file))}")
+        print(f"# in folder: {trainer.config.run_folder(config)}")
+        print_config(config, arguments, config_file)
+        return 0
+    if config.launch.kind == "torchrun":
+        from launch import torchrun
+
+        return torchrun.launch(config, arguments, config_file)
+    import trainer.train
+
+    return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
+
+
+def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
+    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32."""
+    import launch.sweep.sweep
+
+    if dry_run:
+        folder, trials = launch.sweep.sweep.plan(overrides or [], config_file)
+        print(f"# sweep of {len(trials)} runs in {folder}")
+        for trial in trials:
+            print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
+        return 0
+    return launch.sweep.sweep.sweep(overrides or [], config_file)
+
+
+def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
+    """Train several methods on the same rows, side by side: memory, speed, quality; a table and a picture."""
+    import launch.compare.compare
+
+    if not dry_run:
+        return launch.compare.compare.compare(overrides or [])
+    folder, candidates = launch.compare.compare.plan(overrides or [])
+    print(f"# comparison of {len(candidates)} methods in {folder}")
+    for candidate in candidates:
+        print(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
+    return 0
+
+
+def train_command(config: TrainConfig, overrides: list[str], config_file: Path | None) -> list[str]:
+    """Return the command line of the process (or of torchrun's agent) that would train this config."""
+    from launch import torchrun
+
+    if config.launch.kind == "torchrun":
+        return torchrun.command(config, overrides, config_file)
+    return [sys.executable, "-m", "trainer.train", *torchrun.train_arguments(config, overrides, config_file)]

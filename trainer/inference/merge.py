@@ -1,0 +1,69 @@
+"""Merge a finished run's adapter into its base, and verify the result on the run's own rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.config.method import MethodConfig
+from trainer.data.load import load_data
+from trainer.distributed import process_group as distributed
+from trainer.inference.run_model import load_run, load_run_config
+from trainer.merge.card import model_card
+from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
+from trainer.models.loading import load_model, load_tokenizer
+
+MAX_PROMPTS, MAX_PROMPT_TOKENS = 16, 256  # rows of the run's data that a merge is verified on, and how much of each
+
+
+def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult:
+    """Merge a run's adapter into its base, in 16 bits (or as ``model.dtype`` says), and verify it.
+
+    Args:
+        run: a finished run's folder.
+        to: the plain Hugging Face folder that is made.
+        overrides: laid over the run's own config.yaml.
+
+    Raises:
+        CheckpointError: the method cannot be merged, the run has no adapter, or the merged model answers otherwise.
+    """
+    config = load_run_config(run, overrides)
+    check_mergeable(config)
+    tokenizer = load_tokenizer(str(run / "adapter"), config.model)
+    prompts = _load_prompts(config, tokenizer)
+    reference_logits = None
+    if config.method.bits < 16:
+        quantised = load_run(run, overrides)
+        reference_logits = logits_at_positions(quantised.model, prompts)
+        del quantised
+        gc.collect()
+    summary = json.loads((run / "summary.json").read_text())
+    device = distributed.from_environment().device
+
+    def reload(folder: Path, dtype: torch.dtype) -> Any:
+        model_config, method = dataclasses.replace(config.model, revision=None), MethodConfig(name="full")
+        return load_model(str(folder), model_config, method, dtype, device, zero_stage=0).eval().to(device)
+
+    return merge(
+        lambda: load_run(run, overrides, bits=16).model,
+        tokenizer,
+        prompts,
+        to,
+        reload,
+        lambda result: model_card(config, summary, result),
+        reference_logits,
+    )
+
+
+def _load_prompts(config: TrainConfig, tokenizer: Any) -> list[list[int]]:
+    """Return token ids of rows of the run's own data, held-out ones first."""
+    data = load_data(config, tokenizer)
+    rows = data.validation if len(data.validation) else data.train
+    return [tokens.ids[:MAX_PROMPT_TOKENS].tolist() for tokens in rows.tokens(range(min(MAX_PROMPTS, len(rows))))]
