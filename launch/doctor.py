@@ -1,4 +1,4 @@
-"""What this installation can run: the matrix of methods, base precisions and ZeRO stages."""
+"""Report what this installation can run: the matrix of methods, base precisions and ZeRO stages; this machine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, r
 WORKS = "works"
 
 
-def matrix() -> tuple[list[str], list[list[str]], list[str]]:
-    """The matrix: heads, rows (method, bits, then a stage each), and notes.
+def build_matrix() -> tuple[list[str], list[list[str]], list[str]]:
+    """Build the matrix: heads, rows (method, bits, then a stage each), and notes.
 
     A cell is ``works`` or ``refused N``, N being a note. What depends on gradient checkpointing or packing alone is in
     the notes too.
@@ -29,14 +29,14 @@ def matrix() -> tuple[list[str], list[list[str]], list[str]]:
     return ["method", "bits", *ZERO], rows, notes
 
 
-def count(rows: list[list[str]]) -> tuple[int, int]:
-    """Cells that work, and cells that are refused."""
+def count_cells(rows: list[list[str]]) -> tuple[int, int]:
+    """Count the cells that work, and those that are refused."""
     flat = [cell for row in rows for cell in row[2:]]
     return flat.count(WORKS), len(flat) - flat.count(WORKS)
 
 
-def machine() -> list[list[str]]:
-    """What training would find here, a fact a row."""
+def describe_machine() -> list[list[str]]:
+    """Describe this machine as training would find it, a fact a row."""
     import psutil
     import torch
 

@@ -1,4 +1,4 @@
-"""What the processes of a job find in their environment, each variable with its reason.
+"""Set environment variables for the processes of a job, each for its reason.
 
 Only what is unset is set: whoever exports a variable knows their cluster better than we do.
 """
@@ -17,7 +17,7 @@ SHUTDOWN_SECONDS = 120
 
 
 def visible_gpus(environment: Mapping[str, str] | None = None) -> int:
-    """Number of NVIDIA GPUs the processes of this machine may use; found without importing torch (8 s).
+    """Count the NVIDIA GPUs that the processes of this machine may use; found without importing torch (8 s).
 
     `CUDA_VISIBLE_DEVICES` decides when it is set (as in CUDA, an entry of -1 hides itself and all after it); else
     `nvidia-smi` is asked. 0 when there are none.
@@ -38,14 +38,14 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> int:
 
 
 def cores() -> int:
-    """Cores this process may run on: what Slurm, taskset or a container left us, not what the machine has."""
+    """Count the cores this process may run on: what Slurm, taskset or a container left us, not what the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def defaults(ranks: int, gpus: int, master_address: str) -> dict[str, str]:
-    """The variables a rank should find unless the user set them.
+    """Return the variables a rank should find unless the user set them.
 
     Args:
         ranks: processes on this node.
@@ -74,5 +74,5 @@ def defaults(ranks: int, gpus: int, master_address: str) -> dict[str, str]:
 
 
 def child_environment(ranks: int, gpus: int, master_address: str = "127.0.0.1") -> dict[str, str]:
-    """This process's environment, completed with :func:`defaults`; nothing the user set is changed."""
+    """Return this process's environment, completed with :func:`defaults`; nothing the user set is changed."""
     return {**defaults(ranks, gpus, master_address), **os.environ}

@@ -1,4 +1,4 @@
-"""Start a job as `torchrun` would: one process a device, on this node."""
+"""Start a job as `torchrun` does: one process a device, on this node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOT_WORDS = {"null", "true", "false", "inf", "nan", "yes", "no", "on", "off"}
 
 
 def quote(value: str) -> str:
-    """A value that Hydra's override grammar reads as exactly this string."""
+    """Quote a value so that Hydra's override grammar reads exactly this string."""
     if _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS:
         return value
     # there a backslash is itself, but before a quote it escapes
@@ -29,12 +29,12 @@ def quote(value: str) -> str:
 
 
 def ranks_per_node(config: TrainConfig) -> int:
-    """`launch.nproc_per_node`, or one a GPU, or one."""
+    """Return the processes a node: `launch.nproc_per_node`, or one a GPU, or one."""
     return config.launch.nproc_per_node or visible_gpus() or 1
 
 
 def train_arguments(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
-    """Arguments of `trainer.train` that repeat this config in another process, the run's name fixed.
+    """Return arguments of `trainer.train` that repeat this config in another process, the run's name fixed.
 
     The name is decided once, here: ranks that each made up their own could come to write into different folders.
     """
@@ -46,7 +46,7 @@ def train_arguments(config: TrainConfig, overrides: Sequence[str], config_file: 
 
 
 def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
-    """The whole command line: torchrun's agent for this node and what each of its workers runs."""
+    """Build the whole command line: torchrun's agent for this node and what each of its workers runs."""
     settings = config.launch
     head = [sys.executable, "-m", "torch.distributed.run"]
     head += [
@@ -59,7 +59,7 @@ def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | N
         # are sent to the machine's host name, which in a container may resolve to nothing
         head += ["--standalone", "--local-addr=127.0.0.1"]
     else:
-        # static: node_rank decides who is who, so rank 0 (and its run folder) is on the node that was named
+        # static: node_rank decides which node is which, so rank 0 (and its run folder) is on the node that was named
         head += ["--rdzv-backend=static", f"--node-rank={settings.node_rank}"]
         head += [f"--master-addr={settings.master_address}", f"--master-port={settings.master_port}"]
     return [*head, "-m", "trainer.train", *train_arguments(config, overrides, config_file)]

@@ -1,4 +1,4 @@
-"""A trial: one run of several that belong together. Each is a process of its own, started or found finished."""
+"""Run trials: runs that belong together, each in a process of its own, started or found finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination: a run that can be started by itself with `afina train` and these overrides."""
+    """Hold one run of several: it can be started by itself with `afina train` and these overrides."""
 
     name: str
     overrides: list[str]
@@ -29,12 +29,12 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """The trial's run folder."""
+        """Return the trial's run folder."""
         return trainer.config.run_folder(self.config)
 
 
-def run(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
-    """Run a trial to its end. Returns its exit code and, when it failed, why."""
+def run_trial(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
+    """Run a trial to its end; return its exit code and, when it failed, why."""
     try:
         if trial.config.launch.kind == "torchrun":
             code = torchrun.launch(trial.config, trial.overrides, config_file)
@@ -51,12 +51,12 @@ def run(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
 
 
 def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> tuple[int, str]:
-    """Run a trial unless it is finished, and log it. Returns as :func:`run` does."""
-    if is_done(trial):
+    """Run a trial unless it is finished, and log which; return as :func:`run_trial` does."""
+    if is_finished(trial):
         logger.info(f"{label}: finished before")
         return 0, ""
     logger.info(f"{label}: starting")
-    code, error = run(trial, config_file)
+    code, error = run_trial(trial, config_file)
     if code in process.STOPPED:
         logger.info(f"{label}: stopped; the same command goes on from here")
     elif code:
@@ -64,22 +64,22 @@ def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> 
     return code, error
 
 
-def is_done(trial: Trial) -> bool:
+def is_finished(trial: Trial) -> bool:
     """Return whether it is finished, and with what changes the result as here: a name may have been given twice."""
     if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
         return False
     try:
-        there = trainer.config.load([], trial.folder / "config.yaml")
+        finished_config = trainer.config.load([], trial.folder / "config.yaml")
     except AfinaError:
-        return False  # the training process will say what is the matter
-    return not trainer.config.changed_result_fields(there, trial.config)
+        return False  # the training process will report it
+    return not trainer.config.changed_result_fields(finished_config, trial.config)
 
 
-def own_name(config: TrainConfig) -> str:
-    """The name a config would have if none were given: it holds a digest of all that changes the result."""
+def default_run_name(config: TrainConfig) -> str:
+    """Return the name a config would have if none were given: it holds a digest of all that changes the result."""
     return trainer.config.run_name(replace(config, run=replace(config.run, name=None)))
 
 
-def digest(parts: Sequence[str], prefix: str) -> str:
-    """``prefix`` and eight hex digits that stand for ``parts``, in whatever order."""
+def digest_name(parts: Sequence[str], prefix: str) -> str:
+    """Return ``prefix`` and eight hex digits that identify ``parts``, in whatever order."""
     return prefix + hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:8]

@@ -10,7 +10,7 @@ from trainer.config import TrainConfig
 
 @dataclass(slots=True)
 class Candidate:
-    """One method of a comparison.
+    """Hold one method of a comparison.
 
     Attributes:
         name: as the user wrote it.

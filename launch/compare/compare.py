@@ -1,4 +1,4 @@
-"""Methods side by side: the same model, rows, order and updates for each, a process each, and a table at the end.
+"""Compare methods: the same model, rows, order and updates for each, a process each; then a table.
 
 A comparison is a folder of run folders: ``<run.dir>/<comparison>/<method>/``, with the tries of learning rates in
 ``tries/``. Started again, it does what is left.
@@ -15,7 +15,7 @@ import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
 from launch.compare.candidates import Candidate
-from launch.trials import Trial, digest, own_name, run_if_needed
+from launch.trials import Trial, default_run_name, digest_name, run_if_needed
 from trainer.config.method import METHODS
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
@@ -27,7 +27,7 @@ RATE = "optim.learning_rate"
 METHOD_KEYS = frozenset().union(*(method.keys for method in METHODS.values()))
 
 
-def compare(typed: Sequence[str]) -> int:
+def run_comparison(typed: Sequence[str]) -> int:
     """Train every method of ``compare.methods`` and show the table, also written as CSV, Markdown and a picture.
 
     A method that cannot be trained here is a line with the reason; a failed one is reported and the others go on.
@@ -41,7 +41,7 @@ def compare(typed: Sequence[str]) -> int:
     Raises:
         ConfigError: what was typed cannot be used; nothing has been started.
     """
-    folder, candidates = plan(typed)
+    folder, candidates = plan_comparison(typed)
     logger.info(f"comparison of {len(candidates)} methods in {folder}")
     stopped, records = 0, list[comparison.Record]()
     for number, candidate in enumerate(candidates, 1):
@@ -49,11 +49,11 @@ def compare(typed: Sequence[str]) -> int:
         if candidate.config is None:
             logger.info(f"{label}: cannot be trained: {candidate.refused}")
             continue
-        keys = candidate.config.compare
-        stopped = _tune(candidate, folder, label)
+        compare_config = candidate.config.compare
+        stopped = _tune_learning_rate(candidate, folder, label)
         if not stopped and not candidate.error:
-            rows = [] if keys.rows is None else [f"data.max_rows={keys.rows}"]
-            candidate.trial = _trial(candidate, folder, folder_name(candidate.name), candidate.rate, rows)
+            rows = [] if compare_config.rows is None else [f"data.max_rows={compare_config.rows}"]
+            candidate.trial = _build_trial(candidate, folder, folder_name(candidate.name), candidate.rate, rows)
             code, error = run_if_needed(candidate.trial, label)
             stopped = code if code in process.STOPPED else 0
             candidate.error = error if code and not stopped else None
@@ -65,8 +65,8 @@ def compare(typed: Sequence[str]) -> int:
     return stopped or int(any(candidate.error for candidate in candidates))
 
 
-def plan(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
-    """The comparison's folder and its methods, their configs composed and checked; nothing is started.
+def plan_comparison(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
+    """Plan a comparison: its folder and its methods, their configs composed and checked; start nothing.
 
     Raises:
         ConfigError: a choice that is the comparison's to make, or a config that no method can use.
@@ -80,16 +80,16 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
     if base.compare.tune and base.data.validation == 0:
         reason = "judges the tries by held-out rows, and there are none (data.validation=0)"
         raise ConfigError("compare.tune", value=base.compare.tune, reason=reason, hint="data.validation=0.1")
-    candidates = [_entrant(name, typed) for name in base.compare.methods]
+    candidates = [_build_candidate(name, typed) for name in base.compare.methods]
     able = [candidate for candidate in candidates if candidate.config is not None]
     if not able:
         raise ConfigError("compare.methods", reason="none can be trained here", hint=str(candidates[0].refused))
     for candidate in able[1:]:  # the untrained model scores the same for all
         candidate.overrides.append("eval.before=false")
     given = next((text.partition("=")[2] for text in reversed(typed) if text.startswith("run.name=")), None)
-    keys = base.compare
-    parts = [own_name(candidate.config) for candidate in able if candidate.config]
-    own = digest([*parts, f"{keys.rows} {keys.tune} {keys.tune_rows}"], "compare-")
+    compare_config = base.compare
+    parts = [default_run_name(candidate.config) for candidate in able if candidate.config]
+    own = digest_name([*parts, f"{compare_config.rows} {compare_config.tune} {compare_config.tune_rows}"], "compare-")
     folder = Path(base.run.dir) / (given or own)
     if base.log.group is None:  # the tries of learning rates too, wherever their folders are
         for candidate in able:
@@ -97,26 +97,30 @@ def plan(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
     return folder, candidates
 
 
-def _entrant(name: str, typed: Sequence[str]) -> Candidate:
-    """One method with what was typed; a key of ``method`` that it does not have is for the others."""
-    option, keys = parse_method(name)
+def _build_candidate(name: str, typed: Sequence[str]) -> Candidate:
+    """Build one method with what was typed; a key of ``method`` that it does not have is for the others."""
+    option, method_overrides = parse_method(name)
     chosen = [f"method={option}", "rank=null"]
     candidate = Candidate(name, chosen)
     try:
-        kind = trainer.config.load([text for text in typed if not text.startswith("method.")] + chosen).method.name
-        foreign = {f"method.{name}" for name in METHOD_KEYS - METHODS[kind].keys}
-        candidate.overrides = [*(text for text in typed if text.partition("=")[0] not in foreign), *chosen, *keys]
+        method = trainer.config.load([text for text in typed if not text.startswith("method.")] + chosen).method.name
+        foreign = {f"method.{name}" for name in METHOD_KEYS - METHODS[method].keys}
+        candidate.overrides = [
+            *(text for text in typed if text.partition("=")[0] not in foreign),
+            *chosen,
+            *method_overrides,
+        ]
         candidate.fixed = any(text.startswith(f"{RATE}=") for text in candidate.overrides)
         if not candidate.fixed:  # what an experiment chose suits its own method
             candidate.overrides.append(f"{RATE}=null")
         candidate.config = trainer.config.load(candidate.overrides)
-        candidate.rate = candidate.config.optim.learning_rate or METHODS[kind].learning_rate
+        candidate.rate = candidate.config.optim.learning_rate or METHODS[method].learning_rate
     except ConfigError as error:
         candidate.refused = str(error)
     return candidate
 
 
-def _tune(candidate: Candidate, folder: Path, label: str) -> int:
+def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> int:
     """Find the learning rate on fewer rows: the grid, then beyond its edge for as long as the edge is best.
 
     Returns:
@@ -132,7 +136,7 @@ def _tune(candidate: Candidate, folder: Path, label: str) -> int:
     for _ in range(1 + MORE_TRIES):
         for rate in rates:
             name = f"{folder_name(candidate.name)}-{rate:g}"
-            trial = _trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
+            trial = _build_trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
             code, error = run_if_needed(trial, f"{label}, learning rate {rate:g}")
             if code in process.STOPPED:
                 return code
@@ -150,12 +154,12 @@ def _tune(candidate: Candidate, folder: Path, label: str) -> int:
 
 
 def best_rate(tried: dict[float, float]) -> float:
-    """The rate of the lowest loss; of equals the lowest rate."""
+    """Return the rate of the lowest loss; of equals the lowest rate."""
     return min(sorted(tried), key=lambda rate: tried[rate])
 
 
 def next_rate(tried: dict[float, float], ratio: float) -> float | None:
-    """The rate to try beyond the edge of what was tried, when the best one is there; else ``None``.
+    """Return the rate to try beyond the edge of what was tried, when the best one is there; else ``None``.
 
     Args:
         tried: loss by rate.
@@ -168,11 +172,11 @@ def next_rate(tried: dict[float, float], ratio: float) -> float | None:
 
 
 def _two_digits(rate: float) -> float:
-    """More digits would say more than a try can tell."""
+    """Round a rate to two digits: more would say more than a try can tell."""
     return float(f"{rate:.1e}")
 
 
-def _trial(candidate: Candidate, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
+def _build_trial(candidate: Candidate, folder: Path, name: str, rate: float, more: Sequence[str]) -> Trial:
     where = {"run.dir": str(folder), "run.name": name}
     placed = [f"{key}={torchrun.quote(value)}" for key, value in where.items()]
     overrides = [*candidate.overrides, *more, f"{RATE}={rate!r}", *placed]
@@ -180,6 +184,6 @@ def _trial(candidate: Candidate, folder: Path, name: str, rate: float, more: Seq
 
 
 def folder_name(method: str) -> str:
-    """``lora r=8`` is ``lora-r8``."""
+    """Build a folder name: ``lora r=8`` is ``lora-r8``."""
     kept = method.replace(" ", "-").replace("=", "")
     return "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in kept)

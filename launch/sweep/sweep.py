@@ -1,4 +1,4 @@
-"""A sweep: every combination of the swept keys is a run of its own, one after the other, and a ranked table at the end.
+"""Run a sweep: every combination of the swept keys is a run of its own, one after the other; then rank them in a table.
 
 A sweep is a folder of run folders: ``<run.dir>/<sweep>/<trial>/``. Started again, it does what is left.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import trainer.config
 from launch import process, torchrun
 from launch.sweep import report as ranking
-from launch.trials import Trial, digest, own_name, run_if_needed
+from launch.trials import Trial, default_run_name, digest_name, run_if_needed
 from trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_NAME_LENGTH = 80
 
 
-def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, list[Trial]]:
-    """All trials of a sweep, their configs composed and checked; nothing is started.
+def plan_sweep(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, list[Trial]]:
+    """Plan all trials of a sweep, their configs composed and checked; start nothing.
 
     Returns:
         The sweep's folder and its trials, in the order in which Hydra expands them.
@@ -35,15 +35,17 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
     """
     if not trainer.config.is_sweep(typed):
         raise ConfigError("sweep", reason="no key has several values", hint="separate them by commas: method.r=8,16,32")
-    combinations = _unique(trainer.config.expand_sweep(typed))
+    combinations = _drop_duplicates(trainer.config.expand_sweep(typed))
     configs = [trainer.config.load(combination, config_file) for combination in combinations]
     # only a name given here counts: a config file of an old run holds that run's name
-    given = configs[0].run.name if "run.name" in _values(combinations[0]) else None
-    varied = _varied(combinations)
-    names = _trial_names(varied) if varied[0] else [own_name(configs[0])]
+    given = configs[0].run.name if "run.name" in _override_values(combinations[0]) else None
+    varied = _varied_values(combinations)
+    names = _trial_names(varied) if varied[0] else [default_run_name(configs[0])]
     # else a digest of what is trained, so that the same sweep finds its folder again; with the trials' names, since
     # sweeps over micro sizes or ZeRO stages all train the same
-    sweep_name = given or digest([f"{own_name(c)} {name}" for c, name in zip(configs, names, strict=True)], "sweep-")
+    sweep_name = given or digest_name(
+        [f"{default_run_name(c)} {name}" for c, name in zip(configs, names, strict=True)], "sweep-"
+    )
     sweep_folder = Path(configs[0].run.dir) / sweep_name
 
     trials = []
@@ -60,7 +62,7 @@ def plan(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, l
     return sweep_folder, trials
 
 
-def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
+def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     """Run every combination and show the ranked table, also written to `sweep.csv` and `sweep.md` in its folder.
 
     A failed trial is reported and the others go on; a finished one is not redone.
@@ -71,7 +73,7 @@ def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     Raises:
         ConfigError: a combination cannot be used; nothing has been started.
     """
-    folder, trials = plan(overrides, config_file)
+    folder, trials = plan_sweep(overrides, config_file)
     logger.info(f"sweep of {len(trials)} runs in {folder}")
     errors: dict[str, str] = {}
     stopped = 0
@@ -88,38 +90,44 @@ def sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     return stopped or int(bool(errors))
 
 
-def _unique(combinations: list[list[str]]) -> list[list[str]]:
-    """Without repetitions: of a key that is swept twice the last value counts, so two combinations may be one run."""
-    return list({tuple(sorted(_values(combination).items())): combination for combination in combinations}.values())
+def _drop_duplicates(combinations: list[list[str]]) -> list[list[str]]:
+    """Drop repetitions: of a key that is swept twice the last value counts, so two combinations may be one run."""
+    return list(
+        {tuple(sorted(_override_values(combination).items())): combination for combination in combinations}.values()
+    )
 
 
-def _values(combination: Sequence[str]) -> dict[str, str]:
-    """Key to value of a combination's overrides; a deletion (`~key`) has no value."""
+def _override_values(combination: Sequence[str]) -> dict[str, str]:
+    """Return key to value of a combination's overrides; a deletion (`~key`) has no value."""
     parts = (override.partition("=") for override in combination)
     return {key.lstrip("+~"): value.strip("'\"") for key, _, value in parts}
 
 
-def _varied(combinations: list[list[str]]) -> list[dict[str, str]]:
-    """Of each combination, the keys whose value is not the same in all.
+def _varied_values(combinations: list[list[str]]) -> list[dict[str, str]]:
+    """Return, of each combination, the keys whose value is not the same in all.
 
     Groups first, then keys in the schema's order and not the order typed, so that the same sweep typed otherwise finds
     the folders of its trials.
     """
     order = {key.name: place for place, key in enumerate(trainer.config.keys())}
-    values = [_values(combination) for combination in combinations]
+    values = [_override_values(combination) for combination in combinations]
     keys = [key for key in values[0] if len({trial[key] for trial in values}) > 1]
     keys.sort(key=lambda key: (order.get(key, -1), key))
     return [{key: trial[key] for key in keys} for trial in values]
 
 
 def _trial_names(varied: list[dict[str, str]]) -> list[str]:
-    """Folder names that tell the combination: `method.r=4 method.alpha=8` is `r4_alpha8`."""
+    """Build folder names that tell the combination: `method.r=4 method.alpha=8` is `r4_alpha8`."""
     labels = ranking.short_labels(list(varied[0]))
     names = ["_".join(_name_part(labels[key], value) for key, value in values.items()) for values in varied]
-    names = [name if len(name) <= MAX_NAME_LENGTH else digest([name], name[:MAX_NAME_LENGTH] + "-") for name in names]
+    names = [
+        name if len(name) <= MAX_NAME_LENGTH else digest_name([name], name[:MAX_NAME_LENGTH] + "-") for name in names
+    ]
     # values that differ only in signs a folder's name cannot hold
-    twice = {name for name, count in Counter(names).items() if count > 1}
-    return [digest([str(values)], f"{n}-") if n in twice else n for n, values in zip(names, varied, strict=True)]
+    duplicates = {name for name, count in Counter(names).items() if count > 1}
+    return [
+        digest_name([str(values)], f"{n}-") if n in duplicates else n for n, values in zip(names, varied, strict=True)
+    ]
 
 
 def _name_part(label: str, value: str) -> str:

@@ -44,11 +44,11 @@ def doctor(
     from launch import table
 
     if not matrix:
-        table.show(["what", "found"], launch.doctor.machine())
+        table.show(["what", "found"], launch.doctor.describe_machine())
         return
-    heads, rows, notes = launch.doctor.matrix()
+    heads, rows, notes = launch.doctor.build_matrix()
     table.show(heads, rows)
-    works, refused = launch.doctor.count(rows)
+    works, refused = launch.doctor.count_cells(rows)
     print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
 
 

@@ -48,12 +48,12 @@ def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: 
     import launch.sweep.sweep
 
     if dry_run:
-        folder, trials = launch.sweep.sweep.plan(overrides or [], config_file)
+        folder, trials = launch.sweep.sweep.plan_sweep(overrides or [], config_file)
         print(f"# sweep of {len(trials)} runs in {folder}")
         for trial in trials:
             print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
         return 0
-    return launch.sweep.sweep.sweep(overrides or [], config_file)
+    return launch.sweep.sweep.run_sweep(overrides or [], config_file)
 
 
 def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
@@ -61,8 +61,8 @@ def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
     import launch.compare.compare
 
     if not dry_run:
-        return launch.compare.compare.compare(overrides or [])
-    folder, candidates = launch.compare.compare.plan(overrides or [])
+        return launch.compare.compare.run_comparison(overrides or [])
+    folder, candidates = launch.compare.compare.plan_comparison(overrides or [])
     print(f"# comparison of {len(candidates)} methods in {folder}")
     for candidate in candidates:
         print(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import trainer.cli.app
-from launch.doctor import WORKS, count, matrix
+from launch.doctor import WORKS, build_matrix, count_cells
 from trainer.config import load
 from trainer.config.method import MethodConfig
 from trainer.config.rules.check import check
@@ -20,11 +20,11 @@ REFUSED = {
 
 
 def test_the_table_is_whole() -> None:
-    heads, rows, notes = matrix()
+    heads, rows, notes = build_matrix()
     assert heads == ["method", "bits", *ZERO]
     assert {(row[0], int(row[1])) for row in rows} == {(v, b) for v in VARIANTS for b in BITS}
     assert all(cell == WORKS or cell.startswith("refused ") for row in rows for cell in row[2:])
-    assert count(rows) == (len(VARIANTS) * len(BITS) * len(ZERO) - len(REFUSED), len(REFUSED))
+    assert count_cells(rows) == (len(VARIANTS) * len(BITS) * len(ZERO) - len(REFUSED), len(REFUSED))
     assert len(notes) == len(REFUSALS)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import launch.compare.compare
 from launch.compare.candidates import Candidate
-from launch.compare.compare import best_rate, compare, next_rate, plan
+from launch.compare.compare import best_rate, next_rate, plan_comparison, run_comparison
 from launch.trials import Trial
 from trainer.config import load, run_folder, to_yaml
 from trainer.errors import ConfigError
@@ -74,11 +74,11 @@ def methods(*names: str) -> str:
 
 
 def configs(*overrides: str) -> list[Any]:
-    return [candidate.config for candidate in plan([*TINY, *overrides])[1]]
+    return [candidate.config for candidate in plan_comparison([*TINY, *overrides])[1]]
 
 
 def test_the_default_list_is_every_method() -> None:
-    folder, candidates = plan(["debug=tiny", "run.dir=there"])
+    folder, candidates = plan_comparison(["debug=tiny", "run.dir=there"])
     assert folder.parent == Path("there")
     assert [candidate.refused for candidate in candidates] == [None] * 13
     kinds = [(e.config.method.name, e.config.method.r, e.config.method.bits, e.config.method.dora) for e in candidates]
@@ -96,8 +96,13 @@ def test_the_default_list_is_every_method() -> None:
 def test_each_has_its_own_learning_rate_unless_one_is_typed() -> None:
     chosen = methods("full", "lora r=8", "lora r=4 optim.learning_rate=0.5", "ia3")
     # an experiment's rate suits the experiment's method
-    assert [e.rate for e in plan(["experiment=demo", chosen])[1]] == [2e-5, 2e-4, 0.5, 3e-3]
-    assert [e.rate for e in plan(["experiment=demo", chosen, "optim.learning_rate=0.1"])[1]] == [0.1, 0.1, 0.5, 0.1]
+    assert [e.rate for e in plan_comparison(["experiment=demo", chosen])[1]] == [2e-5, 2e-4, 0.5, 3e-3]
+    assert [e.rate for e in plan_comparison(["experiment=demo", chosen, "optim.learning_rate=0.1"])[1]] == [
+        0.1,
+        0.1,
+        0.5,
+        0.1,
+    ]
 
 
 def test_a_key_of_method_is_for_the_methods_that_have_it() -> None:
@@ -107,14 +112,14 @@ def test_a_key_of_method_is_for_the_methods_that_have_it() -> None:
 
 
 def test_the_untrained_model_is_scored_once() -> None:
-    folder, candidates = plan([*TINY, methods("full", "lora r=8", "ia3")])
+    folder, candidates = plan_comparison([*TINY, methods("full", "lora r=8", "ia3")])
     assert ["eval.before=false" in candidate.overrides for candidate in candidates] == [False, True, True]
     assert folder == Path("there/c")
 
 
 def test_what_cannot_be_trained_is_a_line_with_the_reason(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = methods("prefix", "lora r=8", "dora bits=8")
-    assert compare([*TINY, chosen, "model.gradient_checkpointing=true"]) == 0
+    assert run_comparison([*TINY, chosen, "model.gradient_checkpointing=true"]) == 0
     assert [folder.name for folder in runs.started] == ["lora-r8"]
     out = capsys.readouterr().out
     assert "prefix: model.gradient_checkpointing=true" in out
@@ -139,17 +144,19 @@ def test_what_cannot_be_trained_is_a_line_with_the_reason(runs: Runs, capsys: py
 )
 def test_what_is_refused(typed: str, part: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan([*TINY, typed])
+        plan_comparison([*TINY, typed])
     assert part in str(caught.value)
 
 
 def test_rates_cannot_be_tried_without_held_out_rows() -> None:
     with pytest.raises(ConfigError, match="judges the tries by held-out rows"):
-        plan(["model=tiny", "data.validation=0", "compare.tune=[1]"])
+        plan_comparison(["model=tiny", "data.validation=0", "compare.tune=[1]"])
 
 
 def test_what_is_written(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare([*TINY, methods("full", "lora r=8"), "eval.metrics=[loss,exact_match]", "compare.rows=20"]) == 0
+    assert (
+        run_comparison([*TINY, methods("full", "lora r=8"), "eval.metrics=[loss,exact_match]", "compare.rows=20"]) == 0
+    )
     with Path("there/c/compare.csv").open() as file:
         base, full, lora = csv.DictReader(file)
     assert (base["method"], base["eval_loss"], base["exact_match"], base["seconds"]) == (
@@ -175,7 +182,7 @@ def test_what_is_written(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_rates_are_tried_on_fewer_rows_until_the_best_is_no_longer_at_the_edge(runs: Runs) -> None:
-    assert compare([*TINY, methods("lora r=8"), "compare.tune=[0.5,1]", "compare.tune_rows=10"]) == 0
+    assert run_comparison([*TINY, methods("lora r=8"), "compare.tune=[0.5,1]", "compare.tune_rows=10"]) == 0
     names = [folder.name for folder in runs.started]
     assert names == [f"lora-r8-{rate}" for rate in ("0.0001", "0.0002", "0.0004", "0.0008", "0.0016")] + ["lora-r8"]
     assert load([], runs.started[0] / "config.yaml").data.max_rows == 10
@@ -185,24 +192,24 @@ def test_rates_are_tried_on_fewer_rows_until_the_best_is_no_longer_at_the_edge(r
 
 
 def test_all_runs_of_a_comparison_are_one_group_unless_one_is_typed(runs: Runs) -> None:
-    assert compare([*TINY, methods("lora r=8", "ia3"), "compare.tune=[1]"]) == 0
+    assert run_comparison([*TINY, methods("lora r=8", "ia3"), "compare.tune=[1]"]) == 0
     assert len(runs.trials) > 3
     assert {trial.config.log.group for trial in runs.trials} == {"c"}
     runs.trials.clear()
-    assert compare([*TINY, methods("lora r=8"), "compare.tune=[1]", "run.name=d", "log.group=theirs"]) == 0
+    assert run_comparison([*TINY, methods("lora r=8"), "compare.tune=[1]", "run.name=d", "log.group=theirs"]) == 0
     assert len(runs.trials) > 1
     assert {trial.config.log.group for trial in runs.trials} == {"theirs"}
 
 
 def test_a_rate_at_which_training_diverges_is_not_taken(runs: Runs) -> None:
     runs.diverges = 3e-4
-    assert compare([*TINY, methods("lora r=8"), "compare.tune=[1,2]"]) == 0
+    assert run_comparison([*TINY, methods("lora r=8"), "compare.tune=[1,2]"]) == 0
     assert load([], Path("there/c/lora-r8/config.yaml")).optim.learning_rate == 2e-4
 
 
 def test_a_method_of_which_every_try_fails_is_told_and_the_others_go_on(runs: Runs) -> None:
     runs.diverges = 1e-6
-    assert compare([*TINY, methods("lora r=8", "full optim.learning_rate=1e-7"), "compare.tune=[1,2]"]) == 1
+    assert run_comparison([*TINY, methods("lora r=8", "full optim.learning_rate=1e-7"), "compare.tune=[1,2]"]) == 1
     assert [folder.name for folder in runs.started] == [
         "lora-r8-0.0002",
         "lora-r8-0.0004",
@@ -214,10 +221,10 @@ def test_a_method_of_which_every_try_fails_is_told_and_the_others_go_on(runs: Ru
 def test_stopped_and_started_again_it_does_what_is_left(runs: Runs) -> None:
     typed = [*TINY, methods("full", "lora r=8", "ia3"), "compare.tune=[1]"]
     runs.best, runs.stop_at = 0.2, "lora-r8"
-    assert compare(typed) == 75
+    assert run_comparison(typed) == 75
     assert "| ia3 | - |" in Path("there/c/compare.md").read_text()
     before, runs.started, runs.stop_at = runs.started, [], None
-    assert compare(typed) == 0
+    assert run_comparison(typed) == 0
     assert not set(before) & set(runs.started)
     assert next(folder.name for folder in runs.started) == "lora-r8"
     assert "not run" not in Path("there/c/compare.md").read_text()

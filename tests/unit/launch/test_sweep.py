@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.sweep import report as ranking
-from launch.sweep.sweep import plan, sweep
+from launch.sweep.sweep import plan_sweep, run_sweep
 from tests.helpers.processes import ROOT
 from trainer.config import load, run_folder
 from trainer.errors import ConfigError
@@ -64,7 +64,7 @@ def trained(folder: Path) -> list[str]:
 
 
 def test_every_combination_is_a_run_of_its_own() -> None:
-    folder, trials = plan(["debug=tiny", "method.alpha=8,16", "method.r=4,8"])
+    folder, trials = plan_sweep(["debug=tiny", "method.alpha=8,16", "method.r=4,8"])
     assert [trial.name for trial in trials] == ["r4_alpha8", "r8_alpha8", "r4_alpha16", "r8_alpha16"]
     assert {(trial.config.method.r, trial.config.method.alpha) for trial in trials} == {
         (4, 8),
@@ -79,16 +79,16 @@ def test_every_combination_is_a_run_of_its_own() -> None:
 
 
 def test_the_same_sweep_has_the_same_folders_in_any_order() -> None:
-    here = plan(["debug=tiny", "method.alpha=8,16", "method.r=4,8", "launch=torchrun"])
-    there = plan(["method.r=8,4", "debug=tiny", "method.alpha=16,8", "log=off"])
-    other = plan(["debug=tiny", "method.alpha=8,16", "method.r=4,8", "run.seed=1"])
+    here = plan_sweep(["debug=tiny", "method.alpha=8,16", "method.r=4,8", "launch=torchrun"])
+    there = plan_sweep(["method.r=8,4", "debug=tiny", "method.alpha=16,8", "log=off"])
+    other = plan_sweep(["debug=tiny", "method.alpha=8,16", "method.r=4,8", "run.seed=1"])
     assert here[0] == there[0] != other[0]
     assert {trial.folder for trial in here[1]} == {trial.folder for trial in there[1]}
 
 
 def test_names() -> None:
     def names(*overrides: str) -> list[str]:
-        return [trial.name for trial in plan(["debug=tiny", *overrides])[1]]
+        return [trial.name for trial in plan_sweep(["debug=tiny", *overrides])[1]]
 
     assert names("method.target_modules=attention,all_linear") == [
         "target_modules-attention",
@@ -105,17 +105,19 @@ def test_names() -> None:
 
 def test_a_sweep_over_what_does_not_change_the_result_has_a_folder_and_runs_of_its_own() -> None:
     tiny = ["debug=tiny", "data.max_length=512"]
-    tokens, stages = plan([*tiny, "batch.micro_tokens=1024,2048"]), plan([*tiny, "zero=stage0,stage2"])
-    more = plan([*tiny, "batch.micro_tokens=512,1024"])
+    tokens, stages = plan_sweep([*tiny, "batch.micro_tokens=1024,2048"]), plan_sweep([*tiny, "zero=stage0,stage2"])
+    more = plan_sweep([*tiny, "batch.micro_tokens=512,1024"])
     assert len({tokens[0], stages[0], more[0]}) == 3
     for folder, trials in (tokens, stages, more):
         assert len({trial.folder for trial in trials}) == 2
         assert {trial.folder.parent for trial in trials} == {folder}
-    assert plan([*tiny, "method.r=4,8"])[0] == plan([*tiny, "method.r=4,8", "batch.micro_tokens=2048"])[0]
+    assert plan_sweep([*tiny, "method.r=4,8"])[0] == plan_sweep([*tiny, "method.r=4,8", "batch.micro_tokens=2048"])[0]
 
 
 def test_its_own_name_and_group_are_kept() -> None:
-    folder, trials = plan(["debug=tiny", "method.r=4,8", "run.name=mine", "run.dir=elsewhere", "log.group=theirs"])
+    folder, trials = plan_sweep(
+        ["debug=tiny", "method.r=4,8", "run.name=mine", "run.dir=elsewhere", "log.group=theirs"]
+    )
     assert folder == Path("elsewhere/mine")
     assert trials[0].folder == Path("elsewhere/mine/r4")
     assert trials[0].config.log.group == "theirs"
@@ -126,7 +128,7 @@ def test_the_name_in_a_runs_config_is_not_the_sweeps(tmp_path: Path) -> None:
 
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(load(["debug=tiny", "run.name=old"])))
-    folder, trials = plan(["method.r=4,8"], file)
+    folder, trials = plan_sweep(["method.r=4,8"], file)
     assert folder.name.startswith("sweep-")
     assert trials[1].config.method.r == 8
 
@@ -136,18 +138,18 @@ def test_the_name_in_a_runs_config_is_not_the_sweeps(tmp_path: Path) -> None:
 )
 def test_nothing_starts_when_a_config_is_wrong(stand_in: Path, overrides: list[str]) -> None:
     with pytest.raises(ConfigError):
-        sweep(["debug=tiny", *overrides])
+        run_sweep(["debug=tiny", *overrides])
     assert trained(stand_in) == []
 
 
 @pytest.mark.slow
 def test_a_trial_is_finished_by_its_result_not_by_how_it_was_computed(stand_in: Path) -> None:
     typed = ["debug=tiny", "method.r=4", "data.max_length=512"]
-    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s"]) == 0
+    assert run_sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s"]) == 0
     assert trained(stand_in) == ["micro_tokens1024", "micro_tokens2048"]
-    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "zero=stage3", "data.workers=2"]) == 0
+    assert run_sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "zero=stage3", "data.workers=2"]) == 0
     assert len(trained(stand_in)) == 2
-    assert sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "method.r=8"]) == 0
+    assert run_sweep([*typed, "batch.micro_tokens=1024,2048", "run.name=s", "method.r=8"]) == 0
     assert len(trained(stand_in)) == 4, "a finished r=4 is not r=8"
 
 
@@ -155,7 +157,7 @@ def test_a_trial_is_finished_by_its_result_not_by_how_it_was_computed(stand_in: 
 def test_a_failure_is_logged_and_the_others_are_ranked(
     stand_in: Path, capsys: pytest.CaptureFixture[str], logged: list[str]
 ) -> None:
-    assert sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 1
+    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 1
     assert trained(stand_in) == ["r4", "r16", "r8"]
     shown = capsys.readouterr()
     assert any("row 3 | is empty" in line for line in logged)
@@ -182,18 +184,18 @@ def test_a_failure_is_logged_and_the_others_are_ranked(
 
 @pytest.mark.slow
 def test_started_again_it_does_what_is_left(stand_in: Path) -> None:
-    sweep(["debug=tiny", "method.r=4,16", "run.name=s"])
+    run_sweep(["debug=tiny", "method.r=4,16", "run.name=s"])
     (stand_in / "mended").touch()
-    assert sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 0
+    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 0
     assert trained(stand_in) == ["r4", "r16", "r16", "r8"]
     # another config under the same name is not taken for done
-    assert sweep(["debug=tiny", "method.r=4,16", "run.name=s", "run.seed=1"]) == 0
+    assert run_sweep(["debug=tiny", "method.r=4,16", "run.name=s", "run.seed=1"]) == 0
     assert trained(stand_in)[4:] == ["r4", "r16"]
 
 
 @pytest.mark.slow
 def test_a_killed_trial_is_a_failed_one(stand_in: Path, logged: list[str]) -> None:
-    assert sweep(["debug=tiny", "method.r=5,4", "run.name=s"]) == 1
+    assert run_sweep(["debug=tiny", "method.r=5,4", "run.name=s"]) == 1
     assert trained(stand_in) == ["r5", "r4"]
     assert any("SIGKILL" in line for line in logged)
 
@@ -202,7 +204,7 @@ def test_a_killed_trial_is_a_failed_one(stand_in: Path, logged: list[str]) -> No
 def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
     (stand_in / "stop").touch()
     arguments = ["debug=tiny", "method.r=4,8", "run.name=s"]
-    code = f"import sys; from launch.sweep.sweep import sweep; sys.exit(sweep({arguments}))"
+    code = f"import sys; from launch.sweep.sweep import run_sweep; sys.exit(run_sweep({arguments}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=stand_in, env=environment, capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr
@@ -212,7 +214,7 @@ def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
 
 
 def test_ranking_by_train_loss_where_a_run_has_no_eval_loss(stand_in: Path) -> None:
-    _, trials = plan(["debug=tiny", "method.r=2,4,8", "run.name=s"])
+    _, trials = plan_sweep(["debug=tiny", "method.r=2,4,8", "run.name=s"])
     for trial, (eval_loss, train_loss) in zip(trials, [(1.0, 3.0), (None, 2.0), (0.5, float("nan"))], strict=True):
         trial.folder.mkdir(parents=True)
         metrics = {} if eval_loss is None else {"eval_loss": eval_loss}
@@ -241,7 +243,7 @@ SCORED = {
 )
 def test_ranking_by_the_trials_own_best_metric(stand_in: Path, asked: str, order: list[int]) -> None:
     metrics = ["eval.metrics=[loss,exact_match,chrf]", "eval.every_steps=2"]
-    _, trials = plan(["debug=tiny", "method.r=2,4,8", "run.name=s", *metrics, asked])
+    _, trials = plan_sweep(["debug=tiny", "method.r=2,4,8", "run.name=s", *metrics, asked])
     for trial in trials:
         trial.folder.mkdir(parents=True)
         summary = {"status": "finished", "train_loss": 1.0, "metrics": SCORED[trial.config.method.r]}
@@ -259,7 +261,7 @@ def test_ranking_by_the_trials_own_best_metric(stand_in: Path, asked: str, order
 
 def test_a_swept_best_metric_is_ranked_by_the_loss(stand_in: Path) -> None:
     keys = ["eval.metrics=[loss,exact_match]", "eval.every_steps=2", "eval.best_metric=eval_loss,exact_match"]
-    _, trials = plan(["debug=tiny", "run.name=s", *keys])
+    _, trials = plan_sweep(["debug=tiny", "run.name=s", *keys])
     for trial, loss in zip(trials, (0.5, 0.25), strict=True):
         trial.folder.mkdir(parents=True)
         metrics = {"eval_loss": loss, "exact_match": loss}
@@ -268,7 +270,7 @@ def test_a_swept_best_metric_is_ranked_by_the_loss(stand_in: Path) -> None:
 
 
 def test_the_rank_group_shows_what_it_sets() -> None:
-    _, trials = plan(["debug=tiny", "rank=tiny,small"])
+    _, trials = plan_sweep(["debug=tiny", "rank=tiny,small"])
     records = ranking.rank(trials, {})
     assert [(record["method.r"], record["method.alpha"]) for record in records] == [(8, 16), (16, 32)]
     assert [trial.name for trial in trials] == ["rank-tiny", "rank-small"]
