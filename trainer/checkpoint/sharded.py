@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
+from trainer.compat.deepspeed import catch_write_errors
 from trainer.distributed.process_group import from_main, gather_objects
 from trainer.engine.engine import Engine
 
@@ -32,21 +32,10 @@ def save_sharded(engine: Engine, partial: Path, name: str) -> str | None:
     if failure is not None:
         return failure
     failures: list[str] = []
-    files = engine.deepspeed.checkpoint_engine
-    write = files.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
-            # Raised here, it would leave the other ranks waiting in DeepSpeed's next collective.
-            failures.append(f"rank {engine.world.rank}: {path}: {error}")
-
-    files.save = save
+    rank = engine.world.rank
     try:
-        engine.deepspeed.save_checkpoint(str(partial / name), tag="state")
+        with catch_write_errors(engine.deepspeed, lambda path, error: failures.append(f"rank {rank}: {path}: {error}")):
+            engine.deepspeed.save_checkpoint(str(partial / name), tag="state")
     except OSError as error:
-        failures.append(f"rank {engine.world.rank}: {error}")
-    finally:
-        files.save = write
+        failures.append(f"rank {rank}: {error}")
     return next((failure for on_rank in gather_objects(failures) for failure in on_rank), None)

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.compat.hydra import forget_initialization
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import HIDDEN, config_error, is_secret_key, nearest, one_line, redact
 from trainer.config.overrides import split
@@ -115,7 +115,7 @@ def _schema() -> DictConfig:
 @cache  # composing is most of the time of load(), and a sweep composes the same files for every run
 def _composed(typed: tuple[str, ...], with_hydra: bool) -> dict[str, Any]:
     """Compose once for each set of choices. Makes no folder and leaves logging alone."""
-    GlobalHydra.instance().clear()
+    forget_initialization()
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="afina"):
         cfg = compose(PRIMARY, list(typed), return_hydra_config=with_hydra)
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))

@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from trainer.compat.hydra import overrides_parser
 from trainer.config.messages import config_error, listing
 from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, unknown_option
 from trainer.errors import ConfigError
 
-
-@cache
-def _parser() -> OverridesParser:
-    return OverridesParser.create()
+_parser = cache(overrides_parser)
 
 
 def parse(text: str) -> Override:
@@ -39,7 +36,7 @@ def parse(text: str) -> Override:
     if not name.strip("+ "):
         raise config_error(text, ..., "an override is key=value", "write the key before the =, such as method.r=16")
     try:
-        override = _parser().parse_override(text)
+        override: Override = _parser().parse_override(text)
     except (HydraException, ValueError) as error:
         if name.strip("+ ") not in groups() and not is_key(name.strip("+ ")):
             raise unknown_key(name.strip("+ "), value) from error

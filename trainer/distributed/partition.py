@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.compat.deepspeed import partition_like
 from trainer.distributed.process_group import World
 
 
@@ -37,6 +38,6 @@ def partition(model: nn.Module, keys: dict[str, Any], world: World, dtype: torch
             first = parameter
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=keys, dtype=dtype)
         else:
-            first.convert_to_zero_parameters([parameter])
+            partition_like(first, parameter)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(world.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
@@ -13,6 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from trainer.compat.deepspeed import skip_shm_build
+from trainer.compat.torch import run_exit_handlers
 
 if not torch.cuda.is_available():
     # Read when DeepSpeed is first imported, by whichever library does it; unset, it warns about a missing GPU.
@@ -52,8 +54,7 @@ def init(world: World, timeout_seconds: int = 1800) -> None:
     """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed."""
     import deepspeed
 
-    # Its gloo start would compile a C++ helper: half a minute, and an error where there is no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shm_build(on_cpu=world.device.type == "cpu")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -76,9 +77,10 @@ def leave(exit_code: int) -> NoReturn:
     """End this process with that code: exit handlers run and output is flushed, but Python is not taken down.
 
     Gloo's threads outlive ``destroy_process_group`` (DeepSpeed's modules keep the groups), and one that lets go of a
-    tensor while the interpreter goes away aborts a process whose work is done: torchrun then calls the run failed.
+    tensor while the interpreter goes away aborts a process whose work is done (see ``run_exit_handlers``): torchrun
+    then calls the run failed.
     """
-    atexit._run_exitfuncs()
+    run_exit_handlers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # its reader has left, or it is closed
             stream.flush()
@@ -89,7 +91,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     """Element-wise sum over all ranks, in float64: one small all-reduce."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return [float(v) for v in total]
+    return total.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.compat import deepspeed as compat
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.distributed.partition import partition
@@ -90,12 +91,13 @@ class Engine:
         if self.zero_stage == 3:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        compat.check_optimizer(self.optimizer, self.zero_stage, fp16=dtype == torch.float16)
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
     def loss_scale(self) -> float:
         """DeepSpeed's fp16 loss scale; 1 in other dtypes."""
-        return float(getattr(self.optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
+        return compat.loss_scale(self.optimizer) if self.dtype == torch.float16 else 1.0
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Return the summed cross-entropy of one micro-batch: float32 scalar."""
@@ -141,7 +143,7 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(True)
         if self.zero_stage == 0:
             self.deepspeed.allreduce_gradients()
-        return [float(s) for s in torch.stack(sums).cpu()], local_is_finite
+        return torch.stack(sums).tolist(), local_is_finite
 
     def update(self, learning_rate: float) -> Update:
         """Clip, then take one AdamW step. A step whose gradient norm is not finite is not taken, on any rank."""
@@ -158,7 +160,8 @@ class Engine:
                 self.deepspeed.zero_grad()
         else:
             self.deepspeed.step()
-            norm, applied = float(self.deepspeed.get_global_grad_norm()), not self.optimizer.overflow
+            norm = float(self.deepspeed.get_global_grad_norm())
+            applied = not compat.step_was_skipped(self.optimizer)
         clipped = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         return Update(norm, applied, clipped / loss_scale)
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.compat.bitsandbytes import is_4bit
+from trainer.compat.transformers import attention_name
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
@@ -104,8 +106,8 @@ def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data,
 def trie_obstacle(model: Any) -> str | None:
     """Return why this model cannot run a trie at all; ``None`` when it can."""
     config = model.config
-    if config._attn_implementation != KERNEL:
-        return f"attention is {config._attn_implementation}, which knows padded rows only"
+    if (attention := attention_name(model)) != KERNEL:
+        return f"attention is {attention}, which knows padded rows only"
     if is_prompt_learning(model):
         return "virtual tokens stand before every row, and a trie has no place for them"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -166,7 +168,7 @@ def verify_in_each_dtype(model: nn.Module, loss: LabelLoss, rows: Sequence[Token
     parameters = list(model.parameters())
     if all(p.dtype == torch.float32 for p in parameters):
         return [verify(model, loss, rows, pad_id)]
-    plain = all(p.is_floating_point() and not hasattr(p, "quant_state") for p in parameters)
+    plain = all(p.is_floating_point() and not is_4bit(p) for p in parameters)
     if not plain or sum(p.numel() for p in parameters) > MAX_FP32_PARAMETERS:
         return [verify(model, loss, rows, pad_id)]
     with _in_fp32(model):

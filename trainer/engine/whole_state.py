@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer.compat import deepspeed as compat
 from trainer.distributed.whole_tensor import whole, whole_shape
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError
@@ -122,31 +123,25 @@ def _make_moments(engine: Engine, step: int) -> None:
     if engine.zero_stage == 0:
         adam, held = engine.optimizer, list(engine.trainable_params.values())
     else:
-        adam = engine.optimizer.optimizer
-        flat = "fp32_partitioned_groups_flat" if engine.zero_stage == 3 else "single_partition_of_fp32_groups"
-        held = getattr(engine.optimizer, flat)
+        adam, held = compat.base_optimizer(engine.optimizer), compat.fp32_shares(engine.optimizer, engine.zero_stage)
     for tensor in held:
         fused = bool(adam.param_groups[0].get("fused"))
         adam.state[tensor] = {
             "step": torch.tensor(float(step), device=tensor.device if fused else "cpu"),
             **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS},
         }
-    if engine.zero_stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    compat.link_moments(engine.optimizer, engine.zero_stage)
 
 
 def loss_scaler_state(engine: Engine) -> dict[str, Any]:
     """Return the fp16 loss scaler's numbers; empty in other dtypes."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if engine.dtype != torch.float16 or scaler is None:
-        return {}
-    return {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, bool))}
+    return compat.loss_scaler_state(engine.optimizer) if engine.dtype == torch.float16 else {}
 
 
 def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
     """Restore the loss scaler's numbers."""
-    for name, value in saved.items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+    if saved:
+        compat.restore_loss_scaler(engine.optimizer, saved)
 
 
 def gather_live(engine: Engine, only_trainable: bool) -> dict[str, Tensor]:

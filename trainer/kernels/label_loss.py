@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainer.compat.deepspeed import is_partitioned
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.kernels.trie_attention import trie_mask
 
@@ -134,7 +135,7 @@ class LabelLoss:
 
     def _count_head_calls(self, batch: MicroBatch) -> int:
         """Return how often the output layer is called: as often on every rank."""
-        if self._is_head_trainable() and any(hasattr(p, "ds_id") for p in self._head.parameters()):
+        if self._is_head_trainable() and any(map(is_partitioned, self._head.parameters())):
             return 1
         return math.ceil(max(batch.max_labels, 1) / self._labels_per_call)
 

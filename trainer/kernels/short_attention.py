@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.compat.torch import softmax_backward
+
 SHORT_KEYS = 256
 
 
@@ -55,10 +57,7 @@ class ShortAttention(torch.autograd.Function):
         q, k, v = _group_by_key_head(query, keys, values, gather_index, probabilities.shape[-1])
         grad_output = grad_outputs[0].reshape(len(q), -1, v.shape[-1])
         grad_v = torch.bmm(probabilities.transpose(1, 2), grad_output)
-        # The gradient of a softmax; fused, it reads the 16-bit tensors once and computes in fp32.
-        grad_scores = torch.ops.aten._softmax_backward_data(
-            torch.bmm(grad_output, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
-        )
+        grad_scores = softmax_backward(torch.bmm(grad_output, v.transpose(1, 2)), probabilities)
         grad_query = torch.bmm(grad_scores, k).mul_(ctx.scaling).view_as(query)
         grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scaling)
         grad_keys = scatter_add_fp32(grad_k, gather_index, len(keys))

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from trainer.compat.transformers import sdpa
 from trainer.data.batching.trie_paths import TriePaths
 from trainer.kernels.short_attention import ShortAttention, is_short, scatter_add_fp32
 
 KERNEL = "afina_trie"
+SDPA, SDPA_MASK = sdpa()
 # Above so many copies of a node (a long document under many questions), gathering again costs less than the memory.
 MAX_COPIES = 8.0
 _paths: list[TriePaths] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
@@ -74,7 +74,7 @@ def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
 def register() -> None:
     """Register the kernel with transformers under its name."""
     AttentionInterface.register(KERNEL, trie_attention)
-    AttentionMaskInterface.register(KERNEL, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(KERNEL, SDPA_MASK)
 
 
 def trie_attention(
@@ -109,9 +109,7 @@ def trie_attention(
     """
     _check_context(query, attention_mask)
     if not _paths:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        return SDPA(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     paths = _paths[-1]

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from trainer.compat.peft import adapted_parameter_product, is_adapted_parameter
 from trainer.errors import CheckpointError
 
 PROBES = 8  # random inputs a layer, as wide as its own; of an embedding so many times more ids
@@ -63,7 +63,7 @@ def _random_inputs(layer: Any) -> Tensor:
     """Return random inputs, which every part of the weights has an effect on."""
     draw = torch.Generator().manual_seed(0)
     base = layer.get_base_layer()
-    if isinstance(layer, ParamWrapper):
+    if is_adapted_parameter(layer):
         shape, device = layer.get_param().shape, layer.get_param().device
         return torch.randn(shape[-1], PROBES, generator=draw).to(device)
     if isinstance(base, nn.Embedding):
@@ -76,12 +76,12 @@ def _outputs(layer: Any, part: Any, probe: Tensor) -> Tensor:
 
     A parameter of more than two dimensions (experts) has no forward of its own: its products with the probe.
     """
-    if not isinstance(layer, ParamWrapper):
+    if not is_adapted_parameter(layer):
         return part(probe).clone()
     if part is not layer:
         return layer.get_param() @ probe
-    with layer._activate_lora(layer.active_adapters):
-        return getattr(layer.get_base_layer(), layer.parameter_name) @ probe
+    product: Tensor = adapted_parameter_product(layer, probe)
+    return product
 
 
 def _check_fold(name: str, before: Tensor, live: Tensor, folded: Tensor) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
+from trainer.compat.peft import adalora_factors, adalora_layers
 from trainer.config.method import MethodConfig, given
 from trainer.errors import CheckpointError
 from trainer.methods.runtime import MethodRuntime, WholeTensors
@@ -40,16 +40,13 @@ class OrthogonalTerm:
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         self.weight, self.scale = weight, 0.0
-        layers = [m for m in model.modules() if isinstance(m, AdaLoraLayer)]
+        layers = adalora_layers(model)
         self.count = 2 * len(layers)
         for layer in layers:
-            assert isinstance(layer, nn.Module)
             layer.register_forward_hook(self._hook)
 
     def _hook(self, layer: Any, _: Any, out: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return out
-        return _AddGradient.apply(out, layer.lora_A["default"], layer.lora_B["default"], self)
+        return _AddGradient.apply(out, *adalora_factors(layer), self) if torch.is_grad_enabled() else out
 
 
 class _AddGradient(torch.autograd.Function):

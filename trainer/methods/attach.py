@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from trainer.compat.peft import is_rank_divisor, prompt_start
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
 from trainer.methods.peft_configs import peft_config
@@ -55,7 +56,7 @@ def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_
         assert text_ids, "the words of method.init_text give tokens"
         _init_from_tokens(wrapped, text_ids)
     for name, parameter in wrapped.named_parameters():
-        if ".ranknum." in name:  # on a 16-bit base PEFT lets AdaLoRA's divisor be trained, and never saves it
+        if is_rank_divisor(name):
             parameter.requires_grad_(False)
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -64,10 +65,10 @@ def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_
 
 def _init_from_tokens(model: Any, ids: list[int]) -> None:
     """Initialise virtual tokens with the embeddings of these tokens, repeated or cut."""
-    weight = model.prompt_encoder["default"].embedding.weight
-    repeated = torch.tensor([ids[k % len(ids)] for k in range(len(weight))], device=model.word_embeddings.weight.device)
+    prompt, words = prompt_start(model)
+    repeated = torch.tensor([ids[k % len(ids)] for k in range(len(prompt.weight))], device=words.weight.device)
     with torch.no_grad():
-        weight.copy_(model.word_embeddings(repeated))
+        prompt.weight.copy_(words(repeated))
 
 
 def is_prompt_learning(model: Any) -> bool:

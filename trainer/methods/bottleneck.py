@@ -113,7 +113,7 @@ def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> Non
         weights: whole tensors of the trainable parameters by their names in ``model``.
     """
     save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    base = getattr(model.config, "_name_or_path", None)
+    base = model.config.name_or_path
     metadata = {"peft_type": BOTTLENECK_TYPE, "base_model_name_or_path": base, **bottleneck_metadata(model)}
     (folder / "adapter_config.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.compat.bitsandbytes import is_4bit
+from trainer.compat.deepspeed import whole_numel
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, in the model's order."""
@@ -33,6 +36,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _numel(parameter: Any) -> int:
-    if type(parameter).__name__ == "Params4bit":
-        return 2 * parameter.numel() * parameter.element_size()  # two weights a byte, whatever the storage dtype is
-    return int(getattr(parameter, "ds_numel", 0) or parameter.numel())
+    if is_4bit(parameter):
+        return int(
+            2 * parameter.numel() * parameter.element_size()
+        )  # two weights a byte, whatever the storage dtype is
+    return whole_numel(parameter)

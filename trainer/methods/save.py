@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.compat.peft import prompt_parameters
 from trainer.errors import CheckpointError
 from trainer.methods.attach import is_prompt_learning
 from trainer.methods.bottleneck import save_bottleneck
@@ -40,7 +41,7 @@ def save_adapter(
         return verify_adapter(folder, whole)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
-    config.base_model_name_or_path = model.get_base_model().config._name_or_path
+    config.base_model_name_or_path = model.get_base_model().config.name_or_path
     if is_prompt_learning(model):
         expected = {"prompt_embeddings": prompt_embeddings(whole)}
     else:
@@ -60,7 +61,7 @@ def prompt_embeddings(weights: dict[str, Tensor]) -> Tensor:
 
     PEFT would run its encoder, which under ZeRO-3 is a collective, and only rank 0 saves.
     """
-    part = {name.partition("prompt_encoder.default.")[2]: tensor for name, tensor in weights.items()}
+    part = prompt_parameters(weights)
     embedding = part["embedding.weight"]
     if "transform.0.weight" not in part:
         return embedding

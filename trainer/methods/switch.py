@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from trainer.compat.peft import forget_wrapper, unwrapped
+from trainer.compat.transformers import is_loaded_in_8bit
 from trainer.errors import CheckpointError, ConfigError
 from trainer.methods.bottleneck import Bottleneck
 from trainer.methods.load import find_base_changing_init, load_adapter, read_adapter_config
@@ -75,7 +75,7 @@ class AdapterSwitcher:
         if init := find_base_changing_init(metadata):
             reason = f"starts in the base's own weights ({init}), so it would change the base for the others"
             raise CheckpointError(str(folder), reason=reason, hint="save it converted, for the base as it was")
-        if metadata.get("use_dora") and getattr(self._base, "is_loaded_in_8bit", False):
+        if metadata.get("use_dora") and is_loaded_in_8bit(self._base):
             reason = "is DoRA, whose first forward loses the scales of a base in 8 bits (peft 0.21)"
             raise CheckpointError(str(folder), reason=reason, hint="--bits 4 or --bits 16")
         if metadata.get("bias", "none") != "none":
@@ -93,15 +93,8 @@ class AdapterSwitcher:
 def remove_adapters(base: nn.Module) -> None:
     """Remove every adapter from a base model, also one that was put on in part only."""
     for full, module in list(base.named_modules()):
-        under: Any = None
-        if isinstance(module, BaseTunerLayer):
-            under = module.get_base_layer()
-        elif isinstance(module, Bottleneck):
-            under = module.base_layer
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            under = module.original_module
+        under = module.base_layer if isinstance(module, Bottleneck) else unwrapped(module)
         if under is not None:
             parent, _, name = full.rpartition(".")
             setattr(base.get_submodule(parent), name, under)
-    for left in ("peft_config", "prepare_inputs_for_generation"):  # what PEFT's wrapper writes on the base itself
-        base.__dict__.pop(left, None)
+    forget_wrapper(base)

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from trainer.compat.peft import is_moved_to_experts
 from trainer.errors import ConfigError
 
 # Names of (query, value) and of all attention projections; the first row whose names all exist is taken.
@@ -30,6 +28,7 @@ ATTENTION = (
 )
 # The MLP's last projections, whose input IA3 scales.
 DOWN = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj", "c_proj", "w2")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ROUTERS = {"gate", "router", "shared_expert_gate"}  # where they are linear layers, or stand around one
 
 
@@ -117,7 +116,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{full}.{name}": parameter
         for full, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
+        if not isinstance(module, CONVOLUTIONS)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 2 and min(parameter.shape) > 1
     }
@@ -142,16 +141,7 @@ def _moved_to_experts(model: nn.Module, names: set[str]) -> set[str]:
     transformers 5, experts were linear layers of the names that dense and shared ones have."""
     if not expert_parameters(model):
         return set()
-    return {name for name in names if _is_moved(model, name)}
-
-
-def _is_moved(model: nn.Module, name: str) -> bool:
-    probe = LoraConfig(target_modules=[name])
-    try:
-        convert_peft_config_for_transformers(probe, model, None)
-    except ValueError:  # it is one half of a pair that PEFT would move together
-        return True
-    return bool(probe.target_parameters)
+    return {name for name in names if is_moved_to_experts(model, name)}
 
 
 def _no_such_module(model: nn.Module, name: str, linear: Counter[str]) -> ConfigError:

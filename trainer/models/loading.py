@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from trainer.compat.bitsandbytes import keep_4bit_layout
+from trainer.compat.torch import cpu_multiplies_bf16, cpu_multiplies_fp16
+from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
@@ -39,7 +41,7 @@ def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dty
         if device.type == "cuda":
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         else:
-            dtype = torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+            dtype = torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
     else:
         dtype = DTYPES[name]
     if dtype == torch.float16 and zero_stage == 0:
@@ -49,18 +51,11 @@ def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dty
             reason="has no loss scaler, which fp16 needs",
             hint="zero=stage1, or model.dtype=fp32",
         )
-    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if dtype == torch.float16 and device.type == "cpu" and not cpu_multiplies_fp16():
         raise ConfigError(
             "model.dtype", value="fp16", reason="this CPU has no fp16 arithmetic", hint="model.dtype=fp32"
         )
     return dtype
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Return whether matrix products in bf16 are done by the hardware (AVX512-BF16, AMX or Arm's BF16)."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_tokenizer(folder: str, model: ModelConfig) -> Any:
@@ -127,7 +122,7 @@ def load_model(
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
     patch_rms_norms(loaded)
-    _keep_4bit_layout(loaded)
+    keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_input_contiguous)
     if model.attention in ("auto", "sdpa"):
@@ -145,24 +140,13 @@ def _make_input_contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return (args[0].contiguous(), *args[1:]) if args else args
 
 
-def _keep_4bit_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for a fast CPU kernel at the first forward in evaluation mode.
-
-    It never packs them back, and that kernel has no backward: after one evaluation, training would silently continue
-    without the gradient that flows through the base.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def use_trie_kernel(model: Any) -> None:
     """Set the model's attention to the trie kernel, SDPA outside of a trie, where its architecture can.
 
     A model whose authors want no SDPA (soft-capped scores, attention sinks) keeps the kernel that they chose.
     """
     register()
-    if model.config._attn_implementation != "sdpa":
+    if attention_name(model) != "sdpa":
         return
     with contextlib.suppress(ValueError, NotImplementedError):
         model.set_attn_implementation(KERNEL)

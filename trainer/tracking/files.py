@@ -159,7 +159,7 @@ def build_summary(
         steps: updates taken.
         wall_seconds: of this start of the run.
         trainable_parameters, total_parameters: numbers of weights.
-        train_loss: mean loss a label token over the last logged steps.
+        train_loss: mean loss a label token of the last step.
         metrics: flat, of the weights that the run ends with; ``*_before`` are those before training.
         best_step: the step that these weights are of, where the best ones were kept.
         stopped_early: why the run ended before its last step.

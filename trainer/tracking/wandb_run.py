@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from trainer.compat.wandb import without_metadata
 from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
 from trainer.tracking.environment import redact
@@ -110,8 +111,7 @@ class WandbRun:
             "init_timeout": INIT_TIMEOUT_SECONDS,
             "finish_timeout": FINISH_TIMEOUT_SECONDS,
             "finish_timeout_raises": True,
-            # wandb's own metadata holds the launch command as it was typed.
-            "x_disable_meta": any(redact(argument) != argument for argument in sys.argv),
+            **without_metadata(hidden=any(redact(argument) != argument for argument in sys.argv)),
         }
         log = config.log
         arguments = {

@@ -9,6 +9,8 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+from trainer.compat.transformers import byte_of_letter
+
 MAX_MERGED = 8  # tokens of one piece: a character has at most four bytes, yet a token may end one and begin another
 JOINERS = "\u200c\u200d"  # between letters and in emoji they are part of the word
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -121,7 +123,5 @@ def _visible(letter: str) -> str:
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with (Radford et al., 2019)."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+    """Return the letters that byte-level vocabularies write bytes with (Radford et al., 2019)."""
+    return byte_of_letter()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.compat.datasets import table_fingerprint
 from trainer.config.dataset_spec import DatasetSpec, is_glob, is_hub_id
 from trainer.data.sources import hf_datasets
 from trainer.data.sources.file_hashes import hash_files
@@ -53,7 +54,7 @@ class Source:
         if self.files:
             identity.append(hash_files(self.files, known_hashes))
         else:
-            identity += [spec.revision, self.table._fingerprint]
+            identity += [spec.revision, table_fingerprint(self.table)]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def chunks(self) -> Iterator[Chunk]:

@@ -1,0 +1,187 @@
+"""Try every reach into DeepSpeed on a tiny model, under each ZeRO stage, in one process; print what went wrong as JSON.
+
+``tests/unit/test_compat.py`` starts it as a process of its own: DeepSpeed keeps its process group until the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.compat import deepspeed as compat
+from trainer.distributed import process_group
+
+STAGES = (1, 2, 3)
+X = torch.ones(2, 4, dtype=torch.bfloat16)
+
+
+def build(stage: int, **more: Any) -> tuple[Any, Any, nn.Parameter]:
+    """Return DeepSpeed's engine, its optimizer and the one weight, (4, 4), in bf16."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        **more,
+    }
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
+    compat.check_optimizer(optimizer, stage, fp16=True)
+    return engine, optimizer, model.weight
+
+
+def master(parameter: nn.Parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter).clone()
+
+
+def update(engine: Any, factor: float) -> None:
+    engine.backward(engine(X).float().sum() * factor)
+    engine.step()
+
+
+def skip_shm_build() -> None:
+    """The process group was started by then: without a compile, in less time than one would take."""
+    import deepspeed
+
+    assert deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
+def step_was_skipped() -> None:
+    for stage in STAGES:
+        engine, optimizer, weight = build(stage)
+        for factor, skipped in ((1.0, False), (float("inf"), True), (1.0, False)):
+            before = master(weight)
+            update(engine, factor)
+            assert compat.step_was_skipped(optimizer) == skipped
+            assert torch.equal(master(weight), before) == skipped
+
+
+def moments_before_the_first_step() -> None:
+    """What a resumed run does: moments made by hand are those that the API of DeepSpeed reads and writes."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+    for stage in STAGES:
+        _, optimizer, weight = build(stage)
+        adam, shares = compat.base_optimizer(optimizer), compat.fp32_shares(optimizer, stage)
+        assert isinstance(adam, torch.optim.AdamW)
+        assert sum(share.numel() for share in shares) >= 16
+        for share in shares:
+            moments = {kind: torch.zeros_like(share, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+            adam.state[share] = {"step": torch.tensor(3.0), **moments}
+        compat.link_moments(optimizer, stage)
+        value = torch.arange(16.0).view(4, 4)
+        safe_set_full_optimizer_state(weight, value, "exp_avg")
+        assert torch.equal(safe_get_full_optimizer_state(weight, "exp_avg"), value)
+        assert sum(float(adam.state[share]["exp_avg"].sum()) for share in shares) == float(value.sum())
+
+
+def loss_scale() -> None:
+    for stage in STAGES:
+        _, optimizer, _ = build(stage)
+        assert compat.loss_scale(optimizer) == 1.0
+        saved = compat.loss_scaler_state(optimizer)
+        json.dumps(saved)
+        compat.restore_loss_scaler(optimizer, {**saved, "cur_scale": 8.0})
+        assert compat.loss_scale(optimizer) == 8.0
+        assert compat.loss_scaler_state(optimizer) == {**saved, "cur_scale": 8.0}
+
+
+def partitioned_parameters() -> None:
+    for stage in STAGES:
+        _, _, weight = build(stage, zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0})
+        assert compat.is_partitioned(weight) == (stage == 3)
+        assert tuple(weight.shape) == ((0,) if stage == 3 else (4, 4))
+        assert compat.whole_shape(weight) == (4, 4)
+        assert compat.whole_numel(weight) == 16
+
+
+def partition_like() -> None:
+    import deepspeed
+
+    values = [torch.randn(5, 3), torch.randn(2, 2)]
+    first, second = (nn.Parameter(value.clone()) for value in values)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=config, dtype=torch.float32)
+    compat.partition_like(first, second)
+    assert first.ds_id != second.ds_id
+    with deepspeed.zero.GatheredParameters([first, second]):
+        assert all(torch.equal(p, value) for p, value in zip((first, second), values, strict=True))
+
+
+def catch_write_errors() -> None:
+    engine, _, _ = build(2)
+    original, write = engine.checkpoint_engine.save, torch.save
+    found: list[str] = []
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no space")
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save = full
+        try:
+            with compat.catch_write_errors(engine, lambda path, error: found.append(f"{path}: {error}")):
+                engine.save_checkpoint(folder, tag="state")
+        finally:
+            torch.save = write
+        assert found
+        assert all(line.startswith(folder) and line.endswith("no space") for line in found)
+        assert engine.checkpoint_engine.save == original
+        found.clear()
+        with compat.catch_write_errors(engine, lambda path, error: found.append(path)):
+            engine.save_checkpoint(folder, tag="state")
+        assert not found
+        engine.load_checkpoint(folder, tag="state")
+
+
+# Reach -> what tries it.
+CASES: dict[str, Callable[[], None]] = {
+    "deepspeed.skip_shm_build": skip_shm_build,
+    "deepspeed.step_was_skipped": step_was_skipped,
+    **dict.fromkeys(
+        ("deepspeed.base_optimizer", "deepspeed.fp32_shares", "deepspeed.link_moments"), moments_before_the_first_step
+    ),
+    **dict.fromkeys(
+        ("deepspeed.loss_scale", "deepspeed.loss_scaler_state", "deepspeed.restore_loss_scaler"), loss_scale
+    ),
+    **dict.fromkeys(
+        ("deepspeed.is_partitioned", "deepspeed.whole_shape", "deepspeed.whole_numel"), partitioned_parameters
+    ),
+    "deepspeed.partition_like": partition_like,
+    "deepspeed.catch_write_errors": catch_write_errors,
+}
+
+
+def run() -> dict[str, str]:
+    """Return what went wrong by reach, empty where nothing did."""
+    outcome: dict[Callable[[], None], str] = {}
+    process_group.init(process_group.from_environment())
+    for case in CASES.values():
+        if case not in outcome:
+            try:
+                case()
+                outcome[case] = ""
+            except Exception:
+                outcome[case] = traceback.format_exc()
+    return {name: outcome[case] for name, case in CASES.items()}
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run()
+    print(json.dumps(found), flush=True)
+    process_group.shutdown()
+    process_group.leave(0)

@@ -1,1 +1,0 @@
-"""Every reach past a library's public interface, in one place."""
