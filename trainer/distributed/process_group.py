@@ -1,4 +1,4 @@
-"""The process group: who am I, start, stop, and the few reductions that the loop needs."""
+"""Start and stop the process group; rank and world size; the few collectives that a run needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among the others.
+    """Rank and world size of this process, and its device.
 
     Attributes:
         rank: number of this process, from 0, over all nodes.
@@ -39,19 +39,27 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that writes."""
+        """Return whether this is rank 0, the one that writes."""
         return self.rank == 0
 
 
 def from_environment() -> World:
-    """Read torchrun's variables; without them this is a world of one. Starts nothing."""
+    """Read rank and world size from torchrun's variables; without them this is a world of one. Starts nothing."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
 
 
 def init(world: World, timeout_seconds: int = 1800) -> None:
-    """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed."""
+    """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed.
+
+    Args:
+        world: this process.
+        timeout_seconds: after which a collective that waits for another rank is an error.
+
+    Raises:
+        LaunchError: DeepSpeed is not a version that this program was tried with.
+    """
     import deepspeed
 
     skip_shm_build(on_cpu=world.device.type == "cpu")
@@ -88,21 +96,21 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum over all ranks, in float64: one small all-reduce."""
+    """Sum numbers over all ranks, element by element, in float64: one small all-reduce and one copy to the host."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on every rank."""
+    """Gather every rank's value on every rank, in the order of ranks. A collective; values are pickled."""
     out: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(out, value)
     return out
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Broadcast rank 0's value to every rank. A collective; the value is pickled."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
