@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,23 +10,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from trainer.errors import AfinaError, LaunchError
+from trainer.tracking.files import SUMMARY_FILE, find_summary
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # What `trainer.train` ends with when it was asked to stop and saved (EX_TEMPFAIL): the same command goes on from there.
 PREEMPTED = 75
 STOPPED = frozenset([PREEMPTED, *(128 + number for number in STOP_SIGNALS)])
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """`summary.json` of a run folder; empty when there is none or it cannot be read."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> int:
@@ -51,7 +41,7 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
         # nothing was written by this job: a finished run started again (code 0), or a death before the run folder
         return _without_summary(code, stopped_by, folder)
     # torchrun's own code is non-zero after a clean stop, so the run's word counts
-    summary = read_summary(folder)
+    summary = find_summary(folder)
     if summary.get("status") == "finished":
         return 0
     if summary.get("status") == "preempted":
@@ -64,7 +54,7 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
 def _written(folder: Path) -> tuple[int, int] | None:
     """Identity of the summary file: it is replaced, never edited, so a new one differs in inode or time."""
     try:
-        status = (folder / "summary.json").stat()
+        status = (folder / SUMMARY_FILE).stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns

@@ -1,16 +1,82 @@
-"""A table: drawn with rich on a terminal, plain aligned text elsewhere (one row a line, for grep and logs)."""
+"""Build tables from records: cells, on the terminal, as Markdown and as CSV.
+
+On a terminal a table is drawn with rich; elsewhere it is plain aligned text, one row a line, for grep and logs.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.files import write_atomically
+
+Record = dict[str, Any]
+NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        key: of the records' values.
+        head: what stands above it.
+        form: format of numbers, such as ``.4f`` or ``,``; empty: whole numbers as they are, others at their shortest.
+        unit: written behind a number, with its space.
+        divisor: numbers are divided by it (bytes by 2**30 are GiB); 1 leaves whole numbers whole.
+    """
+
+    key: str
+    head: str
+    form: str = ""
+    unit: str = ""
+    divisor: int = 1
+
+    def cell(self, record: Mapping[str, Any]) -> str:
+        """Return a record's value as text: ``-`` where there is none."""
+        value = record[self.key]
+        if value is None:
+            return NONE
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        form = self.form or ("g" if isinstance(value, float) else "")
+        return f"{value if self.divisor == 1 else value / self.divisor:{form}}{self.unit}"
+
+
+def cells(records: Sequence[Record], columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows as text."""
+    return [column.head for column in columns], [[column.cell(record) for column in columns] for record in records]
+
+
+def show_records(
+    records: Sequence[Record], columns: Sequence[Column], style: Callable[[Record], str | None] = lambda _: None
+) -> None:
+    """Print a table on stdout; ``style`` gives a rich style for a row, used on a terminal only."""
+    show(*cells(records, columns), [style(record) for record in records])
+
+
+def write(stem: Path, records: Sequence[Record], columns: Sequence[Column], notes: Sequence[str] = ()) -> None:
+    """Write ``STEM.csv`` (every key of the records, raw values) and ``STEM.md`` (the table as people read it).
+
+    Args:
+        stem: path of both without the ending; missing folders above it are made.
+        records: at least one; all have the same keys.
+        columns: of the Markdown table.
+        notes: list items below it: a sentence does not fit a column.
+    """
+    write_atomically(stem.with_name(f"{stem.name}.csv"), to_csv(records).encode())
+    text = [markdown(*cells(records, columns)), *(["", *(f"- {note}" for note in notes)] if notes else [])]
+    write_atomically(stem.with_name(f"{stem.name}.md"), ("\n".join(text) + "\n").encode())
+
 
 def show(header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None] = ()) -> None:
-    """Print a table on stdout.
+    """Print a table of text on stdout.
 
     Args:
         header: the columns' names.
@@ -36,14 +102,16 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table, without a newline at its end."""
+    """Return a Markdown table, without a newline at its end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raw values under the keys of the first record; all have the same."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+def to_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return raw values as CSV under the keys of the first record; mappings are written as JSON."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, fieldnames=list(records[0]))
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: json.dumps(v) if isinstance(v, Mapping) else v for k, v in record.items()})
+    return stream.getvalue()

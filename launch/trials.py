@@ -14,6 +14,7 @@ from launch import process, torchrun
 from launch.environment import child_environment, visible_gpus
 from trainer.config import TrainConfig
 from trainer.errors import AfinaError
+from trainer.tracking.files import find_summary
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def run_trial(trial: Trial, config_file: Path | None = None) -> tuple[int, str]:
         return error.exit_code, str(error)
     if code == 0:
         return 0, ""
-    reason = (process.read_summary(trial.folder).get("error") or {}).get("message")
+    reason = (find_summary(trial.folder).get("error") or {}).get("message")
     return code, reason or f"exit code {code}, see {trial.folder / 'log.txt'}"
 
 
@@ -66,7 +67,7 @@ def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> 
 
 def is_finished(trial: Trial) -> bool:
     """Return whether it is finished, and with what changes the result as here: a name may have been given twice."""
-    if trial.config.run.overwrite or process.read_summary(trial.folder).get("status") != "finished":
+    if trial.config.run.overwrite or find_summary(trial.folder).get("status") != "finished":
         return False
     try:
         finished_config = trainer.config.load([], trial.folder / "config.yaml")

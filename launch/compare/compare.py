@@ -19,6 +19,7 @@ from launch.trials import Trial, default_run_name, digest_name, run_if_needed
 from trainer.config.method import METHODS
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
+from trainer.tracking.files import find_summary
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> int:
             code, error = run_if_needed(trial, f"{label}, learning rate {rate:g}")
             if code in process.STOPPED:
                 return code
-            loss = (process.read_summary(trial.folder).get("metrics") or {}).get("eval_loss")
+            loss = (find_summary(trial.folder).get("metrics") or {}).get("eval_loss")
             candidate.tried[rate] = math.inf if code or loss is None else loss
         if math.isinf(min(candidate.tried.values())):  # not for the rate's sake, then
             candidate.error = error

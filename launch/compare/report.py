@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch import table
-from launch.process import read_summary
+from launch.table import Column, Record
 from trainer.config import METRICS
+from trainer.tracking.files import find_summary, read_metrics
 
 if TYPE_CHECKING:
     from launch.compare.candidates import Candidate
 
-Record = dict[str, Any]
 BASE = "no training"
-HEADS = {
-    "method": "method",
-    "learning_rate": "learning rate",
-    "trainable_parameters": "trained",
-    "trainable_percent": "share",
-    "adapter_bytes": "saved",
-    "peak_memory_bytes": "peak memory",
-    "seconds": "seconds",
-    "useful_tokens_per_second": "useful tok/s",
-    "eval_loss": "eval loss",
-    "status": "status",
-}
 GIB, MIB = 2**30, 2**20
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("method", "method"),
+        Column("learning_rate", "learning rate", "g"),
+        Column("trainable_parameters", "trained", ","),
+        Column("trainable_percent", "share", ".2f", " %"),
+        Column("adapter_bytes", "saved", ",.1f", " MiB", MIB),
+        Column("peak_memory_bytes", "peak memory", ".2f", " GiB", GIB),
+        Column("seconds", "seconds", ".0f"),
+        Column("useful_tokens_per_second", "useful tok/s", ".0f"),
+        Column("eval_loss", "eval loss", ".4f"),
+        Column("status", "status"),
+    )
+}
 
 
 def collect(candidates: Sequence[Candidate]) -> list[Record]:
     """One record a method in the order given, after one of the base model where it was scored.
 
     Returns:
-        Records with the same keys: those of ``HEADS``, every metric that any run has, ``tried`` (loss by learning
+        Records with the same keys: those of ``COLUMNS``, every metric that any run has, ``tried`` (loss by learning
         rate), folder, error. ``None`` is what a method does not have. ``peak_memory_bytes`` is that of rank 0's process
         (on a GPU: of its device), ``seconds`` the whole run's (of one that was interrupted: since it went on),
         ``useful_tokens_per_second`` that of its steps.
     """
-    summaries = [read_summary(candidate.trial.folder) if candidate.trial else {} for candidate in candidates]
+    summaries = [find_summary(candidate.trial.folder) if candidate.trial else {} for candidate in candidates]
     scores: list[Record] = [summary.get("metrics") or {} for summary in summaries]
     seen = {name.removesuffix("_before") for metrics in scores for name in metrics}
     names = ["eval_loss", *(name for name in METRICS if name in seen)]
     records = [_record(candidate, summary, names) for candidate, summary in zip(candidates, summaries, strict=True)]
     before = [{name: metrics.get(f"{name}_before") for name in names} for metrics in scores]
     if base := next((found for found in before if any(value is not None for value in found.values())), None):
-        records.insert(0, dict.fromkeys(records[0]) | {"method": BASE, **base, "status": "base"})
+        records.insert(0, dict.fromkeys(records[0]) | {"method": BASE, **base, "status": "base", "tried": {}})
     return records
 
 
@@ -82,12 +84,8 @@ def _saved_bytes(folder: Path) -> int:
 
 
 def _cost(folder: Path) -> dict[str, float | None]:
-    """Of the logged steps."""
-    steps = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "step_seconds" in record:
-            steps.append(record)
+    """Return peak memory and speed of the logged steps."""
+    steps = [record for record in read_metrics(folder) if "step_seconds" in record]
     seconds = sum(step["step_seconds"] for step in steps)
     return {
         "peak_memory_bytes": max((step["peak_memory_bytes"] for step in steps), default=None),
@@ -97,12 +95,9 @@ def _cost(folder: Path) -> dict[str, float | None]:
 
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `compare.csv` (raw numbers), `compare.md` (the table as people read it), `compare.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table.write_csv(folder / "compare.csv", [{**r, "tried": json.dumps(r["tried"] or {})} for r in records])
-    text = table.markdown(*_cells(records))
-    notes = [f"- {record['method']}: {record['error']}" for record in records if record["error"]]
-    notes += [f"- {r['method']}, eval loss of tries: {_tries(r['tried'])}" for r in records if r["tried"]]
-    (folder / "compare.md").write_text("\n".join([text, *([""] + notes if notes else [])]) + "\n")
+    notes = [f"{record['method']}: {record['error']}" for record in records if record["error"]]
+    notes += [f"{r['method']}, eval loss of tries: {_tries(r['tried'])}" for r in records if r["tried"]]
+    table.write(folder / "compare", records, columns(records), notes)
     draw(folder / "compare.png", records)
 
 
@@ -112,32 +107,17 @@ def _tries(tried: dict[str, float | None]) -> str:
 
 def show(records: Sequence[Record]) -> None:
     """Print the table on stdout; below it, why methods are missing."""
-    header, rows = _cells(records)
     colours = {"failed": "red", "refused": "yellow", "base": "dim"}
-    table.show(header, rows, [colours.get(record["status"]) for record in records])
+    table.show_records(records, columns(records), lambda record: colours.get(record["status"]))
     for record in records:
         if record["error"]:
             print(f"{record['method']}: {record['error']}")
 
 
-def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def columns(records: Sequence[Record]) -> list[Column]:
+    """Choose the columns: those of ``COLUMNS``, and every metric that any run has."""
     keys = [key for key in records[0] if key not in ("tried", "folder", "error")]
-    return [HEADS.get(key, key) for key in keys], [[_cell(key, record[key]) for key in keys] for record in records]
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    forms = {
-        "learning_rate": lambda v: f"{v:g}",
-        "trainable_parameters": lambda v: f"{v:,}",
-        "trainable_percent": lambda v: f"{v:.2f} %",
-        "adapter_bytes": lambda v: f"{v / MIB:,.1f} MiB",
-        "peak_memory_bytes": lambda v: f"{v / GIB:.2f} GiB",
-        "seconds": lambda v: f"{v:.0f}",
-        "useful_tokens_per_second": lambda v: f"{v:.0f}",
-    }
-    return forms.get(key, lambda v: f"{v:.4f}" if isinstance(v, float) else str(v))(value)
+    return [COLUMNS.get(key, Column(key, key, ".4f")) for key in keys]
 
 
 def draw(picture: Path, records: Sequence[Record]) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import table
-from launch.process import read_summary
+from launch.table import Record
 from trainer.config.schema import LOWER_IS_BETTER, METRICS
+from trainer.tracking.files import find_summary
 
 if TYPE_CHECKING:
     from launch.trials import Trial
 
-Record = dict[str, Any]
 OTHER_METRICS = ("eval_perplexity", *(name for name in METRICS if name != "loss"))
 # `rank` is the config group that sets the other two; its name is also that of our first column
 RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
@@ -53,7 +53,7 @@ def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
 
 
 def _record(trial: Trial, error: str | None) -> Record:
-    summary = read_summary(trial.folder)
+    summary = find_summary(trial.folder)
     metrics = summary.get("metrics") or {}
     record: Record = {"rank": None, **_varied_values(trial)}
     record["trainable_parameters"] = summary.get("trainable_parameters")
@@ -94,35 +94,22 @@ def short_labels(keys: Sequence[str]) -> dict[str, str]:
 
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `sweep.csv` (raw numbers, whole keys) and `sweep.md` (the table as people read it)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table.write_csv(folder / "sweep.csv", records)
-    text = table.markdown(*_cells(records))
-    failures = [f"- `{record['folder']}`: {record['error']}" for record in records if record["error"]]
-    (folder / "sweep.md").write_text("\n".join([text, *([""] + failures if failures else [])]) + "\n")
+    failures = [f"`{record['folder']}`: {record['error']}" for record in records if record["error"]]
+    table.write(folder / "sweep", records, columns(records), failures)
 
 
 def show(records: Sequence[Record]) -> None:
     """Print the table on stdout, the best run and the failed ones coloured."""
-    header, rows = _cells(records)
     colours = {"failed": "red", "finished": None}
-    styles = ["bold green" if record["rank"] == 1 else colours.get(record["status"]) for record in records]
-    table.show(header, rows, styles)
+    table.show_records(
+        records, columns(records), lambda r: "bold green" if r["rank"] == 1 else colours.get(r["status"])
+    )
 
 
-def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text. Errors are told apart: a sentence does not fit a column."""
+def columns(records: Sequence[Record]) -> list[table.Column]:
+    """Choose the columns: all keys but the error, which stands below the table."""
     keys = [key for key in records[0] if key != "error"]
     labels = short_labels(keys)
-    return [labels[key] for key in keys], [[_cell(key, record[key]) for key in keys] for record in records]
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if key == "trainable_parameters":
-        return f"{value:,}"
-    if key == "seconds":
-        return f"{value:.1f}"
-    if key in ("eval_loss", "train_loss", *OTHER_METRICS):
-        return f"{value:.4f}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    forms = {"trainable_parameters": ",", "seconds": ".1f"}
+    forms |= dict.fromkeys(("eval_loss", "train_loss", *OTHER_METRICS), ".4f")
+    return [table.Column(key, labels[key], forms.get(key, "")) for key in keys]

@@ -16,6 +16,7 @@ from launch import environment, process, torchrun
 from tests.helpers.processes import ROOT, stop_tree
 from trainer.config import load, run_folder, run_name
 from trainer.errors import LaunchError
+from trainer.tracking.files import find_summary
 
 CHILD = """
 import json, os, signal, sys, time
@@ -99,7 +100,7 @@ sys.exit(process.run({child(tmp_path, body)!r}, dict(os.environ), Path({str(fold
     if sent != signal.SIGINT:
         started.send_signal(sent)  # a scheduler may well send it twice
     assert started.wait(20) == 75
-    assert process.read_summary(folder)["seen"] == [got]
+    assert find_summary(folder)["seen"] == [got]
 
 
 def test_a_second_ctrl_c_kills_the_child_and_its_workers(tmp_path: Path) -> None:
@@ -238,5 +239,5 @@ def test_a_signal_to_the_launcher_saves_the_run_on_all_ranks(tmp_path: Path, tin
         finally:
             stop_tree(started)
     assert code == process.PREEMPTED, (tmp_path / "log").read_text()
-    assert process.read_summary(tmp_path / "run")["status"] == "preempted"
+    assert find_summary(tmp_path / "run")["status"] == "preempted"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/COMPLETE"))
