@@ -58,8 +58,6 @@ def save_adapter(
 def prompt_embeddings(weights: dict[str, Tensor]) -> Tensor:
     """Return the embeddings that prompt or prefix tuning has trained, (virtual tokens, width): the MLP of a projected
     prefix is applied and dropped.
-
-    PEFT would run its encoder, which under ZeRO-3 is a collective, and only rank 0 saves.
     """
     part = prompt_parameters(weights)
     embedding = part["embedding.weight"]
