@@ -122,9 +122,8 @@ def trie_attention(
     keys_and_values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
     sizes = [b.queries.numel() * heads for b in paths.buckets]
     out = []
-    for bucket, gather_index, q in zip(
-        paths.buckets, paths.key_indices(key.shape[1]), queries.split(sizes), strict=True
-    ):
+    key_indices = paths.key_indices(key.shape[1])
+    for bucket, gather_index, q in zip(paths.buckets, key_indices, queries.split(sizes), strict=True):
         q = q.view(len(bucket.queries), heads, -1, width)
         mask = bucket.mask(sliding_window)
         if is_short(q, bucket.keys.shape[1], dropout):
@@ -133,9 +132,8 @@ def trie_attention(
             attend = partial(_attend, gather_index, mask, scaling, dropout)
             # The gathered keys and values are kept for the backward; where they are many, they are gathered again.
             if torch.is_grad_enabled() and paths.copies > MAX_COPIES:
-                attended = checkpoint(attend, q, *keys_and_values, use_reentrant=False)
-            else:
-                attended = attend(q, *keys_and_values)
+                attend = partial(checkpoint, attend, use_reentrant=False)
+            attended = attend(q, *keys_and_values)
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
     attended = _Reorder.apply(torch.cat(out), order.node_inverse, order.node_gather, order.padding)
