@@ -120,10 +120,9 @@ def trie_attention(
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     queries = _Reorder.apply(query.reshape(-1, width), order.gather, order.inverse, None)
     keys_and_values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
-    sizes = [b.queries.numel() * heads for b in paths.buckets]
+    query_rows = queries.split([b.queries.numel() * heads for b in paths.buckets])
     out = []
-    key_indices = paths.key_indices(key.shape[1])
-    for bucket, gather_index, q in zip(paths.buckets, key_indices, queries.split(sizes), strict=True):
+    for bucket, gather_index, q in zip(paths.buckets, paths.key_indices(key.shape[1]), query_rows, strict=True):
         q = q.view(len(bucket.queries), heads, -1, width)
         mask = bucket.mask(sliding_window)
         if is_short(q, bucket.keys.shape[1], dropout):
