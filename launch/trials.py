@@ -59,7 +59,7 @@ def run_if_needed(trial: Trial, label: str, config_file: Path | None = None) -> 
     logger.info(f"{label}: starting")
     code, error = run_trial(trial, config_file)
     if code in process.STOPPED:
-        logger.info(f"{label}: stopped; the same command goes on from here")
+        logger.info(f"{label}: stopped; the same command resumes it")
     elif code:
         logger.info(f"{label}: failed: {error}")
     return code, error

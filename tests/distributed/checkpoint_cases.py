@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.bench import Bench
-from tests.helpers.logged_lines import LoggedLines
+from tests.helpers.logged import logged_lines
 from trainer.checkpoint.resume import find_resume_point
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
@@ -86,15 +86,16 @@ def resume_at_other_stages(bench: Bench) -> dict[str, Any]:
 def one_rank_cannot_write(bench: Bench) -> list[dict[str, Any]]:
     """Rank 1's disk is full: every rank hears of it, the run goes on, and the next checkpoint is there."""
     folder = bench.shared_folder()
-    loop, logged = bench.loop(bench.config("method=full", "zero=stage2"), folder), LoggedLines()
-    loop.step(0)
+    loop = bench.loop(bench.config("method=full", "zero=stage2"), folder)
     full = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
-    with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
-        lost = loop.checkpointer.save(1)
-    loop.step(1)
-    kept = loop.checkpointer.save(2)
+    with logged_lines() as logged:
+        loop.step(0)
+        with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
+            lost = loop.checkpointer.save(1)
+        loop.step(1)
+        kept = loop.checkpointer.save(2)
     there = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    return gather_objects({"saved": [lost, kept], "logged": logged.lines, "there": there})
+    return gather_objects({"saved": [lost, kept], "logged": logged, "there": there})
 
 
 CASES: dict[str, Callable[[Bench], Any]] = {

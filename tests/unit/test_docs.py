@@ -95,7 +95,7 @@ def check_command(words: list[str]) -> None:
         context = VERBS[words[1]].make_context(words[1], words[2:])
         overrides = list(context.params.get("overrides") or [])
         if words[1] == "sweep":
-            launch.sweep.sweep.plan(overrides)
+            launch.sweep.sweep.plan_sweep(overrides)
         elif words[1] in ("train", "compare", "config", "data"):
             trainer.config.load(overrides)
         else:

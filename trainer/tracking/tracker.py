@@ -50,9 +50,6 @@ class Tracker:
         rise; the same step once more is merged into its line.
         """
 
-    def say(self, text: str) -> None:
-        """A line for people: on the terminal and, with the time, in `log.txt`."""
-
     def alert(self, title: str, text: str) -> None:
         """Log a warning that people should see while the run is going on, and send it as an alert of W&B."""
 
@@ -89,9 +86,6 @@ class _MainTracker(Tracker):
                 self._disk_failure_logged = True
                 logger.info(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
         self._wandb.log(record)
-
-    def say(self, text: str) -> None:
-        self._terminal.write_line(text)
 
     def alert(self, title: str, text: str) -> None:
         logger.info(text)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.logged_lines import LoggedLines
 from tests.helpers.tokenizers import write_rows
 from trainer.checkpoint import run_folder as runs
 from trainer.checkpoint.run_folder import Run
@@ -19,10 +18,10 @@ SUMMARY = {"status": "finished", "steps": 4, "metrics": {"eval_loss": 1.5}, "err
 
 
 class Folder:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, logged: list[str]) -> None:
         self.where = folder / "runs"
         self.data = write_rows(folder / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 4)
-        self.logged = LoggedLines()
+        self.logged = logged
 
     def config(self, *overrides: str) -> TrainConfig:
         return load(["model=tiny", f"data.path={self.data}", "run.name=one", f"run.dir={self.where}", *overrides])
@@ -40,8 +39,8 @@ class Folder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path)
+def folder(tmp_path: Path, logged: list[str]) -> Folder:
+    return Folder(tmp_path, logged)
 
 
 def test_a_new_name_starts_afresh(folder: Folder) -> None:
@@ -61,7 +60,7 @@ def test_a_finished_run_gives_its_summary(folder: Folder) -> None:
     before = {f: f.read_bytes() for f in left.iterdir()}
     decision = folder.decide()
     assert decision.finished == SUMMARY
-    assert json.dumps(SUMMARY, indent=1) in folder.logged.lines
+    assert json.dumps(SUMMARY, indent=1) in folder.logged
     assert {f: f.read_bytes() for f in left.iterdir()} == before
 
 
@@ -121,7 +120,7 @@ def test_overwrite_moves_the_old_folder_aside_each_time(folder: Folder) -> None:
     aside = sorted(f for f in folder.where.iterdir() if f.name.startswith("one."))
     assert len(aside) == 3
     assert all((f / "summary.json").exists() for f in aside)
-    assert sum("moved to" in text for text in folder.logged.lines) == 3
+    assert sum("moved to" in text for text in folder.logged) == 3
 
 
 def test_metrics_of_before(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import math
 import os
 import pty
@@ -100,7 +101,6 @@ def test_other_ranks_leave_nothing(tmp_path, capsys):
     config = silent_config()
     tracker = Tracker.open(config, tmp_path / "run", is_main=False, total_steps=5, resume_step=0, model_info={})
     tracker.log(train_record(1))
-    tracker.say("hello")
     tracker.samples([{"prompt": "a", "reference": "b", "answer": "c"}])
     tracker.close(SUMMARY)
     assert not (tmp_path / "run").exists()
@@ -239,7 +239,7 @@ def test_piped_lines_are_plain_and_not_too_many(tmp_path, capsys, total_steps, m
     tracker = open_tracker(tmp_path, total_steps=total_steps)
     for step in range(1, total_steps + 1):
         tracker.log(train_record(step) | ({"eval_loss": 1.0} if step == 7 else {}))
-    tracker.say("saved")
+    logging.getLogger("trainer").info("saved")
     tracker.samples([{"prompt": "two\nlines", "reference": "r", "answer": "\x1b[31mred\x07"}])
     tracker.close(SUMMARY)
     output = capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_piped_lines_are_plain_and_not_too_many(tmp_path, capsys, total_steps, m
 
 
 TERMINAL_RUN = """
-import sys
+import logging, sys
 from pathlib import Path
 from trainer.config.schema import TrainConfig
 from trainer.tracking.tracker import Tracker
@@ -273,7 +273,7 @@ config.log.wandb = "off"
 tracker = Tracker.open(config, Path(sys.argv[1]), is_main=True, total_steps=3, resume_step=0, model_info={})
 for step in range(1, 4):
     tracker.log({"step": step, "loss": 0.125, "useful_tokens_per_second": 77.0, "peak_memory_bytes": 3 * 2**30})
-tracker.say("[bold]saved[/bold]")
+logging.getLogger("trainer").info("[bold]saved[/bold]")
 tracker.samples([{"prompt": "why", "reference": "because", "answer": "[red]so"}])
 tracker.close({})
 print("after")
