@@ -13,11 +13,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. After a kill it stays, and the next writer removes it."""
@@ -182,7 +183,7 @@ def lock(path: Path, on_wait: Callable[[], object] | None = None) -> Iterator[No
     file_lock = _file_lock(path)
     try:
         file_lock.acquire(blocking=on_wait is None)
-    except Timeout:
+    except TimeoutError:
         assert on_wait is not None
         on_wait()
         file_lock.acquire()
@@ -198,7 +199,7 @@ def try_lock(path: Path) -> Iterator[bool]:
     file_lock = _file_lock(path)
     try:
         file_lock.acquire(blocking=False)
-    except Timeout:
+    except TimeoutError:
         yield False
         return
     try:
@@ -230,6 +231,8 @@ def explain_full_disk(error: BaseException) -> CheckpointError | None:
 
 
 def _file_lock(path: Path) -> FileLock:
+    from filelock import FileLock  # 30 ms that `afina config` and `--help` need not wait for
+
     # Older versions of filelock let only the file's maker lock it; a cache may be shared by a group.
     return FileLock(path, mode=new_file_mode())
 
