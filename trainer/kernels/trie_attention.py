@@ -112,9 +112,15 @@ def trie_attention(
         return SDPA(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
-    paths = _paths[-1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _attend_trie(_paths[-1], query, key, value, sliding_window, scaling, dropout), None
+
+
+def _attend_trie(
+    paths: TriePaths, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float, dropout: float
+) -> Tensor:
+    """Return the outputs of a trie's nodes, (1, nodes, heads, width), bucket by bucket of its paths."""
     _, heads, nodes, width = query.shape
-    scaling = width**-0.5 if scaling is None else scaling
     order = paths.query_order(heads)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
@@ -124,11 +130,11 @@ def trie_attention(
     out = []
     for bucket, gather_index, q in zip(paths.buckets, paths.key_indices(key.shape[1]), query_rows, strict=True):
         q = q.view(len(bucket.queries), heads, -1, width)
-        mask = bucket.mask(sliding_window)
+        mask = bucket.mask(window)
         if is_short(q, bucket.keys.shape[1], dropout):
             attended = ShortAttention.apply(q, *keys_and_values, gather_index, mask, scaling)
         else:
-            attend = partial(_attend, gather_index, mask, scaling, dropout)
+            attend = partial(_attend_bucket, gather_index, mask, scaling, dropout)
             # The gathered keys and values are kept for the backward; where they are many, they are gathered again.
             if torch.is_grad_enabled() and paths.copies > MAX_COPIES:
                 attend = partial(checkpoint, attend, use_reentrant=False)
@@ -136,10 +142,10 @@ def trie_attention(
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
     attended = _Reorder.apply(torch.cat(out), order.node_inverse, order.node_gather, order.padding)
-    return attended.view(1, nodes, heads, -1), None
+    return attended.view(1, nodes, heads, -1)
 
 
-def _attend(
+def _attend_bucket(
     gather_index: Tensor, mask: Tensor, scaling: float, dropout: float, q: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Return the outputs of a bucket's queries, (rows, heads, queries, width), by SDPA.
