@@ -1,4 +1,4 @@
-"""Run one training job as a child process: pass signals on, and tell from its run folder how it ended."""
+"""Run one training job as a child process: pass signals on, and read from its run folder how it ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import AfinaError, LaunchError
 from trainer.tracking.files import SUMMARY_FILE, find_summary
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# What `trainer.train` ends with when it was asked to stop and saved (EX_TEMPFAIL): the same command goes on from there.
+# What `trainer.train` ends with when it was asked to stop and saved (EX_TEMPFAIL): the same command resumes there.
 PREEMPTED = 75
 STOPPED = frozenset([PREEMPTED, *(128 + number for number in STOP_SIGNALS)])
 
@@ -26,7 +26,7 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
     Args:
         command: what to start; it trains into ``folder``.
         environment: all of the child's environment.
-        folder: the run folder, whose summary tells how the job ended.
+        folder: the run folder, whose summary holds how the job ended.
 
     Returns:
         An exit code: 0 for a finished run, the error's own code (see `trainer.errors`) for a failed one, 75 for one

@@ -217,9 +217,9 @@ def remove_stale_partials(folder: Path) -> None:
 
 
 def explain_full_disk(error: BaseException) -> CheckpointError | None:
-    """Return what to tell of a disk that takes no more; ``None`` for any other error.
+    """Return the error to show for a disk that takes no more; ``None`` for any other error.
 
-    Python says it with an ``OSError``, safetensors and tokenizers with classes of their own that quote its number.
+    Python raises an ``OSError`` then, safetensors and tokenizers classes of their own that quote its number.
     """
     quoted = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(quoted[1]) if quoted else None

@@ -1,4 +1,4 @@
-"""What a comparison found: a table on the terminal, as `compare.csv` and `compare.md`, and a picture, `compare.png`."""
+"""Build a comparison's table (on the terminal, `compare.csv`, `compare.md`) and its picture, `compare.png`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ COLUMNS = {
 
 
 def collect(candidates: Sequence[Candidate]) -> list[Record]:
-    """One record a method in the order given, after one of the base model where it was scored.
+    """Collect one record a method, in the order given, after one of the base model where it was scored.
 
     Returns:
         Records with the same keys: those of ``COLUMNS``, every metric that any run has, ``tried`` (loss by learning
         rate), folder, error. ``None`` is what a method does not have. ``peak_memory_bytes`` is that of rank 0's process
-        (on a GPU: of its device), ``seconds`` the whole run's (of one that was interrupted: since it went on),
+        (on a GPU: of its device), ``seconds`` the whole run's (of one that was interrupted: since it was resumed),
         ``useful_tokens_per_second`` that of its steps.
     """
     summaries = [find_summary(candidate.trial.folder) if candidate.trial else {} for candidate in candidates]
@@ -79,7 +79,7 @@ def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Reco
 
 
 def _saved_bytes(folder: Path) -> int:
-    """Of the weights that a run ended with: an adapter's, or the whole model's."""
+    """Return the size of the weights that a run ended with: an adapter's, or the whole model's."""
     return sum(file.stat().st_size for name in ("adapter", "model") for file in (folder / name).glob("*.safetensors"))
 
 
@@ -121,7 +121,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def draw(picture: Path, records: Sequence[Record]) -> None:
-    """Quality against peak memory, a point a method: the last metric of the table, or the eval loss where there is
+    """Draw quality against peak memory, a point a method: the last metric of the table, or the eval loss where there is
     none. Without two finished methods there is nothing to compare, and no picture."""
     metric = next((m for m in reversed(METRICS) if any(r.get(m) is not None for r in records)), "eval_loss")
     trained = [r for r in records if r["peak_memory_bytes"] and r[metric] is not None]
@@ -139,7 +139,7 @@ def draw(picture: Path, records: Sequence[Record]) -> None:
         look: Record = {"marker": "osD^v"[number % 5], "color": colours(number / 20), "edgecolor": "0.25"}
         axes.scatter([x], [y], s=70, label=record["method"], zorder=3, **look)
     base = next((r[metric] for r in records if r["method"] == BASE), None)
-    if base is not None:  # told, not drawn: it is so far off that the methods would lie on each other
+    if base is not None:  # written, not drawn: it is so far off that the methods would lie on each other
         axes.set_title(f"{BASE}: {base:.4g}", loc="left", fontsize=10, color="0.4")
     if metric == "eval_loss":
         axes.invert_yaxis()  # better is above, whatever the metric

@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: best run first, on the terminal and as `sweep.csv` and `sweep.md`."""
+"""Build the table at the end of a sweep: best run first, on the terminal and as `sweep.csv` and `sweep.md`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
 
 
 def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
-    """One record a trial, best first: by the trials' own `eval.best_metric`; without one by the lowest `eval_loss`, or
+    """Rank the trials, best first: by their own `eval.best_metric`; without one by the lowest `eval_loss`, or
     `train_loss` where a finished run has no `eval_loss`.
 
     Args:
@@ -31,14 +31,14 @@ def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
         errors: why a trial failed, by its name.
 
     Returns:
-        Records with the same keys in the same order: rank, the varied keys, trainable_parameters, the losses, the
-        other metrics that any run has, seconds, status, folder, error. `None` is what a run does not have.
+        One record a trial, with the same keys in the same order: rank, the varied keys, trainable_parameters, the
+        losses, the other metrics that any run has, seconds, status, folder, error. `None` is what a run does not have.
     """
     records = [_record(trial, errors.get(trial.name)) for trial in trials]
     finished = [record for record in records if record["status"] == "finished"]
     # runs compare only by the same number
-    wished = {trial.config.eval.best_metric for trial in trials}
-    candidates = [*(wished if len(wished) == 1 else ()), "eval_loss"]
+    best_metrics = {trial.config.eval.best_metric for trial in trials}
+    candidates = [*(best_metrics if len(best_metrics) == 1 else ()), "eval_loss"]
     shared = [name for name in candidates if name and all(record[name] is not None for record in finished)]
     by = shared[0] if shared else "train_loss"
     finished.sort(key=lambda record: _sortable(record[by], by))
@@ -69,7 +69,7 @@ def _record(trial: Trial, error: str | None) -> Record:
 
 
 def _varied_values(trial: Trial) -> dict[str, Any]:
-    """The varied keys; when rank or alpha is one of them, both, since alpha follows the rank unless it is given."""
+    """Return the varied keys; rank and alpha together, since alpha follows the rank unless it is given."""
     values: dict[str, Any] = dict(trial.values)
     if not any(key in values for key in RANK_AND_ALPHA):
         return values
@@ -80,14 +80,14 @@ def _varied_values(trial: Trial) -> dict[str, Any]:
 
 
 def _sortable(value: float | None, metric: str) -> float:
-    """Smaller is better, and what is no number comes last."""
+    """Return a sort key: smaller is better, and what is no number comes last."""
     if value is None or math.isnan(value):
         return math.inf
     return value if metric in ("train_loss", *LOWER_IS_BETTER) else -value
 
 
 def short_labels(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, or the whole key where two would read alike."""
+    """Shorten keys to their last part, or keep the whole key where two would read alike."""
     count = Counter(key.rpartition(".")[2] for key in keys)
     return {key: key if count[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in keys}
 
