@@ -141,7 +141,7 @@ def test_cut_short_and_started_again_ends_the_same(work: Path, number: signal.Si
     else:
         assert summary is None
     again = afina("train", "debug=tiny", f"run.name={run.name}", "checkpoint.every_steps=2", *longer, cwd=work)
-    assert "going on after step" in again.output
+    assert "resumed after step" in again.output
     assert [r["step"] for r in read_metrics(run)] == list(range(151))
     assert same_adapter(run, straight)
     losses = [[r["loss"] for r in read_metrics(folder)[1:]] for folder in (run, straight)]

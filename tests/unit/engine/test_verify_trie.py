@@ -12,7 +12,7 @@ import torch
 
 import trainer.data.batching.micro_batch as micro
 import trainer.models.first_layers as layers
-from tests.helpers.architectures import KINDS_OF_ATTENTION, VOCABULARY, tiny
+from tests.helpers.architectures import ARCHITECTURES, KINDS_OF_ATTENTION, VOCABULARY, tiny
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
@@ -24,6 +24,7 @@ from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register
 from trainer.methods import attach
+from trainer.models.loading import use_trie_kernel
 
 WINDOWED = "mistral, window 8"
 
@@ -85,6 +86,19 @@ def test_right_models_are_accepted(name: str, dtype: torch.dtype) -> None:
         after = dict(model.named_parameters())
         assert all(torch.equal(after[n], b) and after[n].dtype == b.dtype for n, b in before.items())
         assert all(p.grad is None for p in after.values())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_verified_or_padding_is_explained(name: str) -> None:
+    torch.manual_seed(0)
+    model = tiny(name)
+    use_trie_kernel(model)
+    packing, why = choose_packing(model, LabelLoss(model), config("auto"), DATA, 0)
+    if name == "gemma2":  # its scores are capped, which SDPA cannot do
+        assert not packing.uses_trie
+        assert "attention is eager, which knows padded rows only" in why
+    else:
+        assert packing.uses_trie, why
 
 
 def wrong_window(by: int) -> Callable[[pytest.MonkeyPatch], None]:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.adapters import KINDS, base, trained_model
 from tests.helpers.architectures import VOCABULARY, tiny
 from tests.helpers.processes import ROOT, run
-from tests.unit.methods.test_peft_configs import KINDS, base, trained_model
 from trainer.config import load
 from trainer.config.method import MethodConfig
 from trainer.errors import CheckpointError

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from tests.helpers.adapters import IDS, KINDS, base, logits, trained_model
 from tests.helpers.architectures import tiny
-from tests.unit.methods.test_peft_configs import IDS, KINDS, base, logits, trained_model
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import CheckpointError, ConfigError

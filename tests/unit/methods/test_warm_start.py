@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.adapters import KINDS, adalora_model, base, logits, trained_model
 from tests.helpers.architectures import tiny
 from tests.helpers.processes import afina
-from tests.unit.methods.test_peft_configs import KINDS, adalora_model, base, logits, trained_model
 from trainer.config import load, run_folder
 from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base, check_method

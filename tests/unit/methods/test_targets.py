@@ -1,27 +1,20 @@
-"""What differs from architecture to architecture: names of layers, tries, experts."""
+"""Target modules on every architecture: names of layers, places of bottlenecks, experts; wrong names."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tests.helpers.architectures import ARCHITECTURES, MIXTURES, MLP, tiny
-from tests.unit.engine.test_verify_trie import DATA, config
-from trainer.config import load
+from tests.helpers.architectures import ARCHITECTURES, MIXTURES, MLP, QKVO, tiny
 from trainer.config.method import MethodConfig
-from trainer.engine.verify_trie import choose_packing
-from trainer.errors import ConfigError, ModelError
-from trainer.kernels.label_loss import LabelLoss
-from trainer.methods import attach, trainable_parameters
+from trainer.errors import ConfigError
+from trainer.methods import attach, count_parameters, trainable_parameters
 from trainer.methods.bottleneck import find_projections
 from trainer.methods.targets import describe_unreached, down_names, target_names
-from trainer.models.loading import load_model, use_trie_kernel
 
-CPU = torch.device("cpu")
 EXPERTS = r"experts \(experts\.down_proj, experts\.gate_up_proj\) are 3-D parameters"
 
 
@@ -54,31 +47,6 @@ def test_bottlenecks_stand_behind_attention_and_mlp(name: str) -> None:
         model, MethodConfig(name="bottleneck", reduction_factor=4, placement="houlsby", activation="relu"), 0
     )
     assert {p.shape for n, p in trainable_parameters(adapted).items() if n.endswith("down.weight")} == {(8, 32)}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_tries_are_proved_or_padding_is_explained(name: str) -> None:
-    torch.manual_seed(0)
-    model = tiny(name)
-    use_trie_kernel(model)
-    packing, why = choose_packing(model, LabelLoss(model), config("auto"), DATA, 0)
-    if name == "gemma2":  # its scores are capped, which SDPA cannot do
-        assert not packing.uses_trie
-        assert "attention is eager, which knows padded rows only" in why
-    else:
-        assert packing.uses_trie, why
-
-
-def test_a_model_with_capped_scores_keeps_the_attention_of_its_authors(tmp_path: Path) -> None:
-    model = tiny("gemma2", initializer_range=1.0)
-    model.save_pretrained(tmp_path)
-    keys = load(["debug=tiny"])
-    loaded: Any = load_model(str(tmp_path), keys.model, keys.method, torch.float32, CPU, 2)
-    ids = torch.arange(2, 30)[None]
-    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
-    keys.model.attention = "sdpa"
-    with pytest.raises(ModelError, match=r"→ model\.attention=auto"):
-        load_model(str(tmp_path), keys.model, keys.method, torch.float32, CPU, 2)
 
 
 @pytest.mark.parametrize("wrong", ["experts", "mlp.experts", "gate_up_proj", "down_proj", "w1", "gate"])
@@ -124,12 +92,45 @@ def test_what_no_adapter_reaches_is_said(bits: int) -> None:
     assert describe_unreached(nn.Sequential(conv), bits) is None, "a convolution is no expert"
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantising_passes_over_experts(bits: int, tmp_path: Path) -> None:
-    tiny("mixtral", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
-    keys = load(["debug=tiny", f"method.bits={bits}"])
-    model: Any = load_model(str(tmp_path), keys.model, keys.method, torch.bfloat16, CPU, 2)
-    layer = model.model.layers[0]
-    assert layer.self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
-    assert {p.dtype for p in layer.mlp.experts.parameters()} == {torch.bfloat16}
-    assert "are not quantised" in (describe_unreached(model, bits) or "")
+def adapted(model: nn.Module) -> set[str]:
+    """Full names of the modules that hold trained tensors."""
+    return {n.split(".lora_")[0].removeprefix("base_model.model.") for n in trainable_parameters(model)}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("wanted", ["attention_min", "attention", "all_linear"])
+def test_target_sets_on_many_architectures(name: str, wanted: str) -> None:
+    row = ARCHITECTURES[name]
+    expected = {"attention_min": row.query_value, "attention": row.attention, "all_linear": row.linear}[wanted]
+    with torch.device("meta"):
+        base = tiny(name)
+    inside = {
+        full
+        for full, module in base.named_modules()
+        if any(f".{full}".endswith(f".{each}") for each in expected)
+        and (wanted == "all_linear" or "mlp" not in full)
+        and not list(module.children())
+    }
+    sizes = {full: sum(base.get_submodule(full).weight.shape) for full in inside}
+    model = attach(base, MethodConfig(r=3, target_modules=wanted), seed=0)
+    assert adapted(model) == inside
+    assert len(inside) >= 2 * len(expected)  # GPT-2 has a c_proj in its MLP too
+    assert count_parameters(model)[0] == 3 * sum(sizes.values())  # A is r × in, B is out × r
+
+
+@pytest.mark.parametrize("wrong", ["query", "mlp", "input_layernorm", "proj", "layers"])
+def test_a_wrong_target_lists_what_there_is(model: Any, wrong: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        attach(model, MethodConfig(r=4, target_modules=["q_proj", wrong]), seed=0)
+    message = str(caught.value)
+    assert message.startswith(f"method.target_modules={wrong}: ")
+    assert "LlamaForCausalLM" in message
+    assert all(f"{name} (×2)" in message for name in QKVO | MLP)
+    assert "lm_head" not in message
+
+
+def test_a_set_that_a_model_lacks_lists_what_there_is() -> None:
+    with torch.device("meta"):
+        model = tiny("mamba")
+    with pytest.raises(ConfigError, match=r"method\.target_modules=attention: .*in_proj \(×2\).*all_linear"):
+        target_names(model, "attention")
