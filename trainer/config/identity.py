@@ -53,13 +53,14 @@ def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
         ``method`` those that mean something for the method; and ``data``.
     """
     meaningful = METHODS[config.method.name].keys | {"name"}
-    identity: dict[str, Any] = {"data": data_fingerprint}
+    identity: dict[str, Any] = {}
     for name, value in _values(config).items():
         entry, (section, field) = config_fields()[name], name.split(".")
         bound = entry.changes_result and not entry.resume_may_change
         if bound and section != "data" and (section != "method" or field in meaningful):
             identity[name] = value
-    return identity
+    # Last: another seed or model prepares other data, and the first key that differs is the one that is named.
+    return {**identity, "data": data_fingerprint}
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
