@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.logged import logged_lines
 from tests.helpers.prepared_data import Asked
+from trainer.tracking.logs import use_handler
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,13 @@ def model(tiny_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture(autouse=True)
+def logging_is_configured_by_each_test_alone() -> Iterator[None]:
+    """No handler outlives its test: an open terminal's would print the next test's lines on its stdout."""
+    yield
+    use_handler(None)
 
 
 @pytest.fixture
