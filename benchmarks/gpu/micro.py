@@ -95,8 +95,8 @@ def sync() -> None:
 
     def move() -> None:
         paths = batch.to(DEVICE).paths
-        paths.order(32)
-        paths.keys(8)
+        paths.query_order(32)
+        paths.key_indices(8)
         for bucket in paths.buckets:
             bucket.mask(None)
 

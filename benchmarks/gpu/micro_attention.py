@@ -61,7 +61,7 @@ def make_qkv(nodes: int, heads: int = 32, key_heads: int = 8, width: int = 128) 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend by the kernel that is in place now, inside a ``trie_context``."""
-    return kernel.trie_attention(torch.nn.Module(), q, k, v, None)[0]
+    return kernel.trie_attention(torch.nn.Module(), q, k, v, kernel.trie_mask(q.device))[0]
 
 
 def attention() -> None:

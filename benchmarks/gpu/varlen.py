@@ -58,7 +58,7 @@ class RaggedPaths(TriePaths):
         )
         return cls(
             [],
-            torch.empty(0, dtype=torch.int64),
+            torch.arange(sum(queries)),
             query_ends=query_ends,
             key_ends=key_ends,
             key_nodes=key_nodes,
@@ -87,6 +87,7 @@ def trie_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend over a trie; arguments and result are those of afina's own kernel."""
+    kernel._check_context(query, attention_mask)
     if not kernel._paths:
         return kernel.sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
