@@ -87,7 +87,7 @@ def _pack_gqa(undo: contextlib.ExitStack) -> None:
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=wide, dropout_p=dropout, scale=scaling)
         return out.reshape(rows, -1, queries, v.shape[-1])
 
-    replace(undo, trie_attention, "_attend", attend)
+    replace(undo, trie_attention, "_attend_bucket", attend)
 
 
 def _varlen(undo: contextlib.ExitStack) -> None:

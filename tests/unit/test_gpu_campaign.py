@@ -72,7 +72,7 @@ def test_what_the_other_benchmarks_patch_is_there() -> None:
 def test_every_variant_applies_and_is_undone() -> None:
     variants = kit("variants")
     patched = (
-        (importlib.import_module("trainer.kernels.trie_attention"), ("trie_attention", "_attend")),
+        (importlib.import_module("trainer.kernels.trie_attention"), ("trie_attention", "_attend_bucket")),
         (importlib.import_module("trainer.kernels.rms_norm"), ("_forward",)),
         (importlib.import_module("trainer.kernels.label_loss"), ("CHUNK_ELEMENTS",)),
         (importlib.import_module("trainer.data.batching.micro_batch"), ("build_paths",)),
