@@ -1,4 +1,4 @@
-"""What is trained on, token by token, before a GPU is asked for: ``afina data``. No model is loaded."""
+"""Show what a run would train on, token by token, before a GPU is asked for: ``afina data``. No model is loaded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from trainer.config.schema import TrainConfig
 
 
 def view(config: TrainConfig, html: Path | None, examples: int) -> None:
-    """Prepare and check the data of a run, and show it on stdout, or on a page.
+    """Prepare and check the data of a run, and show it on stdout and on an HTML page.
 
     Args:
         config: the whole configuration.
-        html: where the page goes; ``None`` shows the data on stdout alone.
+        html: the page's file; ``None`` shows the data on stdout alone.
         examples: rows that are shown on stdout.
 
     Raises:
@@ -28,15 +28,15 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
     from trainer.models.loading import load_tokenizer
     from trainer.silence import silence_libraries
     from trainer.view import collect, terminal
-    from trainer.view.pieces import Reader
+    from trainer.view.pieces import TokenDecoder
 
     silence_libraries()
     tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision), config.model)
-    data, refusal = collect.find(config, tokenizer)
-    facts, reader = collect.facts(data, config, tokenizer, refusal), Reader(tokenizer)
-    terminal.show(replace(facts, examples=collect.few_examples(data, config, reader, examples)))
+    data, refusal = collect.load_or_inspect(config, tokenizer)
+    overview, decoder = collect.collect_overview(data, config, tokenizer, refusal), TokenDecoder(tokenizer)
+    terminal.show(replace(overview, examples=collect.few_examples(data, config, decoder, examples)))
     if html is not None:
-        page.write(replace(facts, examples=collect.many_examples(data, config, reader)), html)
+        page.write(replace(overview, examples=collect.many_examples(data, config, decoder)), html)
         print(f"page: {html}", flush=True)
     if refusal is not None:
         raise refusal

@@ -1,4 +1,4 @@
-"""The sections of the page that stand without JavaScript. Every text is escaped here, where it enters markup."""
+"""Write the sections of the page that need no JavaScript. Every text is escaped here, where it enters markup."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ HEIGHT = 100  # of a bar in the units of its drawing, which is stretched to the 
 
 
 def text(value: str) -> str:
-    """Escaped, and without what cannot be seen."""
+    """Escape a text, and name the characters in it that cannot be seen."""
     return escape(visible(value))
 
 
 def subtitle(overview: Overview) -> str:
     formats = ", ".join(dict.fromkeys(source.format for source in overview.sources)) or "none"
-    facts = [
+    shown = [
         ("format", formats),
         ("template", overview.template),
-        ("learnt", f"{words.LEARNT_BY.get(overview.train_on, overview.train_on)}"),
+        ("in the loss", words.IN_LOSS.get(overview.train_on, overview.train_on)),
         ("model", overview.model),
         ("vocabulary", overview.tokenizer),
     ]
-    return "".join(f"<span>{name} <b>{text(value)}</b></span>" for name, value in facts)
+    return "".join(f"<span>{name} <b>{text(value)}</b></span>" for name, value in shown)
 
 
 def verdict(overview: Overview) -> str:
-    """One line: can this be trained on."""
+    """Say in one line whether this can be trained on."""
     if overview.error is not None:
         return f'<p class="verdict bad"><b>Training would refuse this data.</b> {text(overview.error)}</p>'
     worries = [f for f in overview.findings if f.level != "note"]
@@ -46,7 +46,7 @@ def tiles(overview: Overview) -> str:
     lost = f"{overview.total('dropped'):,} left out, {overview.total('truncated'):,} cut"
     out = [
         ("training rows", f"{overview.train_rows:,}", f"{overview.held_out_rows:,} held out", ""),
-        ("tokens", _short(overview.tokens), f"{words.percent(overview.learnt_share)} learnt", ""),
+        ("tokens", _short(overview.tokens), f"{words.percent(overview.loss_share)} in the loss", ""),
         ("tokens a row, median", f"{median:,}", f"{low:,} – {top:,}, 95 % ≤ {high:,}", ""),
     ]
     if sharing := overview.sharing:
@@ -66,10 +66,10 @@ def lengths(overview: Overview) -> str:
     low, median, high, top = overview.quantiles
     figures = [("min", low), ("median", median), ("95 %", high), ("max", top), ("limit", overview.max_length)]
     listed = "".join(f"<li>{name} <b>{value:,}</b></li>" for name, value in figures)
-    learnt = f"{overview.label_tokens:,} of {overview.tokens:,} tokens are learnt"
+    in_loss = f"{overview.label_tokens:,} of {overview.tokens:,} tokens are in the loss"
     return (
         f'<ul class="figures">{listed}</ul><figure>{_plot(overview)}</figure>'
-        f'<p class="small">Longest: {text(words.longest_line(overview))}. {learnt}.</p>'
+        f'<p class="small">Longest: {text(words.longest_line(overview))}. {in_loss}.</p>'
     )
 
 
@@ -106,18 +106,19 @@ def _plot(overview: Overview) -> str:
 
 
 def sharing(overview: Overview) -> str:
-    facts = overview.sharing
-    if facts is None:
+    measured = overview.sharing
+    if measured is None:
         return "<p>There is no step to measure.</p>"
     costs = [
-        ("useful", "useful", facts.useful_tokens),
-        ("in tries", "", facts.trie_tokens),
-        ("padded", "", facts.padded_tokens),
+        ("useful", "useful", measured.useful_tokens),
+        ("in tries", "", measured.trie_tokens),
+        ("padded", "", measured.padded_tokens),
     ]
     most = max(tokens for _, _, tokens in costs)
     rows = "".join(
         f'<span>{name}</span><svg class="{kind}" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect width="{100 * tokens / most:.2f}" height="10"/></svg><b>{tokens / facts.rows * facts.examples:,.0f}</b>'
+        f'<rect width="{100 * tokens / most:.2f}" height="10"/></svg>'
+        f"<b>{tokens / measured.rows * measured.examples:,.0f}</b>"
         for name, kind, tokens in costs
     )
     lines = "".join(f"<li><b>{name}</b>: {text(line)}.</li>" for name, line in words.sharing_lines(overview))
@@ -141,7 +142,7 @@ def findings(overview: Overview) -> str:
 
 
 def refused(overview: Overview) -> str:
-    """The section with the refused rows; nothing when there are none."""
+    """Write the section with the refused rows; nothing when there are none."""
     if not overview.refused:
         return ""
     rows = "".join(
@@ -149,8 +150,8 @@ def refused(overview: Overview) -> str:
         f'<td class="text">{text(r.message)}</td><td class="raw">{text(r.raw)}</td></tr>'
         for r in overview.refused
     )
-    told = dict.fromkeys(str(source.refused_file) for source in overview.sources if source.refused or source.dropped)
-    every = "<br>".join(f"<code>{text(file)}</code>" for file in told)
+    files = dict.fromkeys(str(source.refused_file) for source in overview.sources if source.refused or source.dropped)
+    every = "<br>".join(f"<code>{text(file)}</code>" for file in files)
     table = _table(("row", "why", "message", "its text"), rows)
     return f'<section class="card"><h2>Rows not used</h2>{table}<p class="small">All of them: {every}</p></section>'
 
@@ -170,7 +171,7 @@ def _table(header: tuple[str, ...], rows: str) -> str:
 
 
 def _short(number: int) -> str:
-    """``170,100``, ``12.3 M``: what fits a tile."""
+    """Shorten a number to what fits a tile: ``170,100``, ``12.3 M``."""
     for unit, size in (("G", 10**9), ("M", 10**6)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

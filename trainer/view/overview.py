@@ -1,4 +1,4 @@
-"""The facts about the data of a run, for the terminal and for the page alike."""
+"""The overview of a run's data, which the terminal and the page show alike."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.prepare.checks import Finding
+from trainer.data.sources.rows import RejectedRow
 from trainer.view.pieces import Piece, visible
 from trainer.view.sharing import Sharing
 
 MAX_LONG_ROWS = 5
 OVERFLOW = 3.0  # rows over so many times the 95 % length share the last bar, or the others would be a few pixels
-RAW_SHOWN = 400  # characters of a refused row
-REFUSED_A_REASON = 3
-REFUSED_READ = 200_000  # lines of refused.jsonl that are looked through for them
+MAX_RAW_SHOWN = 400  # characters of a refused row
+ROWS_A_REASON = 3
+MAX_LINES_READ = 200_000  # lines of refused.jsonl that are looked through for them
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One part of the data: what its files are called, the format of its rows, and what became of them."""
+class SourceSummary:
+    """One data set: what its files are called, the format of its rows, and what became of them."""
 
     names: tuple[str, ...]
     format: str
@@ -32,16 +33,6 @@ class Source:
     dropped: int
     truncated: int
     refused_file: Path
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedRow:
-    """A row that cannot be used: where, why in a word and in a sentence, and the beginning of its text."""
-
-    where: str
-    reason: str
-    message: str
-    raw: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +51,15 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownExample:
     """One example, token by token.
 
     Attributes:
         name: ``file:line``.
         held_out: it is no training row.
         why: what it was chosen for.
-        tokens, learnt: of the example; a label on its first token is not learnt, for nothing predicts it.
+        tokens: of the example.
+        loss_tokens: those of them that are in the loss; the first never is, since nothing predicts it.
         pieces: all its tokens.
     """
 
@@ -75,7 +67,7 @@ class Shown:
     held_out: bool
     why: tuple[str, ...]
     tokens: int
-    learnt: int
+    loss_tokens: int
     pieces: tuple[Piece, ...]
 
 
@@ -85,7 +77,7 @@ class Overview:
 
     Attributes:
         model, tokenizer, template, train_on, packing, max_length: of the config.
-        sources: the parts of the data, held-out files included.
+        sources: the data sets, held-out files included.
         train_rows, held_out_rows: rows of each side.
         lengths: tokens of each training row, int32.
         label_tokens: of all training rows.
@@ -103,7 +95,7 @@ class Overview:
     train_on: str
     packing: str
     max_length: int
-    sources: tuple[Source, ...]
+    sources: tuple[SourceSummary, ...]
     train_rows: int
     held_out_rows: int
     lengths: np.ndarray
@@ -111,16 +103,16 @@ class Overview:
     longest: tuple[tuple[str, int], ...]
     sharing: Sharing | None
     findings: tuple[Finding, ...]
-    refused: tuple[RefusedRow, ...]
+    refused: tuple[RejectedRow, ...]
     error: str | None
-    examples: tuple[Shown, ...] = ()
+    examples: tuple[ShownExample, ...] = ()
 
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
-    def learnt_share(self) -> float:
+    def loss_share(self) -> float:
         return self.label_tokens / max(1, self.tokens)
 
     @property
@@ -132,12 +124,12 @@ class Overview:
         return low, median, high, top
 
     def total(self, what: str) -> int:
-        """Sum over the sources of ``refused``, ``dropped`` or ``truncated``."""
+        """Sum up over the sources ``refused``, ``dropped`` or ``truncated``."""
         return sum(getattr(source, what) for source in self.sources)
 
 
 def histogram(lengths: np.ndarray, most_bars: int) -> list[Bar]:
-    """Rows by length, in at most ``most_bars`` bars of equal, round width; a long tail is one bar of its own."""
+    """Count rows by length, in at most ``most_bars`` bars of equal, round width; a long tail is one bar of its own."""
     if not len(lengths):
         return []
     low, top = int(lengths.min()), int(lengths.max())
@@ -154,7 +146,7 @@ def histogram(lengths: np.ndarray, most_bars: int) -> list[Bar]:
 
 
 def _round_width(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 … that is at least ``least``."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50 … that is at least ``least``."""
     power = 1
     while True:
         for width in (power, 2 * power, 5 * power):
@@ -163,20 +155,20 @@ def _round_width(least: float) -> int:
         power *= 10
 
 
-def refused_rows(files: Sequence[Path]) -> tuple[RefusedRow, ...]:
-    """The first few rows of each reason in some ``refused.jsonl``; a missing or broken file shows none."""
-    kept: dict[str, list[RefusedRow]] = {}
-    for record in islice((record for file in files for record in _records(file)), REFUSED_READ):
+def sample_rejected(files: Sequence[Path]) -> tuple[RejectedRow, ...]:
+    """Read the first few rows of each reason in some ``refused.jsonl``; a missing or broken file shows none."""
+    kept: dict[str, list[RejectedRow]] = {}
+    for record in islice((record for file in files for record in _read_records(file)), MAX_LINES_READ):
         texts = {key: visible(str(record.get(key, ""))) for key in ("where", "reason", "message")}
-        raw = visible(str(record.get("raw", ""))[: RAW_SHOWN + 1])
-        row = RefusedRow(**texts, raw=raw if len(raw) <= RAW_SHOWN else raw[:RAW_SHOWN] + "…")
-        of_reason = kept.setdefault(row.reason, [])
-        if len(of_reason) < REFUSED_A_REASON:
-            of_reason.append(row)
+        raw = visible(str(record.get("raw", ""))[: MAX_RAW_SHOWN + 1])
+        row = RejectedRow(**texts, raw=raw if len(raw) <= MAX_RAW_SHOWN else raw[:MAX_RAW_SHOWN] + "…")
+        same_reason = kept.setdefault(row.reason, [])
+        if len(same_reason) < ROWS_A_REASON:
+            same_reason.append(row)
     return tuple(row for rows in kept.values() for row in rows)
 
 
-def _records(file: Path) -> Iterator[dict[str, object]]:
+def _read_records(file: Path) -> Iterator[dict[str, object]]:
     if not file.is_file():
         return
     with file.open(encoding="utf-8", errors="replace") as lines:

@@ -2,7 +2,7 @@
 // State lives in the address (#q=…&side=…&n=…), so that a view can be linked to and reloaded.
 const examples = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 20;
-const LEARNT = 1, CONTROL = 2;
+const IN_LOSS = 1, CONTROL = 2;
 const $ = (id) => document.getElementById(id);
 const list = $("list"), field = $("q"), more = $("more"), tip = $("tip"), edges = $("edges");
 const sides = [...document.querySelectorAll("input[name=side]")];
@@ -27,14 +27,14 @@ function tokens(example) {
   box.dir = "auto";
   box.setAttribute("role", "group");
   box.setAttribute("aria-label", `Tokens of ${example.name}; arrow keys walk through them`);
-  let at = 0, stretch = null, was = null;
+  let at = 0, run = null, was = null;
   for (const [ids, text, flags] of example.pieces) {
-    const learnt = flags & LEARNT;
-    if (learnt !== was) {
-      stretch = box.appendChild(element(learnt ? "mark" : "span", learnt ? "" : "p"));
-      was = learnt;
+    const inLoss = flags & IN_LOSS;
+    if (inLoss !== was) {
+      run = box.appendChild(element(inLoss ? "mark" : "span", inLoss ? "" : "p"));
+      was = inLoss;
     }
-    const span = stretch.appendChild(element("span", flags & CONTROL ? "t c" : "t"));
+    const span = run.appendChild(element("span", flags & CONTROL ? "t c" : "t"));
     span.dataset.at = at;
     span.dataset.ids = ids.join(" ");
     text.split("\n").forEach((line, i) => {
@@ -54,7 +54,7 @@ function card(example) {
   head.append(element("h3", "", example.name));
   head.append(element("span", example.held ? "chip held-out" : "chip", example.held ? "held out" : "training"));
   for (const why of example.why) head.append(element("span", "why", why));
-  const size = `${example.tokens.toLocaleString("en")} tokens, ${example.learnt.toLocaleString("en")} learnt`;
+  const size = `${example.tokens.toLocaleString("en")} tokens, ${example.loss_tokens.toLocaleString("en")} in the loss`;
   head.append(element("span", "size", size));
   made.append(tokens(example));
   return made;
@@ -143,9 +143,9 @@ function point(token, byKey) {
   if (byKey) token.classList.add("on");
   const ids = token.dataset.ids.split(" "), at = Number(token.dataset.at);
   const places = ids.length > 1 ? `places ${at}–${at + ids.length - 1}` : `place ${at}`;
-  const learnt = token.closest("mark") ? (at ? "learnt" : "learnt, but first: nothing predicts it") : "prompt";
+  const mask = token.closest("mark") ? (at ? "in the loss" : "first, so nothing predicts it") : "prompt";
   const kind = token.classList.contains("c") ? ", control token" : "";
-  tip.textContent = `${ids.length > 1 ? "ids" : "id"} ${ids.join(" ")} · ${places} · ${learnt}${kind}`;
+  tip.textContent = `${ids.length > 1 ? "ids" : "id"} ${ids.join(" ")} · ${places} · ${mask}${kind}`;
   const box = token.getClientRects()[0], size = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - size.width - 8))}px`;
   tip.style.top = `${box.top > size.height + 12 ? box.top - size.height - 6 : box.bottom + 6}px`;

@@ -1,4 +1,4 @@
-"""The overview as one HTML page that needs nothing but itself: no network, no other file.
+"""Render the overview as one HTML page that needs nothing but itself: no network, no other file.
 
 Text from the data reaches the page in two ways only: escaped in markup, and as JSON whose ``<``, ``>`` and ``&`` are
 written as escapes, so no row can end the script that carries it. The content policy allows exactly one script and one
@@ -20,10 +20,10 @@ from trainer.config.messages import config_error
 from trainer.errors import DataError
 from trainer.files import write_atomically
 from trainer.view import markup, words
-from trainer.view.overview import Overview, Shown
+from trainer.view.overview import Overview, ShownExample
 from trainer.view.pieces import visible
 
-LEARNT, CONTROL = 1, 2  # flags of a piece, as page.js reads them
+IN_LOSS, CONTROL = 1, 2  # flags of a piece, as page.js reads them
 
 
 def check_target(path: Path) -> None:
@@ -62,7 +62,7 @@ def write(overview: Overview, path: Path) -> None:
 
 
 def render(overview: Overview) -> str:
-    """The page. The same overview gives the same bytes."""
+    """Render the page. The same overview gives the same bytes."""
     style, script = asset("page.css"), asset("page.js")
     parts = {
         "style": style,
@@ -85,12 +85,12 @@ def render(overview: Overview) -> str:
 
 
 def asset(name: str) -> str:
-    """A file of this package."""
+    """Read a file of this package."""
     return files("trainer.view").joinpath(name).read_text(encoding="utf-8")
 
 
 def as_json(value: Any) -> str:
-    """JSON that may stand in a script element, whatever texts it holds."""
+    """Serialize to JSON that may stand in a script element, whatever texts it holds."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
 
@@ -99,14 +99,14 @@ def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _example(example: Shown) -> dict[str, Any]:
-    """As page.js reads it: ``pieces`` are ``[ids, text, flags]``."""
-    pieces = [[p.ids, p.text, LEARNT * p.learnt + CONTROL * p.control] for p in example.pieces]
+def _example(example: ShownExample) -> dict[str, Any]:
+    """Return an example as page.js reads it: ``pieces`` are ``[ids, text, flags]``."""
+    pieces = [[p.ids, p.text, IN_LOSS * p.in_loss + CONTROL * p.control] for p in example.pieces]
     return {
         "name": visible(example.name),
         "held": example.held_out,
         "why": example.why,
         "tokens": example.tokens,
-        "learnt": example.learnt,
+        "loss_tokens": example.loss_tokens,
         "pieces": pieces,
     }

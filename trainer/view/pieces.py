@@ -1,4 +1,4 @@
-"""Token ids as text that can be shown: which tokens read as one, and nothing that a terminal or a page would obey."""
+"""Decode token ids into pieces of text to show: whole characters, and nothing that a terminal or a page would obey."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Piece:
         ids: its token ids.
         text: as it is shown: newlines are kept, what cannot be seen is named (``⟨U+200B⟩``), tokens that hold a part of
             a character are their bytes (``⟨F0 9F⟩``).
-        learnt: its tokens are labels.
+        in_loss: its tokens are in the loss.
         control: a control token of the tokenizer, not text that looks like one.
     """
 
     start: int
     ids: tuple[int, ...]
     text: str
-    learnt: bool
+    in_loss: bool
     control: bool
 
 
-class Reader:
-    """Shows the tokens of one tokenizer.
+class TokenDecoder:
+    """Decodes the tokens of one tokenizer into pieces.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -54,26 +54,26 @@ class Reader:
         self._known: dict[tuple[int, ...], str] = {}
 
     def pieces(self, ids: Sequence[int], loss_mask: Sequence[bool]) -> list[Piece]:
-        """The tokens of an example, in order and each in exactly one piece; no piece crosses the edge of the mask."""
+        """Decode an example: each token in exactly one piece, in order; no piece crosses an edge of the loss mask."""
         out: list[Piece] = []
         tokens = zip(ids, loss_mask, strict=True)
-        kinds = [(int(i), bool(learnt), int(i) in self.control_ids) for i, learnt in tokens]
-        for (learnt, control), run in groupby(kinds, key=lambda kind: kind[1:]):
-            stretch = tuple(i for i, *_ in run)
+        kinds = [(int(i), bool(in_loss), int(i) in self.control_ids) for i, in_loss in tokens]
+        for (in_loss, control), run in groupby(kinds, key=lambda kind: kind[1:]):
+            run_ids = tuple(i for i, *_ in run)
             at = out[-1].start + len(out[-1].ids) if out else 0
-            for group in [(i,) for i in stretch] if control else self._groups(stretch):
+            for group in [(i,) for i in run_ids] if control else self._groups(run_ids):
                 text = visible(self._decode(group) or self._name(group)) if control else self._shown(group)
-                out.append(Piece(at, group, text, learnt, control))
+                out.append(Piece(at, group, text, in_loss, control))
                 at += len(group)
         return out
 
-    def _groups(self, stretch: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Cut into the shortest groups that are whole characters; a token that never becomes whole stands alone."""
+    def _groups(self, ids: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Group tokens into the shortest runs of whole characters; a token that never becomes whole stands alone."""
         groups, at = [], 0
-        while at < len(stretch):
-            ends = range(at + 1, min(at + MAX_MERGED, len(stretch)) + 1)
-            end = next((e for e in ends if BROKEN not in self._text(stretch[at:e])), at + 1)
-            groups.append(stretch[at:end])
+        while at < len(ids):
+            ends = range(at + 1, min(at + MAX_MERGED, len(ids)) + 1)
+            end = next((e for e in ends if BROKEN not in self._text(ids[at:e])), at + 1)
+            groups.append(ids[at:end])
             at = end
         return groups
 
@@ -93,7 +93,7 @@ class Reader:
         return text
 
     def _name(self, group: tuple[int, ...]) -> str:
-        """Tokens by their bytes, where the vocabulary writes bytes, else as the vocabulary has them."""
+        """Name tokens by their bytes, where the vocabulary writes bytes, else as the vocabulary has them."""
         names = []
         for token in self._tokenizer.convert_ids_to_tokens(list(group)):
             if token is None:  # the model may have more rows than the tokenizer has tokens
@@ -108,7 +108,7 @@ class Reader:
 
 
 def visible(text: str) -> str:
-    """``text`` without what cannot be seen or would be obeyed (escape codes, changes of direction, zero width):
+    """Return ``text`` without what cannot be seen or would be obeyed (escape codes, changes of direction, zero width):
     such characters are named, as ``⟨U+001B⟩``. Newlines and tabs stay."""
     return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
 

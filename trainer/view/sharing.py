@@ -1,4 +1,4 @@
-"""What a run would compute, in tries and padded, from a sample of its steps: no model is asked."""
+"""Measure what a run would compute, in tries of shared prefixes and padded, on a sample of its steps; no model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.data.batching.rank_split import Limits
 from trainer.data.run_data import Data
 
 MAX_STEPS = 32
-MOST_TOKENS, MOST_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second
+MAX_TOKENS, MAX_ROWS = 2_000_000, 16_000  # of all sampled steps: either takes about a second
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Tokens of the sampled steps, on one device.
+    """The tokens of the sampled steps, on one device.
 
     Attributes:
         steps: updates of the run.
@@ -43,7 +43,7 @@ class Sharing:
 
     @property
     def shared_share(self) -> float:
-        """Share of the useful tokens that a trie need not compute: another example of the forward has them too."""
+        """Share of the useful tokens that a trie need not compute: they are in a prefix of another example too."""
         return 1 - self.trie_tokens / self.useful_tokens
 
     @property
@@ -60,9 +60,9 @@ def measure_sharing(data: Data, config: TrainConfig, pad_id: int) -> Sharing | N
     batch = config.batch
     examples = min(batch.global_size, rows)
     steps = total_steps(rows, examples, batch.epochs, batch.max_steps)
-    laid = min(examples, MOST_ROWS)
+    laid = min(examples, MAX_ROWS)
     mean = max(1.0, float(np.mean(data.train.lengths)))
-    affordable = max(1, min(MAX_STEPS, MOST_ROWS // laid, int(MOST_TOKENS / (mean * laid))))
+    affordable = max(1, min(MAX_STEPS, MAX_ROWS // laid, int(MAX_TOKENS / (mean * laid))))
     sampled = np.unique(np.linspace(0, steps - 1, min(affordable, steps)).astype(np.int64))
     limits = Limits(batch.micro_size, batch.micro_tokens)
     useful, computed = 0, {True: 0, False: 0}

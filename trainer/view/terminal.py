@@ -1,4 +1,4 @@
-"""The overview as text: drawn on a terminal, plain lines of any width in a pipe or a log."""
+"""Print the overview as text: drawn on a terminal, plain lines of any width in a pipe or a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from trainer.view import words
-from trainer.view.overview import Overview, Shown, histogram
+from trainer.view.overview import Overview, ShownExample, histogram
 from trainer.view.pieces import Piece, visible
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BARS = 14
 BAR_WIDTH = 40
-MAX_STRETCH = 240  # tokens of one stretch of the mask: more than a screen of one row helps nobody
+MAX_RUN = 240  # pieces of one run of the loss mask: more than a screen of one row helps nobody
 GREENS = ("color(114)", "color(151)")
 CONTROL = "cyan"
 LEVEL_STYLES = {"refused": "bold red", "left_out": "red", "warning": "yellow", "note": ""}
@@ -35,8 +35,8 @@ def show(overview: Overview, console: Console | None = None) -> None:
 
 
 def plain(overview: Overview) -> Iterator[str]:
-    """The lines for a pipe or a log: a fact a line, «learnt» stretches and ⟦control tokens⟧ marked."""
-    for label, sentence in _facts(overview):
+    """Write the lines for a pipe or a log: a fact a line, text «in the loss» and ⟦control tokens⟧ marked."""
+    for label, sentence in _summary(overview):
         yield f"{label}: {sentence}"
     for bar in histogram(overview.lengths, BARS):
         yield f"lengths {bar.label}: {words.count(bar.rows, 'row')}"
@@ -50,19 +50,19 @@ def plain(overview: Overview) -> Iterator[str]:
         yield from _marked(example.pieces).split("\n")
         yield ""
     if overview.examples:
-        yield "legend: «learnt», ⟦control token⟧"
+        yield "legend: «in the loss», ⟦control token⟧"
 
 
 def _draw(overview: Overview, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for label, sentence in _facts(overview):
-        facts.add_row(label, Text(sentence))
-    console.print(facts)
+    summary = Table.grid(padding=(0, 2))
+    summary.add_column(style="bold", no_wrap=True)
+    summary.add_column(overflow="fold")
+    for label, sentence in _summary(overview):
+        summary.add_row(label, Text(sentence))
+    console.print(summary)
     if len(overview.lengths):
         console.print(_bars(overview))
     if overview.findings:
@@ -78,27 +78,27 @@ def _draw(overview: Overview, console: Console) -> None:
         console.print(Text(_marked(example.pieces)) if marks else _coloured(example.pieces))
     if overview.examples:
         console.print()
-        console.print(Text("«learnt», ⟦control token⟧") if marks else _legend())
+        console.print(Text("«in the loss», ⟦control token⟧") if marks else _legend())
 
 
-def _facts(overview: Overview) -> list[tuple[str, str]]:
-    """``(label, sentence)`` of everything that is one sentence."""
-    facts = [("data", words.rows_line(overview))]
+def _summary(overview: Overview) -> list[tuple[str, str]]:
+    """Return ``(label, sentence)`` of everything that is one sentence."""
+    lines = [("data", words.rows_line(overview))]
     for source in overview.sources:
-        facts.append(("from", f"{words.file_names(source)}: {words.count(source.rows, 'row')} as {source.format}"))
-    facts.append(("template", words.template_line(overview)))
-    facts.append(("tokenizer", overview.tokenizer))
+        lines.append(("from", f"{words.file_names(source)}: {words.count(source.rows, 'row')} as {source.format}"))
+    lines.append(("template", words.template_line(overview)))
+    lines.append(("tokenizer", overview.tokenizer))
     if lost := words.lost_line(overview):
-        facts.append(("not used as is", lost))
+        lines.append(("not used as is", lost))
     files = dict.fromkeys(s.refused_file for s in overview.sources if s.refused or s.dropped)
-    facts += [("refused rows", visible(str(file))) for file in files]
+    lines += [("refused rows", visible(str(file))) for file in files]
     if overview.train_rows:
-        facts.append(("tokens", words.tokens_line(overview)))
-        facts.append(("a row", words.lengths_line(overview)))
-        facts.append(("longest", words.longest_line(overview)))
-        facts += words.sharing_lines(overview)
-        facts.append(("packing", words.packing_line(overview)))
-    return facts
+        lines.append(("tokens", words.tokens_line(overview)))
+        lines.append(("a row", words.lengths_line(overview)))
+        lines.append(("longest", words.longest_line(overview)))
+        lines += words.sharing_lines(overview)
+        lines.append(("packing", words.packing_line(overview)))
+    return lines
 
 
 def _bars(overview: Overview) -> Text:
@@ -134,21 +134,22 @@ def _findings(overview: Overview) -> object:
     return table
 
 
-def _heading(example: Shown) -> str:
+def _heading(example: ShownExample) -> str:
     side = "held out" if example.held_out else "training"
     why = f" ({', '.join(example.why)})" if example.why else ""
-    return f"{visible(example.name)} {side}{why}: {words.count(example.tokens, 'token')}, {example.learnt:,} learnt"
+    tokens = f"{words.count(example.tokens, 'token')}, {example.loss_tokens:,} in the loss"
+    return f"{visible(example.name)} {side}{why}: {tokens}"
 
 
-def _stretches(pieces: Iterable[Piece]) -> Iterator[tuple[bool, list[Piece | int]]]:
-    """Runs of equal mask; an int stands for so many tokens that are not shown."""
-    for learnt, run in groupby(pieces, key=lambda p: p.learnt):
-        stretch = list(run)
-        half = MAX_STRETCH // 2
-        if len(stretch) <= MAX_STRETCH:
-            yield learnt, [*stretch]
+def _runs(pieces: Iterable[Piece]) -> Iterator[tuple[bool, list[Piece | int]]]:
+    """Group pieces into runs of equal mask; an int stands for so many tokens that are not shown."""
+    for in_loss, group in groupby(pieces, key=lambda p: p.in_loss):
+        run = list(group)
+        half = MAX_RUN // 2
+        if len(run) <= MAX_RUN:
+            yield in_loss, [*run]
         else:
-            yield learnt, [*stretch[:half], sum(len(p.ids) for p in stretch[half:-half]), *stretch[-half:]]
+            yield in_loss, [*run[:half], sum(len(p.ids) for p in run[half:-half]), *run[-half:]]
 
 
 def _gap(tokens: int) -> str:
@@ -156,11 +157,11 @@ def _gap(tokens: int) -> str:
 
 
 def _marked(pieces: Sequence[Piece]) -> str:
-    """The text with its mask in it, for where there are no colours."""
+    """Write the text with its loss mask in it, for where there are no colours."""
     out = []
-    for learnt, stretch in _stretches(pieces):
-        text = "".join(_gap(p) if isinstance(p, int) else f"⟦{p.text}⟧" if p.control else p.text for p in stretch)
-        out.append(f"«{text}»" if learnt else text)
+    for in_loss, run in _runs(pieces):
+        text = "".join(_gap(p) if isinstance(p, int) else f"⟦{p.text}⟧" if p.control else p.text for p in run)
+        out.append(f"«{text}»" if in_loss else text)
     return "".join(out)
 
 
@@ -168,8 +169,8 @@ def _coloured(pieces: Sequence[Piece]) -> Text:
     from rich.text import Text
 
     text = Text()
-    for _, stretch in _stretches(pieces):
-        for number, piece in enumerate(stretch):
+    for _, run in _runs(pieces):
+        for number, piece in enumerate(run):
             if isinstance(piece, int):
                 text.append(_gap(piece), style="yellow")
             else:
@@ -178,8 +179,8 @@ def _coloured(pieces: Sequence[Piece]) -> Text:
 
 
 def _style(piece: Piece, number: int) -> str:
-    """Learnt tokens lie on green, in turn of two shades, so that one can be told from the next."""
-    if not piece.learnt:
+    """Style a piece: tokens in the loss lie on two shades of green in turn, so that each has an edge."""
+    if not piece.in_loss:
         return CONTROL if piece.control else ""
     return f"{'color(18)' if piece.control else 'color(16)'} on {GREENS[number % 2]}"
 
@@ -187,11 +188,11 @@ def _style(piece: Piece, number: int) -> str:
 def _legend() -> Text:
     from rich.text import Text
 
-    def sample(text: str, learnt: bool, control: bool, number: int = 0) -> tuple[str, str]:
-        return text, _style(Piece(0, (), text, learnt, control), number)
+    def sample(text: str, in_loss: bool, control: bool, number: int = 0) -> tuple[str, str]:
+        return text, _style(Piece(0, (), text, in_loss, control), number)
 
-    tokens = (sample(" learnt", True, False), sample(" tokens ", True, False, 1))
-    controls = (sample("control token", False, True), "  ", sample(" learnt control token ", True, True))
+    tokens = (sample(" tokens", True, False), sample(" in the loss ", True, False, 1))
+    controls = (sample("control token", False, True), "  ", sample(" control token in the loss ", True, True))
     return Text.assemble("legend: ", *tokens, "  prompt  ", *controls)
 
 

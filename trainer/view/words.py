@@ -1,13 +1,13 @@
-"""The sentences that the terminal and the page share."""
+"""Word the sentences that the terminal and the page share."""
 
 from __future__ import annotations
 
-from trainer.view.overview import Overview, Source
+from trainer.view.overview import Overview, SourceSummary
 from trainer.view.pieces import visible
 
 LEVELS = ("refused", "left_out", "warning", "note")
 NAMES_SHOWN = 3
-LEARNT_BY = {
+IN_LOSS = {  # of data.train_on
     "completion": "the answers",
     "assistant": "every assistant turn",
     "last_assistant": "the last assistant turn",
@@ -16,12 +16,12 @@ LEARNT_BY = {
 
 
 def count(number: int, noun: str) -> str:
-    """``1 row``, ``2,000 rows``."""
+    """Count a noun: ``1 row``, ``2,000 rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def percent(share: float) -> str:
-    """Two digits that say something: ``4.2 %``, ``38 %``, ``0.07 %``; never 100 % of what is not all."""
+    """Write a share in two digits that count: ``4.2 %``, ``38 %``, ``0.07 %``; never 100 % of what is not all."""
     if share in (0, 1):
         return f"{share:.0%}".replace("%", " %")
     value = 100 * share
@@ -30,15 +30,15 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
 
 
-def file_names(source: Source) -> str:
-    """The files of a source, the first few by name."""
+def file_names(source: SourceSummary) -> str:
+    """Name the files of a source, the first few of many."""
     shown = ", ".join(visible(name) for name in source.names[:NAMES_SHOWN])
     more = len(source.names) - NAMES_SHOWN
     return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def data_title(overview: Overview) -> str:
-    """What the data is called as a whole."""
+    """Name the data as a whole."""
     names = [file_names(source) for source in overview.sources]
     return names[0] + (f" + {len(names) - 1} more" if len(names) > 1 else "") if names else "no data"
 
@@ -48,16 +48,16 @@ def rows_line(overview: Overview) -> str:
 
 
 def lost_line(overview: Overview) -> str:
-    """What became of the rows that are not used as they are; empty when all are."""
-    told = {"refused": "refused", "dropped": "left out as too long", "truncated": "cut to data.max_length"}
+    """Say what became of the rows that are not used as they are; empty when all are."""
+    fates = {"refused": "refused", "dropped": "left out as too long", "truncated": "cut to data.max_length"}
     return ", ".join(
-        f"{count(overview.total(key), 'row')} {words}" for key, words in told.items() if overview.total(key)
+        f"{count(overview.total(key), 'row')} {fate}" for key, fate in fates.items() if overview.total(key)
     )
 
 
 def template_line(overview: Overview) -> str:
     return (
-        f"{visible(overview.template)}; learnt: {LEARNT_BY.get(overview.train_on, overview.train_on)} "
+        f"{visible(overview.template)}; in the loss: {IN_LOSS.get(overview.train_on, overview.train_on)} "
         f"(data.train_on={overview.train_on})"
     )
 
@@ -65,7 +65,7 @@ def template_line(overview: Overview) -> str:
 def tokens_line(overview: Overview) -> str:
     return (
         f"{overview.tokens:,} in {count(overview.train_rows, 'row')}; "
-        f"{overview.label_tokens:,} are learnt ({percent(overview.learnt_share)})"
+        f"{overview.label_tokens:,} are in the loss ({percent(overview.loss_share)})"
     )
 
 
@@ -79,7 +79,7 @@ def longest_line(overview: Overview) -> str:
 
 
 def sharing_lines(overview: Overview) -> list[tuple[str, str]]:
-    """``(label, sentence)`` on steps, tries and padding."""
+    """Return ``(label, sentence)`` on steps, tries and padding."""
     sharing = overview.sharing
     if sharing is None:
         return []
@@ -93,7 +93,7 @@ def sharing_lines(overview: Overview) -> list[tuple[str, str]]:
         (
             "packing=trie",
             f"{sharing.useful_tokens / sharing.trie_tokens:.2f} useful tokens for each computed one: "
-            f"{percent(sharing.shared_share)} are beginnings that another row of the forward has computed",
+            f"{percent(sharing.shared_share)} are in prefixes that another row of the forward has computed",
         ),
         (
             "packing=padded",
@@ -104,7 +104,7 @@ def sharing_lines(overview: Overview) -> list[tuple[str, str]]:
 
 
 def packing_line(overview: Overview) -> str:
-    """Which of the two the run will use."""
+    """Say which of the two the run will use."""
     if overview.packing == "auto":
-        return "batch.packing=auto: trie, once it is proved equal on the loaded model; else padded"
+        return "batch.packing=auto: trie, once it is verified on the loaded model; else padded"
     return f"batch.packing={overview.packing}"

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from trainer.data.prepare.checks import Finding
+from trainer.data.sources.rows import RejectedRow
 from trainer.errors import ConfigError
 from trainer.view import page
-from trainer.view.overview import Overview, RefusedRow, Shown, Source
+from trainer.view.overview import Overview, ShownExample, SourceSummary
 from trainer.view.pieces import Piece
 from trainer.view.sharing import Sharing
 
@@ -27,7 +28,7 @@ EVIL = "</script><script>alert(1)</script>--><img src=x onerror=alert(1)><!--{{s
 EVIL_SHOWN = EVIL.replace("\u2028", "⟨U+2028⟩").replace("\ud800", "⟨U+D800⟩").replace("\x00", "⟨U+0000⟩")
 
 
-def overview(**facts: Any) -> Overview:
+def overview(**changes: Any) -> Overview:
     pieces = (Piece(0, (1,), "<|im_start|>", False, True), Piece(1, (7, 8), "😀\n", True, False))
     made = Overview(
         model="tiny",
@@ -36,7 +37,7 @@ def overview(**facts: Any) -> Overview:
         train_on="completion",
         packing="auto",
         max_length=64,
-        sources=(Source(("a.jsonl",), "alpaca", 3, 0, 0, 0, Path("refused.jsonl")),),
+        sources=(SourceSummary(("a.jsonl",), "alpaca", 3, 0, 0, 0, Path("refused.jsonl")),),
         train_rows=3,
         held_out_rows=1,
         lengths=np.asarray([10, 12, 30], dtype=np.int32),
@@ -46,9 +47,9 @@ def overview(**facts: Any) -> Overview:
         findings=(),
         refused=(),
         error=None,
-        examples=(Shown("a.jsonl:1", False, ("first of step 0",), 3, 2, pieces),),
+        examples=(ShownExample("a.jsonl:1", False, ("first of step 0",), 3, 2, pieces),),
     )
-    return replace(made, **facts)
+    return replace(made, **changes)
 
 
 def evil() -> Overview:
@@ -56,12 +57,12 @@ def evil() -> Overview:
     return overview(
         model=EVIL,
         template=EVIL,
-        sources=(Source((EVIL,), EVIL, 3, 1, 1, 1, Path(EVIL.replace("\x00", ""))),),
+        sources=(SourceSummary((EVIL,), EVIL, 3, 1, 1, 1, Path(EVIL.replace("\x00", ""))),),
         longest=((EVIL, 30),),
         findings=(Finding(EVIL, "refused", 1, EVIL, (EVIL,)),),
-        refused=(RefusedRow(EVIL, EVIL, EVIL, EVIL),),
+        refused=(RejectedRow(EVIL, EVIL, EVIL, EVIL),),
         error=EVIL,
-        examples=(Shown(EVIL, True, (), 1, 1, (Piece(0, (1,), shown, True, False),)),),
+        examples=(ShownExample(EVIL, True, (), 1, 1, (Piece(0, (1,), shown, True, False),)),),
     )
 
 
@@ -100,16 +101,16 @@ def test_nothing_of_the_data_becomes_markup() -> None:
     assert bad.raw[-1] == kind.raw[-1]
     assert bad.text.count(EVIL_SHOWN) >= 8
     (example,) = json.loads(bad.raw[1][1])
-    assert (example["name"], example["pieces"]) == (EVIL_SHOWN, [[[1], EVIL_SHOWN, page.LEARNT]])
+    assert (example["name"], example["pieces"]) == (EVIL_SHOWN, [[[1], EVIL_SHOWN, page.IN_LOSS]])
 
 
 def test_the_policy_allows_our_script_and_style_alone() -> None:
     read = Read(page.render(evil()))
     (policy,) = [a["content"] for tag, a in read.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    rules = dict(reason.strip().split(" ", 1) for reason in str(policy).split(";"))
+    directives = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for _, text in read.raw]
-    assert rules["default-src"] == "'none'"
-    assert (rules["style-src"], rules["script-src"]) == (f"'sha256-{hashes[0]}'", f"'sha256-{hashes[2]}'")
+    assert directives["default-src"] == "'none'"
+    assert (directives["style-src"], directives["script-src"]) == (f"'sha256-{hashes[0]}'", f"'sha256-{hashes[2]}'")
     assert "unsafe" not in str(policy)
 
 
@@ -122,12 +123,12 @@ def test_nothing_is_asked_of_a_network() -> None:
 def test_masks_and_ids_are_carried_whole() -> None:
     read = Read(page.render(overview()))
     (example,) = json.loads(read.raw[1][1])
-    assert example["pieces"] == [[[1], "<|im_start|>", page.CONTROL], [[7, 8], "😀\n", page.LEARNT]]
-    assert (example["tokens"], example["learnt"], example["held"]) == (3, 2, False)
+    assert example["pieces"] == [[[1], "<|im_start|>", page.CONTROL], [[7, 8], "😀\n", page.IN_LOSS]]
+    assert (example["tokens"], example["loss_tokens"], example["held"]) == (3, 2, False)
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("changes", "words"),
     [
         ({}, "Nothing was found wrong"),
         ({"findings": (Finding("leak", "warning", 1, "m", ()),)}, "Look at: leak"),
@@ -138,8 +139,8 @@ def test_masks_and_ids_are_carried_whole() -> None:
         ({"lengths": np.zeros(0, dtype=np.int32), "train_rows": 0, "sharing": None}, "There is no row to train on"),
     ],
 )
-def test_what_the_page_says(facts: dict[str, Any], words: str) -> None:
-    assert words in Read(page.render(overview(**facts))).text
+def test_what_the_page_says(changes: dict[str, Any], words: str) -> None:
+    assert words in Read(page.render(overview(**changes))).text
 
 
 def test_a_page_is_written_over_a_file_and_through_a_link(tmp_path: Path) -> None:

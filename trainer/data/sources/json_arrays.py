@@ -10,10 +10,16 @@ from itertools import chain
 from typing import Any, BinaryIO
 
 from trainer.config.dataset_spec import FIELDS
-from trainer.data.sources.rows import ParsedRow, RejectedRow, describe_json_error, reject_non_object, reject_non_utf8
+from trainer.data.sources.rows import (
+    BOM,
+    ParsedRow,
+    RejectedRow,
+    describe_json_error,
+    reject_non_object,
+    reject_non_utf8,
+)
 from trainer.errors import DataError
 
-BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.errors import DataError
 
+BOM = b"\xef\xbb\xbf"  # byte-order mark of UTF-8
 CHUNK_LINES = 1000
 MAX_RAW_LENGTH = 2000
 

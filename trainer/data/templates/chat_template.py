@@ -206,7 +206,7 @@ class ChatTemplate:
 
     def _reject_controls(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> None:
         """Reject control tokens inside tools and tool calls: those strings have no place of their own in the rendering,
-        so a control token's text there could not be told from the template's own."""
+        so a control token's text there could not be distinguished from the template's own."""
         extras = ({k: v for k, v in m.items() if k not in ("role", "content")} for m in messages if len(m) > 2)
         for text in chain(strings_in(list(tools or ())), *(strings_in(extra) for extra in extras)):
             if found := self.safe_tokenizer.control.search(text):

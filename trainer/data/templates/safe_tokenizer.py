@@ -186,7 +186,7 @@ class SafeTokenizer:
 
 
 def _with_special_tokens(backend: Any, markers: Collection[str]) -> Any:
-    """Copy a tokenizer with these added tokens made special, so that it can be told to read over them."""
+    """Copy a tokenizer with these added tokens made special, so that it can pass over them."""
     from tokenizers import Tokenizer
 
     tree = json.loads(backend.to_str())
