@@ -83,7 +83,7 @@ def summarize(outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: f
 def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int) -> None:
     """Log how the run ended, which weights it leaves, and their scores beside those before training."""
     if outcome.status == "preempted":
-        logger.info(f"stopped on request after step {outcome.steps}; the same command goes on from there")
+        logger.info(f"stopped on request after step {outcome.steps}; the same command resumes there")
         return
     if outcome.stopped_early:
         logger.info(f"stopped early, after step {outcome.steps} of {total_steps}: {outcome.stopped_early}")
