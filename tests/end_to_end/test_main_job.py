@@ -124,7 +124,9 @@ def test_cut_short_and_started_again_ends_the_same(work: Path, number: signal.Si
     )
     straight = work / "runs" / "undisturbed"
     if not straight.exists():
-        afina("train", "debug=tiny", "run.name=undisturbed", "checkpoint.every_steps=2", *longer, cwd=work)
+        # 75 checkpoints, each synced: minutes where others share the disk
+        whole = ("train", "debug=tiny", "run.name=undisturbed", "checkpoint.every_steps=2", *longer)
+        afina(*whole, cwd=work, timeout_seconds=500)
     run = work / "runs" / f"cut-{number.name}"
     process = start(work, run.name, *longer)
     try:
