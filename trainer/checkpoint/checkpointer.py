@@ -31,6 +31,7 @@ from trainer.engine.whole_state import (
     restore_state,
 )
 from trainer.errors import AfinaError, CheckpointError
+from trainer.files import partial_path
 
 METHOD_STATE = "ranks/"  # prefix of what the method keeps in state.safetensors; AdaLoRA's ranks were the first
 SHARDED = "deepspeed"  # the folder of DeepSpeed's own files
@@ -66,7 +67,7 @@ class Checkpointer:
             Whether the checkpoint is complete. Older ones beyond ``checkpoint.keep`` are deleted after that.
         """
         folder = checkpoint_dir(self.run_dir, step)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = partial_path(folder)
         failure, state, adapter = self._collect(partial)
         if self.engine.world.is_main and failure is None:
             try:
