@@ -89,9 +89,7 @@ def trie_attention(
     """Attend over a trie; arguments and result are those of afina's own kernel."""
     kernel._check_context(query, attention_mask)
     if not kernel._paths:
-        return kernel.sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        return kernel.SDPA(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     paths = kernel._paths[-1]
     assert isinstance(paths, RaggedPaths), "the batch was made before the variant was applied"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -20,7 +20,9 @@ from trainer.kernels.trie_attention import trie_context
 from trainer.methods import attach
 from trainer.models.loading import load_model, load_tokenizer
 
-ROWS = 64
+ROWS = 32
+# A CPU without 16-bit units multiplies bf16 some twenty times slower than fp32.
+BF16_ROWS = 3
 CPU = torch.device("cpu")
 
 
@@ -51,12 +53,12 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 @pytest.mark.slow
 def test_trie_gradient_is_the_padded_one(folder: Path, record_property: pytest.RecordProperty) -> None:
-    """64 headlines, LoRA on attention with B away from zero, so that A has a gradient too.
+    """Headlines, LoRA on attention with B away from zero, so that A has a gradient too.
 
     In fp32 the two are one to rounding. In bf16 each is off from fp32 by the dtype's own error; a trie may be no
     further off than padded rows are.
     """
-    config = load([f"model.name_or_path={folder}", "data=headlines", "data.max_rows=64", "data.validation=0",
+    config = load([f"model.name_or_path={folder}", "data=headlines", f"data.max_rows={ROWS}", "data.validation=0",
                    f"batch.global_size={ROWS}", "method.target_modules=attention", "model.dtype=bf16"])  # fmt: skip
     data = load_data(config, load_tokenizer(str(folder), config.model))
     rows = data.train.tokens(range(ROWS))
@@ -68,13 +70,14 @@ def test_trie_gradient_is_the_padded_one(folder: Path, record_property: pytest.R
             if "lora_B" in name:
                 parameter.normal_(0, 0.02)
     trie, padded = (Packing(uses_trie, Limits(None, 4096), 0) for uses_trie in (True, False))
-    found = {"trie bf16": gradient(model, loss, trie, rows), "padded bf16": gradient(model, loss, padded, rows)}
+    few = rows[:BF16_ROWS]
+    trie_bf16, padded_bf16 = (gradient(model, loss, packing, few) for packing in (trie, padded))
     model.float()
-    found |= {"trie fp32": gradient(model, loss, trie, rows), "padded fp32": gradient(model, loss, padded, rows)}
-    exact = found["padded fp32"]
-    distances = {name: apart(g, exact) for name, g in found.items()}
-    distances["trie bf16 from padded bf16"] = apart(found["trie bf16"], found["padded bf16"])
+    exact = gradient(model, loss, padded, few)
+    distances = {"trie": apart(trie_bf16, exact), "padded": apart(padded_bf16, exact)}
+    distances["trie from padded"] = apart(trie_bf16, padded_bf16)
     print({name: f"1 - {d:.1e}" for name, d in distances.items()})
-    record_property("one minus cosine", distances)
-    assert float((found["trie fp32"] - exact).norm() / exact.norm()) <= 1e-4
-    assert distances["trie bf16"] <= 2 * distances["padded bf16"] + 1e-5
+    record_property("one minus cosine in bf16", distances)
+    assert distances["trie"] <= 2 * distances["padded"] + 1e-5
+    exact = gradient(model, loss, padded, rows)
+    assert float((gradient(model, loss, trie, rows) - exact).norm() / exact.norm()) <= 1e-4

@@ -23,6 +23,7 @@ MARKER = "== case "
 # The tracebacks of all ranks, and what torchrun says behind them.
 SHOWN_LINES = 150
 HUNG_SECONDS = 240
+STACKS = "hung-rank-{}.txt"
 MAX_STARTS = 3
 
 
@@ -36,9 +37,11 @@ def record_cases(
 ) -> None:
     """Run the cases in their order on this rank, and write what they return on rank 0 as JSON, one line a case.
 
-    A case that takes more than ``hung_seconds`` ends the process, with the stack of every thread on stderr.
+    A case that takes more than ``hung_seconds`` ends the process, with the stack of every thread in its rank's own
+    file: on the stderr that they share, the ranks' stacks would run into one another.
     """
     skipped = json.loads((folder / "skip.json").read_text())
+    stacks = (folder / STACKS.format(os.environ["RANK"])).open("w")
 
     def write(**line: Any) -> None:
         with (folder / "cases.jsonl").open("a") as file:
@@ -50,7 +53,7 @@ def record_cases(
         if is_main:
             print(f"{MARKER}{name}", flush=True)
             write(begun=name)
-        faulthandler.dump_traceback_later(hung_seconds, exit=True)
+        faulthandler.dump_traceback_later(hung_seconds, exit=True, file=stacks)
         barrier()  # or a fast rank could fail before the marker is out
         value = cases[name]()
         faulthandler.cancel_dump_traceback_later()
@@ -131,6 +134,8 @@ def _start(
 ) -> str | None:
     """Run the script once. If it crashes, return the last lines that it printed since the last case began."""
     variables = {"PYTHONPATH": str(ROOT), **(env or {})}
+    for old in folder.glob(STACKS.format("*")):
+        old.unlink()
     try:
         done = torchrun(script, folder, *args, nproc=nproc, env=variables, timeout_seconds=timeout_seconds, check=False)
     except AssertionError as timeout:
@@ -138,4 +143,5 @@ def _start(
     if done.returncode == 0:
         return None
     lines = done.output.rpartition(MARKER)[2].splitlines()
-    return "\n".join([f"exited {done.returncode}", *lines[-SHOWN_LINES:]])
+    stacks = [f"== {file.stem}\n{file.read_text()}" for file in sorted(folder.glob(STACKS.format("*")))]
+    return "\n".join([f"exited {done.returncode}", *lines[-SHOWN_LINES:], *stacks])
