@@ -12,10 +12,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from tests.helpers.cases import record_cases
-from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load
-from trainer.config.identity import run_identity
 from trainer.data.batching.global_batch import global_batch
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
@@ -26,8 +24,7 @@ from trainer.tracking.tracker import Tracker
 from trainer.training.build import build
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
-from trainer.training.run import Job, create_generator
-from trainer.training.schedule import Schedule
+from trainer.training.run import Job, create_checkpointer, create_loop, create_schedule
 from trainer.training.stop_request import StopRequest
 
 STEPS = 5
@@ -71,25 +68,13 @@ class Bench:
             stop=StopRequest(),
             begin=0.0,
         )
-        checkpointer = Checkpointer(
-            engine=built.engine,
-            run_dir=job.run.folder,
-            run_identity=run_identity(config, data.fingerprint),
-            config=config.checkpoint,
-        )
-        return Loop(
-            config=config,
-            world=self.world,
-            data=data,
-            packing=built.packing,
-            engine=built.engine,
-            generator=create_generator(job, built),
+        return create_loop(
+            job,
+            built,
+            checkpointer=create_checkpointer(job, built),
             tracker=Tracker(),
-            meter=built.meter,
-            stop=job.stop,
-            checkpointer=checkpointer,
             monitor=EvalMonitor(config.eval),
-            schedule=Schedule(config, data.total_steps(config.batch), len(data.train), len(data.validation) > 0),
+            schedule=create_schedule(job),
         )
 
     def shared_folder(self) -> Path:

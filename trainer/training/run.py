@@ -29,6 +29,7 @@ from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
 from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
 from trainer.training.loop import Loop, Outcome, open_monitor
+from trainer.training.monitor import EvalMonitor
 from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
 
@@ -102,17 +103,10 @@ def run_job(job: Job) -> Outcome:
     """Build the model, resume, train, save what was trained, and write the summary. A collective."""
     config, world, run = job.config, job.world, job.run
     built = build(config, world, job.base_dir, job.data, job.tokenizer)
-    checkpointer = Checkpointer(
-        engine=built.engine,
-        run_dir=run.folder,
-        run_identity=run_identity(config, job.data.fingerprint),
-        config=config.checkpoint,
-    )
+    checkpointer = create_checkpointer(job, built)
     first_step, monitor_state = checkpointer.restore(run.resume_from)
     _write_run_files(job, first_step)
-    schedule = Schedule(
-        config, job.data.total_steps(config.batch), len(job.data.train), has_validation=len(job.data.validation) > 0
-    )
+    schedule = create_schedule(job)
     tracker = Tracker.open(
         config,
         run.folder,
@@ -124,20 +118,8 @@ def run_job(job: Job) -> Outcome:
     summary: dict[str, Any] = {}
     try:
         _log_start(job, built.model_info, first_step)
-        loop = Loop(
-            config=config,
-            world=world,
-            data=job.data,
-            packing=built.packing,
-            engine=built.engine,
-            generator=create_generator(job, built),
-            tracker=tracker,
-            meter=built.meter,
-            stop=job.stop,
-            checkpointer=checkpointer,
-            monitor=open_monitor(config, monitor_state, checkpointer),
-            schedule=schedule,
-        )
+        monitor = open_monitor(config, monitor_state, checkpointer)
+        loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
         outcome = loop.train(first_step)
         summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
@@ -146,6 +128,43 @@ def run_job(job: Job) -> Outcome:
         raise
     finally:
         tracker.close(summary)
+
+
+def create_checkpointer(job: Job, built: Built) -> Checkpointer:
+    """Create what saves this run's checkpoints in its folder, and restores from them."""
+    return Checkpointer(
+        engine=built.engine,
+        run_dir=job.run.folder,
+        run_identity=run_identity(job.config, job.data.fingerprint),
+        config=job.config.checkpoint,
+    )
+
+
+def create_schedule(job: Job) -> Schedule:
+    """Create what says which learning rate a step has, and what is due after it."""
+    data = job.data
+    steps = data.total_steps(job.config.batch)
+    return Schedule(job.config, steps, len(data.train), has_validation=len(data.validation) > 0)
+
+
+def create_loop(
+    job: Job, built: Built, *, checkpointer: Checkpointer, tracker: Tracker, monitor: EvalMonitor, schedule: Schedule
+) -> Loop:
+    """Put a run's loop together from its parts."""
+    return Loop(
+        config=job.config,
+        world=job.world,
+        data=job.data,
+        packing=built.packing,
+        engine=built.engine,
+        generator=create_generator(job, built),
+        tracker=tracker,
+        meter=built.meter,
+        stop=job.stop,
+        checkpointer=checkpointer,
+        monitor=monitor,
+        schedule=schedule,
+    )
 
 
 def create_generator(job: Job, built: Built) -> Generator:
