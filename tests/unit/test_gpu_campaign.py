@@ -27,11 +27,9 @@ MODULES = sorted(f"benchmarks.gpu.{path.stem}" for path in KIT.glob("*.py") if p
 # Scripts of benchmarks/ that measure by afina's own functions.
 OTHERS = (
     "_afina",
-    "_merge",
     "_peer",
     "_rows",
     "_score",
-    "_start",
     "merge_memory",
     "preparation",
     "quality",

@@ -15,20 +15,6 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers.processes import ROOT, run
 
-GROUPS = [
-    "model",
-    "method",
-    "rank",
-    "data",
-    "zero",
-    "optim",
-    "schedule",
-    "log",
-    "launch",
-    "experiment",
-    "debug",
-]
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,12 +53,6 @@ def test_wheel_carries_all_of(folder: str, inside: str, names: set[str]) -> None
     files = [path for path in files if path.suffix != ".pyc"]
     assert files, f"{folder}/ is empty"
     assert {f"{inside}/{path.as_posix()}" for path in files} <= names
-
-
-def test_wheel_carries_every_group(names: set[str]) -> None:
-    assert "trainer/conf/train.yaml" in names
-    without = [group for group in GROUPS if not any(n.startswith(f"trainer/conf/{group}/") for n in names)]
-    assert without == []
 
 
 def test_wheel_carries_nothing_else(names: set[str]) -> None:

@@ -157,11 +157,6 @@ def test_own_chat_templates(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load([f"data.template='{here}/my owm.jinja'"])
 
 
-@pytest.mark.parametrize(("typed", "value"), [("0", 0), ("7", 7), ("0.01", 0.01), ("1e-3", 0.001)])
-def test_refused_rows_may_be_counted_or_a_share(typed: str, value: float) -> None:
-    assert load([f"data.max_refused={typed}"]).data.max_refused == value
-
-
 def test_columns() -> None:
     config = load(["data.columns={instruction: question, output: 'the answer'}"])
     assert config.data.columns == {"instruction": "question", "output": "the answer"}

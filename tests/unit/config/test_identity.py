@@ -16,7 +16,6 @@ from trainer.config import (
     to_yaml,
 )
 from trainer.config.method import METHODS
-from trainer.config.suggestions import config_fields
 
 SAME_RESULT = [
     "batch.micro_tokens=2048",
@@ -92,13 +91,6 @@ def test_changed_fields_are_told_with_both_values() -> None:
         ("zero.extra.b.c", None, 2),
         ("zero.extra.a", 1, None),
     ]
-
-
-def test_result_fields_are_the_marked_ones() -> None:
-    marked = {name for name, entry in config_fields().items() if entry.changes_result}
-    assert set(result_fields(load())) == marked
-    whole = {name.partition(".")[0] for name in marked}
-    assert whole == {"model", "method", "data", "batch", "optim", "schedule", "zero", "eval", "run"}
 
 
 def test_paths_of_the_checkout_are_the_same_in_every_checkout(tmp_path: Path) -> None:

@@ -74,9 +74,3 @@ def test_text_is_kept_as_it_is(asked: Asked, lines: list[bytes]) -> None:
             assert row["instruction"] in text
             assert text.count("<|im_end|>") == 2 + row["output"].count("<|im_end|>")
             assert table[number]["input_ids"].count(asked.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-
-
-def test_a_long_prompt_is_cut(asked: Asked) -> None:
-    asked.path.write_text(json.dumps({"instruction": LONG.decode(), "output": "a"}) + "\n")
-    found = asked(on_too_long="truncate")
-    assert (len(found), found.truncated, list(found.lengths)) == (1, 1, [1024])

@@ -45,13 +45,7 @@ def test_each_row_as_often_as_its_share(rows: list[int], use: float, seed: int) 
     assert np.array_equal(found, repeat_rows(given_rows, part, 0, seed))
 
 
-def test_weights_in_words() -> None:
-    assert repeat_rows(ROWS, DatasetSpec("a"), 0, 0) is ROWS
-    assert list(repeat_rows(ROWS, DatasetSpec("a", weight=2.0), 0, 0)) == sorted([*ROWS, *ROWS])
-    half = repeat_rows(ROWS, DatasetSpec("a", weight=0.5), 0, 0)
-    assert len(set(half)) == 3
-    more = Counter(repeat_rows(ROWS, DatasetSpec("a", weight=1.5), 0, 0).tolist())
-    assert sorted(more.values()) == [1, 1, 1, 2, 2, 2]
+def test_the_draw_is_of_the_seed_and_the_part_and_no_rows_are_told() -> None:
     draws = {tuple(repeat_rows(np.arange(40), DatasetSpec("a", weight=0.5), n, s)) for n in range(3) for s in range(3)}
     assert len(draws) == 9, "the seed and the part's number both decide"
     with pytest.raises(DataError, match=r"data\.path\[1\]\.rows=3: b has no row to train on"):

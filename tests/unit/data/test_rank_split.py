@@ -60,8 +60,3 @@ def test_the_costliest_forward_is_as_cheap_as_can_be(lengths: list[int], world_s
         return min(max((end - begin) * ordered[begin], best(end, left - 1)) for end in ends)
 
     assert found == best(0, pieces)
-
-
-def test_more_ranks_than_rows_get_empty_micro_batches() -> None:
-    layout = split_padded(np.asarray([5, 9]), 4, Limits(None, 100))
-    assert sorted(len(m) for micros in layout for m in micros) == [0, 0, 1, 1]

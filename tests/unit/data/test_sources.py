@@ -38,10 +38,6 @@ def fields(path: Path, **keys: Any) -> list[dict[str, Any]]:
     return [row.fields for row in found if isinstance(row, Row)]
 
 
-def refused(path: Path) -> list[RejectedRow]:
-    return [row for row in read(path) if isinstance(row, RejectedRow)]
-
-
 def put(folder: Path, name: str, content: bytes | str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

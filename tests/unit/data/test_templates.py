@@ -268,15 +268,6 @@ def test_a_space_before_the_end_token_is_in_the_loss(tokenizer: Any) -> None:
     assert tokenizer.decode(tokens_in_loss(found)) == " a <|im_end|>"  # the space is the answer's first
 
 
-def test_train_on_all_learns_everything_and_knows_the_same_end(tokenizer: Any) -> None:
-    every, answer = (Template(tokenizer, "chat", train_on=t) for t in ("all", "completion"))
-    found, usual = (t.encode(example("q", "a")) for t in (every, answer))
-    assert all(found.loss_mask)
-    assert found.ids[: len(usual.ids)] == usual.ids
-    assert found.prompt_length == usual.prompt_length
-    assert every.end_ids() == answer.end_ids() == [tokenizer.eos_token_id]
-
-
 def test_what_a_tokenizer_must_have(tokenizer: Any) -> None:
     bare = Template(with_template(tokenizer, ""), "chat")  # enough for plain text, which needs no chat template
     assert bare.encode(Example((), "rows.txt:1", 1, text="a")).ids == [*tokenizer("a").input_ids, *bare.end_ids()]

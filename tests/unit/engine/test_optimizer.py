@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
@@ -14,7 +13,6 @@ from trainer.config import load
 from trainer.config.schema import OptimConfig, ScheduleConfig
 from trainer.engine.optimizer import adamw, learning_rate, peak_learning_rate, warmup_steps
 
-PEAK = 3e-4
 quick = settings(max_examples=120, deadline=None)
 schedules = st.builds(
     ScheduleConfig,
@@ -47,14 +45,6 @@ def test_equals_transformers(name: str, warmup: int, total: int) -> None:
         assert learning_rate(step, total, 1.0, schedule) == pytest.approx(expected[of_theirs], abs=1e-12) or (
             step == warmup - 1 and learning_rate(step, total, 1.0, schedule) == 1.0
         )
-
-
-@pytest.mark.parametrize(
-    ("step", "factor"),
-    [(0, 0.5), (1, 1.0), (2, 1.0), (4, (2 + math.sqrt(2)) / 4), (6, 0.5), (8, (2 - math.sqrt(2)) / 4)],
-)
-def test_cosine_by_hand(step: int, factor: float) -> None:
-    assert learning_rate(step, 10, PEAK, ScheduleConfig("cosine", warmup_steps=2)) == pytest.approx(factor * PEAK)
 
 
 @quick

@@ -46,17 +46,21 @@ def test_gradient_checkpointing_recomputes_inside_the_context_only(model: Any) -
         value.backward()
 
 
-@pytest.mark.parametrize("rows", [([5, 6, 7, 9],), ([5, 6], [7, 8], [9, 4]), ([5, 6, 7, 9], [3])])
-def test_padded_rows_inside_a_context_raise(model: Any, rows: tuple[list[int], ...]) -> None:
-    trie = collate(True, [5, 6, 7], [5, 6, 8])  # four nodes, as many as the first rows have tokens
+@pytest.mark.parametrize(
+    ("uses_trie", "rows"),
+    [
+        (False, ([5, 6, 7, 9],)),  # as many tokens as the trie has nodes
+        (False, ([5, 6], [7, 8], [9, 4])),
+        (False, ([5, 6, 7, 9], [3])),
+        (True, ([5, 6, 7], [5, 9, 8])),
+    ],
+)
+def test_padded_rows_and_another_trie_inside_a_context_raise(
+    model: Any, uses_trie: bool, rows: tuple[list[int], ...]
+) -> None:
+    trie = collate(True, [5, 6, 7], [5, 6, 8])
     with trie_context(trie.paths), pytest.raises(RuntimeError, match="trie_context"):
-        LabelLoss(model)(model, collate(False, *rows))
-
-
-def test_another_trie_inside_a_context_raises(model: Any) -> None:
-    trie, other = collate(True, [5, 6, 7], [5, 6, 8]), collate(True, [5, 6, 7], [5, 9, 8])
-    with trie_context(trie.paths), pytest.raises(RuntimeError, match="trie_context"):
-        LabelLoss(model)(model, other)
+        LabelLoss(model)(model, collate(uses_trie, *rows))
 
 
 def test_padded_rows_and_generation_outside_a_context_are_sdpa(model: Any) -> None:

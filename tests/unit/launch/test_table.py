@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.table import Column, cells, show_records, write
+from launch.table import Column, show_records, write
 
 COLUMNS = [Column("name", "the name"), Column("loss", "loss", ".4f"), Column("bytes", "saved", ",.1f", " MiB", 2**20)]
 RECORDS: list[dict[str, Any]] = [
@@ -35,13 +35,6 @@ RECORDS: list[dict[str, Any]] = [
 )
 def test_a_value_as_text(value: Any, column: Column, text: str) -> None:
     assert column.cell({"x": value}) == text
-
-
-def test_cells() -> None:
-    assert cells(RECORDS, COLUMNS) == (
-        ["the name", "loss", "saved"],
-        [["a|b", "0.1235", "3,072.0 MiB"], ["c", "nan", "-"]],
-    )
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.adapters import KINDS, base, trained_model
+from tests.helpers.adapters import KINDS, base, save_trained
 from tests.helpers.architectures import VOCABULARY, tiny
 from tests.helpers.processes import ROOT, run
 from trainer.config import load
@@ -25,7 +25,7 @@ from trainer.config.method import MethodConfig
 from trainer.errors import CheckpointError
 from trainer.merge.card import model_card
 from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge, state_digests
-from trainer.methods import attach, load_adapter, save_adapter, trainable_parameters
+from trainer.methods import attach, load_adapter, trainable_parameters
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], list(range(20, 40))]
 QUICK = ("lora", "adalora", "ia3")  # what `make check` tries
@@ -113,9 +113,7 @@ EACH = [
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_merged_model_answers_as_the_live_one(name: str, tmp_path: Path) -> None:
-    model, start = trained_model(MethodConfig(**KINDS[name]))
-    save_adapter(model, tmp_path / "a", {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
-    live = load_adapter(base(), tmp_path / "a").eval()
+    live = load_adapter(base(), save_trained(tmp_path / "a", MethodConfig(**KINDS[name]))).eval()
     expected = logits_at_positions(live, PROMPTS)
     result = merge(lambda: live, Plain(), PROMPTS, tmp_path / "merged", reload, card)
     assert result.distance < 1e-5 < 1e-3 < result.base_distance

@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from tests.helpers.adapters import IDS, KINDS, base, logits, trained_model
+from tests.helpers.adapters import IDS, KINDS, base, logits, save_trained
 from tests.helpers.architectures import tiny
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.methods import AdapterSwitcher, load_adapter, save_adapter, trainable_parameters, virtual_tokens
+from trainer.methods import AdapterSwitcher, load_adapter, virtual_tokens
 from trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -29,12 +29,8 @@ NAMES = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An adapter of each kind, all for the same base, which has biases."""
-    out = {}
-    for number, name in enumerate(NAMES):
-        out[name] = tmp_path_factory.mktemp("adapters") / str(number)
-        model, start = trained_model(MethodConfig(**KINDS[name]))
-        save_adapter(model, out[name], {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
-    return out
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_trained(folder / str(k), MethodConfig(**KINDS[name])) for k, name in enumerate(NAMES)}
 
 
 @pytest.fixture(scope="module")

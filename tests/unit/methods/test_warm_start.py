@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.adapters import KINDS, adalora_model, base, logits, trained_model
+from tests.helpers.adapters import KINDS, adalora_model, base, logits, save_trained
 from tests.helpers.architectures import tiny
 from tests.helpers.processes import afina
 from trainer.config import load, run_folder
@@ -30,9 +30,7 @@ WARM_STARTED = [
 
 def saved(folder: Path, **keys: Any) -> Path:
     """An adapter some steps after its start."""
-    model, start = trained_model(MethodConfig(**keys))
-    save_adapter(model, folder, {n: p.detach() for n, p in trainable_parameters(model).items()}, start)
-    return folder
+    return save_trained(folder, MethodConfig(**keys))
 
 
 def warm_started(folder: Path, onto: Any = None, **keys: Any) -> Any:

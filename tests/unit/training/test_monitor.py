@@ -64,11 +64,6 @@ def test_patience_alone_keeps_the_last_weights() -> None:
     assert [decision.stop for decision in decisions] == [None, None, "1 evaluation without a new best eval_loss"]
 
 
-def test_nothing_asked_nothing_said() -> None:
-    monitor = EvalMonitor(keys())
-    assert evaluations(monitor, [1.0, 2.0, 3.0]) == [Decision()] * 3
-
-
 def test_what_could_not_be_saved_may_be_beaten() -> None:
     monitor = EvalMonitor(keys(best_metric="eval_loss"))
     evaluations(monitor, [3.0, 1.0])
@@ -201,9 +196,6 @@ def test_the_state_of_another_question_starts_fresh() -> None:
         again = EvalMonitor(other, state)
         assert again.best is None
         assert (again.losses, again.steps) == (3.0, 1)
-    assert (
-        EvalMonitor(keys(best_metric="eval_loss"), None).state() == EvalMonitor(keys(best_metric="eval_loss")).state()
-    )
 
 
 HELD_OUT = ["debug=tiny", "eval.every_steps=2"]

@@ -23,7 +23,6 @@ from tests.helpers.tokenizers import sentencepiece_like
 from trainer.data.batching.global_batch import global_batch, total_steps
 from trainer.data.prepare.checks import Finding
 from trainer.data.run_data import Data
-from trainer.errors import DataError
 from trainer.view import choose, collect, terminal
 from trainer.view.overview import Overview, histogram, sample_rejected
 from trainer.view.pieces import TokenDecoder, visible
@@ -241,8 +240,3 @@ def test_refused_rows_are_read_by_reason(tmp_path: Path) -> None:
     found = sample_rejected([file, tmp_path / "missing.jsonl"])
     assert [row.where for row in found] == ["a:0", "a:2", "a:4", "a:1", "a:3", "a:5"]
     assert all(len(row.raw) == 401 for row in found)
-
-
-def test_the_refusal_is_shown_in_the_overview(data: Data, tokenizer: Any) -> None:
-    refusal = DataError("data.max_refused", value=0, reason="no", hint="yes")
-    assert collect.collect_overview(data, config(), tokenizer, refusal).error == "data.max_refused=0: no → yes"
