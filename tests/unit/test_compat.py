@@ -115,6 +115,7 @@ def test_a_changed_optimizer_stops_the_run_at_its_start(stage: int, gone: str) -
     scaler = SimpleNamespace(cur_scale=1.0)
     made = {"overflow": False, "optimizer": None, "cur_scale": 1.0, "loss_scaler": scaler}
     made |= {deepspeed.FLAT_GROUPS[stage]: [], "_lazy_init_hp_params_optimizer_state": None}
+    made["checkpoint_event_epilogue"] = None
     deepspeed.check_optimizer(SimpleNamespace(**made), stage, fp16=True)
     del made[deepspeed.FLAT_GROUPS[stage] if gone == "flat" else gone]
     with pytest.raises(LaunchError, match=r"deepspeed \d.*tried with: .* has no .*pip install -c constraints.txt"):
@@ -153,6 +154,16 @@ def exit_handlers_run() -> None:
     code += "atexit.register(print, 'handled', flush=True); run(); os._exit(3)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "handled\n")
+
+
+@check("torch.uncompile_module")
+def a_compiled_module_is_itself_again() -> None:
+    layer = nn.Linear(2, 2)
+    layer.compile(backend="eager", dynamic=True)
+    assert layer._compiled_call_impl is not None
+    compat_torch.uncompile_module(layer)
+    assert layer._compiled_call_impl is None
+    assert layer(torch.ones(1, 2)).shape == (1, 2)
 
 
 @check("transformers.attention_name")

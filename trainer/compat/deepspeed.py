@@ -59,6 +59,8 @@ def check_optimizer(optimizer: Any, zero_stage: int, fp16: bool) -> None:
     need(LIBRARY, optimizer, "overflow", "optimizer", FLAT_GROUPS[zero_stage])
     if zero_stage < 3:
         need(LIBRARY, optimizer, "_lazy_init_hp_params_optimizer_state")
+    else:
+        need(LIBRARY, optimizer, "checkpoint_event_epilogue")
     if fp16:
         need(LIBRARY, optimizer, "cur_scale", "loss_scaler")
         need(LIBRARY, optimizer.loss_scaler, "cur_scale")

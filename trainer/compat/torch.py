@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trainer.compat import reach
+from trainer.compat import need, reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,3 +65,10 @@ def run_exit_handlers() -> None:
     import atexit
 
     atexit._run_exitfuncs()
+
+
+@reach("module._compiled_call_impl", until="nn.Module can take back its compile()")
+def uncompile_module(module: Any) -> None:
+    """Take a module's own ``compile()`` back; its next call runs eagerly."""
+    need("torch", module, "_compiled_call_impl")
+    module._compiled_call_impl = None

@@ -18,13 +18,16 @@ from trainer.config.execution import CheckpointConfig, CompareConfig, GenerateCo
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
 
+KERNELS: tuple[str, ...] = ("varlen", "lora", "swiglu", "rope", "rms_norm")
+GRADIENT_CHECKPOINTING = (False, True, "selective")
+
 
 @dataclass(slots=True)
 class ModelConfig:
     """The base model and how it is held in memory.
 
-    Attention kernels and gradient checkpointing compute the same products in another order, and ``trust_remote_code``
-    only permits: they do not change the result.
+    Kernels and gradient checkpointing compute the same products in another order, and ``trust_remote_code`` only
+    permits: they do not change the result.
     """
 
     name_or_path: str = key("smollm2_135m", "a name of `afina fetch`, a local folder, or a hub id")
@@ -41,9 +44,21 @@ class ModelConfig:
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
         changes_result=False,
     )
-    gradient_checkpointing: bool = key(
+    gradient_checkpointing: Any = key(
         False,
-        "recompute activations in the backward: about 30 % slower, far less memory (non-reentrant)",
+        "recompute activations in the backward; true: all of a layer, about 30 % slower, far less memory; selective: "
+        "all but matrix products, whose results are kept",
+        changes_result=False,
+    )
+    kernels: Any = key(
+        "auto",
+        f"fused kernels; auto: those for the device that hold when verified at start-up; none: PyTorch's and PEFT's "
+        f"own; or a list of {', '.join(KERNELS)}",
+        changes_result=False,
+    )
+    compile: bool = key(
+        False,
+        "compile the decoder layers with torch.compile: minutes at the start, a faster step",
         changes_result=False,
     )
     trust_remote_code: bool = key(
@@ -232,13 +247,18 @@ class EvalConfig:
 
 @dataclass(slots=True)
 class RunConfig:
-    """The run folder and its seed. Only the seed changes the result."""
+    """The run folder, its seed and determinism. Only the seed changes the result."""
 
     name: str | None = key(
         None, "folder name; null: model, method and a digest of the keys that change the result", changes_result=False
     )
     dir: str = key("runs", "where run folders are made", changes_result=False)
     seed: int = key(0, "seed of the split, the order, the adapters' start and dropout", ge=0)
+    deterministic: bool = key(
+        False,
+        "on GPU, take deterministic kernels alone: the same run gives the same bits, slower (a CPU does always)",
+        changes_result=False,
+    )
     overwrite: bool = key(
         False, "start from step 0; the old folder is moved aside, never deleted", changes_result=False
     )

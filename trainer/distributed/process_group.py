@@ -19,6 +19,9 @@ from trainer.compat.torch import run_exit_handlers
 if not torch.cuda.is_available():
     # Read when DeepSpeed is first imported, by whichever library does it; unset, it warns about a missing GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # Read at the first CUDA allocation. No two tries have one shape: segments that grow leave no holes of old ones.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @dataclass(frozen=True, slots=True)

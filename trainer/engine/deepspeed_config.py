@@ -8,12 +8,23 @@ import torch
 
 from trainer.config.schema import TrainConfig
 
+PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's own stage3_param_persistence_threshold
 
-def deepspeed_config(config: TrainConfig, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+
+def deepspeed_config(
+    config: TrainConfig, dtype: torch.dtype, world_size: int, largest_adapter: int = 0
+) -> dict[str, Any]:
     """Translate the typed configuration into DeepSpeed's terms (mixed precision too), with ``zero.extra`` merged last.
 
     DeepSpeed's batch arithmetic is told 1 everywhere: the loss is already divided by the label tokens of the global
     batch, and each step says itself when it ends.
+
+    Args:
+        config: the whole configuration.
+        dtype: of forward and backward.
+        world_size: number of ranks.
+        largest_adapter: elements of the largest tensor of an adapter; 0 when all weights are trained. ZeRO-3 keeps
+            tensors up to this size whole on every rank, instead of gathering each at each use.
     """
     stage = config.zero.stage
     zero: dict[str, Any] = {"stage": stage}
@@ -21,6 +32,8 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, world_size: int) -
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload_params == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3 and largest_adapter > PERSISTENT_ELEMENTS:
+        zero["stage3_param_persistence_threshold"] = largest_adapter
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -87,11 +87,13 @@ class Engine:
             for parameter in self.trainable_params.values():
                 parameter.data = parameter.data.float()
         optimizer = adamw(self.trainable_params.values(), config.optim, on_gpu=world.device.type == "cuda")
-        ds_config = deepspeed_config(config, dtype, world.world_size)
+        sizes = [] if runtime.trains_base_weights else [p.numel() for p in self.trainable_params.values()]
+        ds_config = deepspeed_config(config, dtype, world.world_size, max(sizes, default=0))
         if self.zero_stage == 3:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         compat.check_optimizer(self.optimizer, self.zero_stage, fp16=dtype == torch.float16)
+        self._has_gathered = False  # ZeRO-3's persistent parameters
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
@@ -126,6 +128,11 @@ class Engine:
             The unscaled loss sum of each micro-batch, and whether this rank's own gradients were all finite (always
             true where they are reduced micro-batch by micro-batch, and cannot be told apart).
         """
+        if self.zero_stage == 3 and not self._has_gathered:
+            # what ZeRO-3 does after each step: before the first one, persistent parameters are whole only inside the
+            # call of their own module, and kernels read adapters outside of it
+            self.optimizer.checkpoint_event_epilogue()
+            self._has_gathered = True
         sums: list[Tensor] = []
         with self.deepspeed.coalesce_grad_reduction() if self.reduces_once else contextlib.nullcontext():
             for k, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):

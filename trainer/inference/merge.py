@@ -16,6 +16,7 @@ from trainer.config.method import MethodConfig
 from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
 from trainer.inference.run_model import load_run, load_run_config
+from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.merge.card import model_card
 from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
 from trainer.models.loading import load_model, load_tokenizer
@@ -49,7 +50,9 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
 
     def reload(folder: Path, dtype: torch.dtype) -> Any:
         model_config, method = dataclasses.replace(config.model, revision=None), MethodConfig(name="full")
-        return load_model(str(folder), model_config, method, dtype, device, zero_stage=0).eval().to(device)
+        loaded = load_model(str(folder), model_config, method, dtype, device, zero_stage=0)
+        patch_rms_norms(loaded)  # as in the live model: what is compared is the weights
+        return loaded.eval().to(device)
 
     return merge(
         lambda: load_run(run, overrides, bits=16).model,

@@ -15,6 +15,7 @@ from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
+from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
 from trainer.models.embedded import resolve
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
@@ -191,6 +192,7 @@ def _load_base(
     folder = str(_run_model_dir(run, config)) if is_full else _resolve_base(config)
     model_config = dataclasses.replace(config.model, revision=None) if is_full else config.model
     base: Any = load_model(folder, model_config, method, dtype, device, zero_stage=0, device_map=device_map)
+    patch_rms_norms(base)
 
     def place(model: Any) -> Any:
         return model.to(device) if device_map is None and method.bits == 16 else model

@@ -27,6 +27,8 @@ from trainer.data.batching.micro_batch import MicroBatch
 from trainer.kernels.trie_attention import trie_mask
 
 CHUNK_ELEMENTS = 1 << 24  # logits a chunk: 64 MiB in fp32, and a few such tensors live at a time
+# On CUDA 512 MiB: each chunk reads the whole vocabulary matrix again, a gigabyte in a model of 8B.
+CUDA_CHUNK_ELEMENTS = 1 << 27
 
 
 @dataclass(slots=True)
@@ -62,13 +64,15 @@ class LabelLoss:
 
     Args:
         model: a Hugging Face causal LM, wrapped by PEFT or not, before it is handed to DeepSpeed.
-        chunk_elements: most logits that exist at a time; ``None``: ``CHUNK_ELEMENTS``.
+        chunk_elements: most logits that exist at a time; ``None``: by the device, ``CHUNK_ELEMENTS``
+            or ``CUDA_CHUNK_ELEMENTS``.
     """
 
     def __init__(self, model: Any, chunk_elements: int | None = None) -> None:
         text = model.config.get_text_config()
         self._scale_logits = partial(scale_logits, text)
-        self._labels_per_call = max(1, (chunk_elements or CHUNK_ELEMENTS) // int(text.vocab_size))
+        self._vocab_size = int(text.vocab_size)
+        self._chunk_elements = chunk_elements
         self._is_verified = False
         self._request: _HeadRequest | None = None
         self._head: nn.Module = model.get_output_embeddings()
@@ -113,7 +117,7 @@ class LabelLoss:
         if calls > 1 and not self._is_verified:
             self._is_verified = True
             if not self._matches_model(hidden[:1], logits[:1]):
-                self._labels_per_call = sys.maxsize
+                self._chunk_elements = sys.maxsize
                 return self(forward, batch)
         chunks = list(zip(*(t.split(sizes) for t in (hidden, target, weight)), strict=True))
         total = _cross_entropy(logits, *chunks[0][1:])
@@ -137,7 +141,9 @@ class LabelLoss:
         """Return how often the output layer is called: as often on every rank."""
         if self._is_head_trainable() and any(map(is_partitioned, self._head.parameters())):
             return 1
-        return math.ceil(max(batch.max_labels, 1) / self._labels_per_call)
+        by_device = CUDA_CHUNK_ELEMENTS if batch.source.is_cuda else CHUNK_ELEMENTS
+        labels_per_call = max(1, (self._chunk_elements or by_device) // self._vocab_size)
+        return math.ceil(max(batch.max_labels, 1) / labels_per_call)
 
     def _is_head_trainable(self) -> bool:
         return any(p.requires_grad for p in self._head.parameters())
@@ -195,6 +201,5 @@ def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def _model_inputs(batch: MicroBatch) -> dict[str, Tensor]:
     if batch.paths is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    assert batch.position_ids is not None
-    mask = trie_mask(batch.input_ids.device)
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": trie_mask(batch.input_ids.device)}
+    return inputs if batch.position_ids is None else inputs | {"position_ids": batch.position_ids}

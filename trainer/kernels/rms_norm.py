@@ -7,6 +7,7 @@ of the hidden states in each norm. Here the same formula has its backward writte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,27 +15,39 @@ import torch
 from torch import Tensor, nn
 
 
-def patch_rms_norms(model: nn.Module) -> int:
+def patch_rms_norms(model: nn.Module) -> Callable[[], None] | None:
     """Patch the model's RMSNorms with this forward, where it computes what their own does.
 
     Some models norm otherwise (Gemma scales by one more than the weight): each module is tried, and those that differ
     stay as they are.
 
     Returns:
-        how many were patched.
+        what undoes it; ``None`` where none was patched.
     """
-    patched = 0
+    patched = []
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain(module, eps):
             module.forward = partial(_forward, module, eps)
-            patched += 1
-    return patched
+            patched.append(module)
+
+    def undo() -> None:
+        for module in patched:
+            del module.forward
+
+    return undo if patched else None
 
 
 def _forward(module: nn.Module, eps: float, hidden_states: Tensor) -> Tensor:
     # the weight is looked up at each call: DeepSpeed and PEFT may put another tensor there
-    return RMSNorm.apply(hidden_states, module.weight, eps)
+    return rms_norm(hidden_states, module.weight, eps)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Norm ``hidden``, (…, width), and scale it by ``weight``, (width,): on CUDA by torch's own fused kernel."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype:
+        return nn.functional.rms_norm(hidden, weight.shape, weight, eps)
+    return RMSNorm.apply(hidden, weight, eps)
 
 
 def _is_plain(module: nn.Module, eps: float) -> bool:
@@ -49,7 +62,7 @@ def _is_plain(module: nn.Module, eps: float) -> bool:
             own = module(tried)
         except (TypeError, RuntimeError):  # it wants more than hidden states
             return False
-        found = RMSNorm.apply(tried, weight, eps)
+        found = rms_norm(tried, weight, eps)
     near = 8 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)  # theirs compute in fp32
     return own.dtype == found.dtype and torch.allclose(own.float(), found.float(), rtol=near, atol=near)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.compat.torch import softmax_backward
+from trainer.kernels.gather import scatter_add_fp32
 
 SHORT_KEYS = 256
 
@@ -63,15 +64,6 @@ class ShortAttention(torch.autograd.Function):
         grad_keys = scatter_add_fp32(grad_k, gather_index, len(keys))
         grad_values = scatter_add_fp32(grad_v, gather_index, len(values))
         return grad_query, grad_keys, grad_values, None, None, None
-
-
-def scatter_add_fp32(gradients: Tensor, gather_index: Tensor, count: int) -> Tensor:
-    """Sum the gradients of gathered vectors, (…, width), onto the ``count`` vectors that ``gather_index`` took them
-    from: in fp32 at least, because in bf16 a sum of many would lose the last."""
-    flat = gradients.reshape(len(gather_index), gradients.shape[-1])
-    sum_dtype = torch.promote_types(flat.dtype, torch.float32)
-    total = torch.zeros(count, flat.shape[-1], dtype=sum_dtype, device=flat.device)
-    return total.index_add_(0, gather_index, flat.to(sum_dtype)).to(flat.dtype)
 
 
 def _group_by_key_head(

@@ -5,6 +5,9 @@ and its keys are gathered along its example's path from the root: a plain causal
 depth. So no node attends to another example, and each query has no more keys than in padded rows. Depth takes the place
 of position, also in the sliding window. Outside a trie the kernel is transformers' own SDPA.
 
+That is how rows of queries attend where there is no better kernel: on CPU, and in SDPA on CUDA. Where the layout of the
+micro-batch is in pieces (:class:`Pieces`), padded rows too, ``varlen_attention`` takes it.
+
 A forward of a trie is marked by its mask (:func:`trie_mask`), and its paths come from :func:`trie_context`: the one
 without the other raises, since either would silently attend to the wrong tokens.
 """
@@ -22,18 +25,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from trainer.compat.transformers import sdpa
+from trainer.data.batching.pieces import Pieces
 from trainer.data.batching.trie_paths import TriePaths
-from trainer.kernels.short_attention import ShortAttention, is_short, scatter_add_fp32
+from trainer.kernels.gather import MAX_COPIES, Gather
+from trainer.kernels.short_attention import ShortAttention, is_short
+from trainer.kernels.varlen_attention import attend_pieces
 
 KERNEL = "afina_trie"
 SDPA, SDPA_MASK = sdpa()
-# Above so many copies of a node (a long document under many questions), gathering again costs less than the memory.
-MAX_COPIES = 8.0
-_paths: list[TriePaths] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
+_paths: list[TriePaths | Pieces] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
 
 
 @contextlib.contextmanager
-def trie_context(paths: TriePaths | None) -> Iterator[None]:
+def trie_context(paths: TriePaths | Pieces | None) -> Iterator[None]:
     """Attend along these paths in the forwards and backwards inside; ``None`` changes nothing."""
     if paths is None:
         yield
@@ -54,7 +58,7 @@ def trie_mask(device: torch.device) -> Tensor:
 
 
 def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise a :class:`RuntimeError` unless a trie has its own context and padded rows have none.
+    """Raise a :class:`RuntimeError` unless a marked forward has its own context and any other has none.
 
     By shapes alone, so that no device is waited for. The mask of a row of one token looks like a trie's: of one node,
     which attends to itself alone in either way.
@@ -66,9 +70,9 @@ def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
             raise RuntimeError("a trie's forward (or its recomputation in the backward) is outside of its trie_context")
     elif not is_marked:
         raise RuntimeError("a forward of padded rows is inside a trie_context, which is for a trie's alone")
-    elif (rows, tokens) != (1, len(_paths[-1].place)):
-        nodes = len(_paths[-1].place)
-        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {nodes} nodes")
+    elif (rows, tokens) != _paths[-1].shape:
+        wanted = " × ".join(map(str, _paths[-1].shape))
+        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {wanted}")
 
 
 def register() -> None:
@@ -113,7 +117,12 @@ def trie_attention(
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend_trie(_paths[-1], query, key, value, sliding_window, scaling, dropout), None
+    paths = _paths[-1]
+    if isinstance(paths, TriePaths):
+        return _attend_trie(paths, query, key, value, sliding_window, scaling, dropout), None
+    if dropout:
+        raise ValueError("varlen attention has no dropout of its probabilities")
+    return attend_pieces(paths, query, key, value, sliding_window, scaling), None
 
 
 def _attend_trie(
@@ -159,10 +168,22 @@ def _attend_bucket(
         keys, values: (key heads * nodes, width).
     """
     rows, _, _, count = mask.shape
-    k, v = (_Gather.apply(t, gather_index).view(rows, -1, count, t.shape[-1]) for t in (keys, values))
+    k, v = (Gather.apply(t, gather_index).view(rows, -1, count, t.shape[-1]) for t in (keys, values))
+    if packs_query_heads(q):
+        groups = q.shape[1] // k.shape[1]
+        packed = q.reshape(rows, k.shape[1], -1, q.shape[-1])
+        wide = mask.repeat(1, 1, groups, 1)
+        out = nn.functional.scaled_dot_product_attention(packed, k, v, attn_mask=wide, dropout_p=dropout, scale=scaling)
+        return out.reshape(rows, q.shape[1], -1, v.shape[-1])
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
     )
+
+
+def packs_query_heads(query: Tensor) -> bool:
+    """Return whether the query heads of one key head are laid side by side as queries: on CUDA, where SDPA with both a
+    mask and ``enable_gqa`` is the math kernel, with its scores in fp32 memory."""
+    return query.is_cuda
 
 
 class _Reorder(torch.autograd.Function):
@@ -180,18 +201,3 @@ class _Reorder(torch.autograd.Function):
         inverse, padding = ctx.saved_tensors
         gradient = grad_outputs[0].index_select(0, inverse)
         return gradient if padding is None else gradient.index_fill_(0, padding, 0), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Gathers vectors, some more than once; their gradients are added up in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, vectors: Tensor, gather_index: Tensor) -> Tensor:
-        ctx.save_for_backward(gather_index)
-        ctx.count = len(vectors)
-        return vectors.index_select(0, gather_index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gather_index,) = ctx.saved_tensors
-        return scatter_add_fp32(grad_outputs[0], gather_index, ctx.count), None

@@ -12,7 +12,7 @@ from trainer.methods import count_parameters
 
 # Above so many weights the first layers are tried alone: every layer of a kind runs the same code. Under ZeRO-3 the
 # whole model still lies in its files then, and all of a 70B would run on the CPU. What is cut so far is often small
-# enough to be tried in fp32 (``verify_trie.MAX_FP32_PARAMETERS``), which says more than all layers in 16 bits.
+# enough to be tried in fp32 (``verify_kernels.MAX_FP32_PARAMETERS``), which says more than all layers in 16 bits.
 MAX_WHOLE_PARAMETERS = 1_000_000_000
 MIN_LAYERS = 2  # at least, so that the gradient of one flows through another
 
@@ -27,7 +27,7 @@ def first_layers(model: Any) -> Iterator[str]:
     Yields:
         the cut in words for the user; empty when the model is whole.
     """
-    stack = _find_decoder_layers(model) if count_parameters(model)[1] > MAX_WHOLE_PARAMETERS else None
+    stack = find_decoder_layers(model) if count_parameters(model)[1] > MAX_WHOLE_PARAMETERS else None
     layers = stack[2] if stack else nn.ModuleList()
     count = _count_until_each_kind(layers)
     if stack is None or count >= len(layers):
@@ -47,7 +47,7 @@ def first_layers(model: Any) -> Iterator[str]:
             parameter.requires_grad_(False)
 
 
-def _find_decoder_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
+def find_decoder_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
     """Find the list of the decoder's layers; return its parent module, its name in it, and the list."""
     count = model.config.get_text_config().num_hidden_layers
     found = [

@@ -16,7 +16,7 @@ from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
-from trainer.kernels.rms_norm import patch_rms_norms
+from trainer.kernels.selective_checkpoint import checkpoint_arguments
 from trainer.kernels.trie_attention import KERNEL, register
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -86,7 +86,7 @@ def load_model(
     zero_stage: int,
     device_map: str | None = None,
 ) -> nn.Module:
-    """Load the base model, on the CPU when dense (DeepSpeed places it), on the device when quantised.
+    """Load the base model: onto the device where it fits whole, onto the CPU for ZeRO-3, which partitions it.
 
     Args:
         folder: a local folder or hub id (``embedded.resolve`` has been applied).
@@ -107,7 +107,8 @@ def load_model(
         extra["attn_implementation"] = model.attention
     if method.bits < 16:
         extra["quantization_config"] = quantization_config(method, dtype, zero_stage)
-        extra["device_map"] = {"": str(device)}
+    if method.bits < 16 or (device.type == "cuda" and zero_stage < 3):
+        extra["device_map"] = {"": str(device)}  # tensor by tensor: no rank holds a copy in host memory
     if device_map is not None:
         extra["device_map"] = device_map
     try:
@@ -121,14 +122,13 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
-    patch_rms_norms(loaded)
     keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_input_contiguous)
     if model.attention in ("auto", "sdpa"):
         use_trie_kernel(loaded)
     if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loaded.gradient_checkpointing_enable(checkpoint_arguments(model.gradient_checkpointing == "selective"))
     return loaded
 
 

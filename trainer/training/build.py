@@ -14,8 +14,9 @@ from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.engine import Engine
+from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter, give_back_memory
-from trainer.engine.verify_trie import choose_packing
+from trainer.engine.verify_kernels import choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
 from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
@@ -66,15 +67,24 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     if world.device.type == "cuda" and config.zero.stage < 3 and method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
     loss = LabelLoss(model)
+    limit_sdpa(world.device)
+    kernels = KernelSet(model, wanted_kernels(config, model, world.device, dtype))
+    found = choose_packing_and_kernels(model, loss, config, data, tokenizer.pad_token_id, kernels, world.device)
     # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
-    packing, why = distributed.from_main(choose_packing(model, loss, config, data, tokenizer.pad_token_id))
+    choice = distributed.from_main(found)
+    kernels.use(choice.kernels)
     give_back_memory(world.device)
     experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
-    model_info = {**_describe_model(model, dtype, world), "packing": why, "experts": experts}
+    model_info = {
+        **_describe_model(model, dtype, world),
+        "packing": choice.lines[0],
+        "kernels": choice.lines[1:],
+        "experts": experts,
+    }
     meter = Meter(world, model, dtype)
     engine = Engine(model=model, loss=loss, config=config, world=world, dtype=dtype, runtime=runtime)
     runtime.bind(EngineTensors(engine))
-    return Built(engine, packing, model_info, meter)
+    return Built(engine, choice.packing, model_info, meter)
 
 
 def _describe_model(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trainer.distributed.process_group import World
 from trainer.engine.meter import device_name
 from trainer.errors import PREEMPTED_EXIT_CODE
 from trainer.evaluation.generator import Generator
+from trainer.kernels.deterministic import use_deterministic_kernels
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.environment import write_environment
@@ -70,6 +71,8 @@ def train(config: TrainConfig, world: World) -> int:
     """Run one training run on this rank. Returns the exit code; errors are recorded in the run's summary."""
     begin = time.perf_counter()
     stop = StopRequest().install()
+    if config.run.deterministic:
+        use_deterministic_kernels()
     base_dir = resolve(config.model.name_or_path, config.model.revision)
     tokenizer = load_tokenizer(base_dir, config.model)
     data = load_data(config, tokenizer)
@@ -203,7 +206,8 @@ def _log_start(job: Job, model_info: dict[str, Any], first_step: int) -> None:
     )
     if model_info["experts"] is not None:
         logger.info(model_info["experts"])
-    logger.info(model_info["packing"])
+    for line in (model_info["packing"], *model_info["kernels"]):
+        logger.info(line)
     logger.info(f"run: {job.run.folder}" + (f", resumed after step {first_step}" if first_step else ""))
 
 

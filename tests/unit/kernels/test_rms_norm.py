@@ -20,7 +20,7 @@ def pair(width: int, dtype: torch.dtype, eps: float = 1e-6) -> tuple[Any, Any]:
     stock = LlamaRMSNorm(width, eps).to(dtype)
     nn.init.normal_(stock.weight)
     patched = copy.deepcopy(stock)
-    assert patch_rms_norms(nn.ModuleList([patched])) == 1
+    assert patch_rms_norms(nn.ModuleList([patched])) is not None
     return stock, patched
 
 
@@ -67,5 +67,24 @@ def test_only_where_it_is_the_same_formula(name: str, changed: int) -> None:
     model = tiny(name)
     tokens = torch.arange(12)[None]
     expected = model(tokens).logits
-    assert patch_rms_norms(model) == changed
+    undo = patch_rms_norms(model)
+    assert sum("forward" in vars(module) for module in model.modules()) == changed
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (undo is not None) == (changed > 0)
+    if undo is not None:
+        undo()
+    assert torch.equal(model(tokens).logits, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
+def test_torchs_own_fused_norm_is_the_same_formula(width: int, dtype: torch.dtype, seed: int) -> None:
+    """What CUDA takes, on CPU."""
+    torch.manual_seed(seed)
+    stock, _ = pair(width, dtype)
+    hidden, outer = torch.randn(2, 4, width, dtype=dtype)
+    fused = nn.RMSNorm(width, 1e-6, dtype=dtype)
+    fused.weight = stock.weight
+    near = 8 * torch.finfo(dtype).eps
+    for one, other in zip(through(fused, hidden, outer), through(stock, hidden, outer), strict=True):
+        torch.testing.assert_close(one, other, rtol=near, atol=near * float(other.abs().max()))

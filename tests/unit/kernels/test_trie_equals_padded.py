@@ -19,6 +19,7 @@ from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
 from trainer.kernels import trie_attention as attention
+from trainer.kernels import varlen_attention as varlen
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register, trie_context
 
@@ -96,19 +97,40 @@ def test_trie_equals_padded_with_checkpointing(case: tuple[Any, LabelLoss], rows
     most_queries=st.integers(1, 6),
     most_keys=st.integers(1, 60),
     copies=st.sampled_from([0.0, 99.0]),
+    is_short=st.booleans(),
 )
 def test_long_segments_are_cut_and_keys_gathered_again(
-    case: tuple[Any, LabelLoss], rows: list[Tokens], most_queries: int, most_keys: int, copies: float
+    case: tuple[Any, LabelLoss],
+    rows: list[Tokens],
+    most_queries: int,
+    most_keys: int,
+    copies: float,
+    is_short: bool,
 ) -> None:
-    """What only long rows meet, on short ones: the limits of a row of queries, of a bucket, and of copies kept."""
+    """What only long rows meet, on short ones: the limits of a row of queries, of a bucket, and of copies kept; and
+    SDPA as CUDA calls it, with the query heads of a key head side by side."""
     expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
     with (
         patch.object(trie_paths, "MIN_QUERIES", 1),
         patch.object(trie_paths, "MAX_QUERIES", most_queries),
         patch.object(trie_paths, "MAX_KEYS", most_keys),
         patch.object(attention, "MAX_COPIES", copies),
+        patch.object(attention, "is_short", lambda *_: is_short),
+        patch.object(attention, "packs_query_heads", lambda _: not is_short),
     ):
         found, others = loss_and_gradients(case, Packing(True, Limits(None, 4096), 0), rows)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=rows_with_shared_prefixes(), uses_trie=st.booleans(), copies=st.sampled_from([0.0, 99.0]))
+def test_pieces_equal_padded(case: tuple[Any, LabelLoss], rows: list[Tokens], uses_trie: bool, copies: float) -> None:
+    """The layout of varlen calls: of tries, and of padded rows without a mask, whose padding no token sees."""
+    expected, gradients = loss_and_gradients(case, Packing(False, Limits(None, 4096), 0), rows)
+    with patch.object(varlen, "MAX_COPIES", copies):
+        found, others = loss_and_gradients(case, Packing(uses_trie, Limits(None, 4096), 0, in_pieces=True), rows)
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     for one, other in zip(gradients, others, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(one.norm()) + 1e-7

@@ -19,6 +19,7 @@ from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
+from trainer.config.rules.model import check_model
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.suggestions import ConfigField, config_fields, default_value, slurm_by_hand
 from trainer.errors import ConfigError
@@ -58,7 +59,7 @@ def check(config: TrainConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that ``config`` breaks."""
     _limits(config)
     check_compare(config.compare)
-    for check_section in (_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
+    for check_section in (check_model, _method, _data, _batch, _schedule, _zero, _zero_extra):
         check_section(config)
     for check_section in (_evaluation, _generation, _launch, _run):
         check_section(config)
@@ -99,21 +100,9 @@ def _nearest_choice(value: Any, choices: tuple[Any, ...]) -> Any:
     return min(choices, key=lambda choice: abs(choice - value))
 
 
-def _model(config: TrainConfig) -> None:
-    model = config.model
-    if not model.name_or_path.strip():
-        raise config_error("model.name_or_path", repr(model.name_or_path), "must not be empty", "model=smollm2_135m")
-    if model.dtype == "fp32" and model.attention == "flash_attention_2":
-        reason = "flash attention computes in 16 bits, and model.dtype is fp32"
-        raise config_error("model.attention", model.attention, reason, "model.attention=sdpa or model.dtype=bf16")
-    if model.dtype == "fp16" and config.zero.stage == 0:
-        reason = "fp16 needs a loss scaler, which DeepSpeed has in ZeRO stage 1 and up; zero.stage is 0"
-        raise config_error("model.dtype", model.dtype, reason, "zero=stage1 or model.dtype=bf16")
-
-
 def _method(config: TrainConfig) -> None:
     check_method(config.method)
-    cell = Cell(config.method, config.zero.stage, config.model.gradient_checkpointing, config.batch.packing)
+    cell = Cell(config.method, config.zero.stage, bool(config.model.gradient_checkpointing), config.batch.packing)
     check_cell(cell)
 
 

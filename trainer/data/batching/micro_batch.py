@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.batching.pieces import Pieces, row_pieces, trie_pieces
 from trainer.data.batching.trie import build_trie
 from trainer.data.batching.trie_paths import TriePaths, build_paths
 
@@ -44,7 +45,7 @@ class MicroBatch:
         rows: indices of the examples in the training or held-out rows, for messages.
         max_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
-        paths: of a trie; ``None`` in padded rows.
+        paths: the layout of its attention; ``None`` leaves padded rows to the model's own masks.
     """
 
     input_ids: Tensor
@@ -56,7 +57,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     max_labels: int
     position_ids: Tensor | None = None
-    paths: TriePaths | None = None
+    paths: TriePaths | Pieces | None = None
 
     @property
     def computed_tokens(self) -> int:
@@ -80,7 +81,11 @@ class MicroBatch:
 
 
 def collate_padded(
-    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, pad_id: int, max_labels: int = 0
+    examples: Sequence[Tokens],
+    rows: Sequence[int] | np.ndarray,
+    pad_id: int,
+    max_labels: int = 0,
+    in_pieces: bool = False,
 ) -> MicroBatch:
     """Collate examples into rows, padded on the right to the longest.
 
@@ -92,6 +97,7 @@ def collate_padded(
         rows: their indices.
         pad_id: fills the padding; masked, so any id gives the same result.
         max_labels: labels of the micro-batch that has most, of those that run at the same time on the ranks.
+        in_pieces: each row is a piece of a varlen call, not under the model's mask.
     """
     width = max((len(e.ids) for e in examples), default=1)
     ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
@@ -113,16 +119,20 @@ def collate_padded(
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
         max_labels=max(max_labels, len(target)),
+        paths=row_pieces(*ids.shape) if in_pieces else None,
     )
 
 
-def collate_trie(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0) -> MicroBatch:
+def collate_trie(
+    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0, in_pieces: bool = False
+) -> MicroBatch:
     """Collate examples into one trie: each shared prefix once, with the loss and gradient of the separate rows.
 
     Args:
         examples: at least one, each of at least one token.
         rows: their indices.
         max_labels: as in :func:`collate_padded`.
+        in_pieces: the layout of a varlen call, not of rows of queries in buckets.
     """
     trie = build_trie([e.ids for e in examples], [e.loss_mask for e in examples])
     target = np.flatnonzero(trie.weights)
@@ -136,5 +146,5 @@ def collate_trie(examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, m
         rows=tuple(int(r) for r in rows),
         max_labels=max(max_labels, len(target)),
         position_ids=torch.from_numpy(trie.depths)[None],
-        paths=build_paths(trie),
+        paths=trie_pieces(trie) if in_pieces else build_paths(trie),
     )

@@ -37,11 +37,13 @@ class Packing:
         uses_trie: examples with a shared prefix compute it once, in a trie; else rows are padded.
         limits: what one forward may hold.
         pad_id: fills padding.
+        in_pieces: attention is laid out for varlen calls, in padded rows too.
     """
 
     uses_trie: bool
     limits: Limits
     pad_id: int
+    in_pieces: bool = False
 
     def split(self, examples: Sequence[Tokens], world_size: int) -> Layout:
         """Split examples over ranks and micro-batches, the same number on every rank; a pure function."""
@@ -76,5 +78,5 @@ class Packing:
         """Collate examples into one micro-batch; none into the stand-in that adds zero. ``max_labels``: see
         ``MicroBatch``."""
         if self.uses_trie and examples:
-            return collate_trie(examples, rows, max_labels)
-        return collate_padded(examples, rows, self.pad_id, max_labels)
+            return collate_trie(examples, rows, max_labels, self.in_pieces)
+        return collate_padded(examples, rows, self.pad_id, max_labels, self.in_pieces)

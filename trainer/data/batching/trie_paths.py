@@ -86,6 +86,11 @@ class TriePaths:
     _key_indices: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens of the forward that it is the attention of: one row of all nodes."""
+        return 1, len(self.place)
+
+    @property
     def copies(self) -> float:
         """The mean number of copies of a node's key and value: one for each row that attends to it."""
         return sum(b.keys.numel() for b in self.buckets) / len(self.place)

@@ -16,10 +16,14 @@ from tests.helpers.architectures import ARCHITECTURES, KINDS_OF_ATTENTION, VOCAB
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
+from trainer.data.batching.packing import Packing
 from trainer.data.batching.trie import Trie
 from trainer.data.batching.trie_paths import Bucket, TriePaths
 from trainer.data.run_data import Data
-from trainer.engine.verify_trie import BOUNDS, choose_packing, smallest_window, verification_rows, verify
+from trainer.engine.kernel_set import KernelSet
+from trainer.engine.verification import BOUNDS, Verification
+from trainer.engine.verification_rows import smallest_window, verification_rows
+from trainer.engine.verify_kernels import Verifier, choose_packing_and_kernels, verify
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL, register
@@ -72,6 +76,15 @@ def made(name: str, dtype: torch.dtype, seed: int = 0, adapter: bool = False, **
     if adapter:
         model = attach(model, MethodConfig(r=4), seed=0)
     return model, LabelLoss(model)
+
+
+def choose_packing(model: Any, loss: LabelLoss, config: TrainConfig, data: Data, pad_id: int) -> tuple[Packing, str]:
+    choice = choose_packing_and_kernels(model, loss, config, data, pad_id)
+    return choice.packing, choice.lines[0]
+
+
+def verified(model: Any, loss: LabelLoss, rows: list[Tokens]) -> Verification:
+    return verify(Verifier(model, loss, [rows], 0, KernelSet(model), "rows"), rows, uses_trie=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,7 +227,7 @@ def test_no_mistake_gets_past(name: str, mistake: Any, dtype: torch.dtype, monke
     model, loss = made(name, dtype)
     if dtype == torch.float32:
         for rows in verification_rows(config(), DATA, smallest_window(model))[:1]:
-            proof = verify(model, loss, rows, 0)
+            proof = verified(model, loss, rows)
             assert max(proof.loss_distance, proof.gradient_distance) > 30 * BOUNDS[torch.float32]
     packing, why = choose_packing(model, loss, config("auto"), DATA, 0)
     assert not packing.uses_trie
@@ -353,7 +366,7 @@ def test_no_mistake_gets_past_the_first_layers_of_an_adapted_model(
             model, loss = deep("llama", adapter=True, layers=adapted)
             rows = verification_rows(config(), DATA, None)[0]
             with layers.first_layers(model):
-                proof = verify(model, loss, rows, 0)
+                proof = verified(model, loss, rows)
             assert proof.gradient_distance > 30 * BOUNDS[torch.float32]
 
 
@@ -362,7 +375,7 @@ def test_a_large_model_in_16_bits_is_tried_in_fp32_where_its_beginning_is_small(
     model, loss = deep("llama")
     model = model.to(torch.bfloat16)
     beginning = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stack(model)[2:].parameters())
-    monkeypatch.setattr("trainer.engine.verify_trie.MAX_FP32_PARAMETERS", beginning)
+    monkeypatch.setattr("trainer.engine.verify_kernels.MAX_FP32_PARAMETERS", beginning)
     one_label_too_many(monkeypatch)  # small enough to be lost in 16 bits
     assert "in float32; 1.0e-04 is allowed" in choose_packing(model, loss, config(), DATA, 0)[1]
 

@@ -1,0 +1,65 @@
+"""Selective checkpointing: the gradients of no checkpointing, without the large products a second time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.architectures import tiny
+from trainer.kernels import selective_checkpoint
+from trainer.kernels.lora_linear import patch_lora_linears
+from trainer.kernels.selective_checkpoint import checkpoint_arguments
+
+IDS = torch.arange(5, 35).view(2, 15)
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+class Count(TorchDispatchMode):
+    """Counts matrix products over many columns, and everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.others = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_large = func in PRODUCTS and args[-2].shape[1] >= 16
+        self.products += is_large
+        self.others += not is_large
+        return func(*args, **(kwargs or {}))
+
+
+def run(model: Any, way: bool | str) -> tuple[list[Tensor], Count]:
+    model.gradient_checkpointing_disable()
+    if way:
+        model.gradient_checkpointing_enable(checkpoint_arguments(way == "selective"))
+    model.train()
+    logits = model(input_ids=IDS, use_cache=False).logits
+    with Count() as backward:
+        found = torch.autograd.grad(logits.square().mean(), [p for p in model.parameters() if p.requires_grad])
+    return list(found), backward
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gradients_are_those_without_it(method: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective_checkpoint, "MIN_COLUMNS", 16)  # the tiny model's products are over 32 and 48
+    torch.manual_seed(0)
+    model: Any = tiny("llama")
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model.enable_input_require_grads()
+    if fused and patch_lora_linears(model) is None:
+        pytest.skip("there is no LoRA to patch")
+    expected, plain = run(model, False)
+    whole, repeated = run(model, True)
+    found, selective = run(model, "selective")
+    for one, other, again in zip(found, expected, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(again, other, rtol=1e-5, atol=1e-6)
+    assert selective.products == plain.products < repeated.products
+    assert selective.others > plain.others

@@ -1,0 +1,28 @@
+"""Compile a model's decoder layers with torch.compile, each by itself (regional compilation)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainer.compat.torch import uncompile_module
+from trainer.models.first_layers import find_decoder_layers
+
+
+def compile_layers(model: Any) -> Callable[[], None] | None:
+    """Compile the decoder layers for any shape, one graph for all of a kind; return what undoes it.
+
+    Layers of one kind share their code, so the compilation of one serves all. No two tries have the same shape, so
+    shapes are symbols. ``None`` where no list of layers is found.
+    """
+    if (stack := find_decoder_layers(model)) is None:
+        return None
+    layers = list(stack[2])
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+    def undo() -> None:
+        for layer in layers:
+            uncompile_module(layer)
+
+    return undo
