@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -39,16 +39,14 @@ class RaggedPaths(TriePaths):
     most_queries: int = 0
     most_keys: int = 0
 
-    def to(self, device: torch.device) -> RaggedPaths:
-        """Return the same on ``device``, copied without waiting on CUDA."""
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that :meth:`with_tensors` takes them."""
+        return [self.place, self.query_ends, self.key_ends, *([] if self.key_nodes is None else [self.key_nodes])]
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or device.type != "cuda":
-                return tensor
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        moved = {name: move(getattr(self, name)) for name in ("query_ends", "key_ends", "key_nodes")}
-        return dataclasses.replace(self, **moved)
+    def with_tensors(self, tensors: Sequence[Tensor]) -> RaggedPaths:
+        """Return the same with other tensors in the places of its own."""
+        names = ("place", "query_ends", "key_ends", "key_nodes")
+        return dataclasses.replace(self, **dict(zip(names, tensors, strict=False)))
 
     @classmethod
     def from_lengths(cls, queries: list[int], keys: list[int], key_nodes: Tensor | None) -> RaggedPaths:
@@ -59,6 +57,7 @@ class RaggedPaths(TriePaths):
         return cls(
             [],
             torch.arange(sum(queries)),
+            torch.empty(3, 0, dtype=torch.int64),
             query_ends=query_ends,
             key_ends=key_ends,
             key_nodes=key_nodes,

@@ -134,13 +134,13 @@ def generation_in_lockstep(bench: Bench) -> dict[str, Any] | None:
     return {"rows": len(answers), "equal": answers == expected}
 
 
-def not_finite_is_named(bench: Bench, zero: str) -> dict[str, Any]:
-    """Rank 1 alone meets a NaN: every rank stops at that step, no tensor has changed."""
+def not_finite_is_named(bench: Bench, zero: str, what: str) -> dict[str, Any]:
+    """Rank 1 alone meets a NaN, in a loss or a gradient: every rank stops at that step, no tensor has changed."""
     loop = bench.loop(bench.config(f"zero={zero}"))
     loop.step(0)
     before = gather_state(loop.engine)
     if bench.world.rank == 1:
-        loop.engine.loss = _Poisoned(loop.engine.loss)
+        loop.engine.loss = _Poisoned(loop.engine.loss, what)
     message = None
     try:
         loop.step(1)
@@ -152,17 +152,22 @@ def not_finite_is_named(bench: Bench, zero: str) -> dict[str, Any]:
 
 
 class _Poisoned:
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
+    def __init__(self, loss: Any, what: str) -> None:
+        self.loss, self.what = loss, what
 
     def __call__(self, forward: Any, batch: Any) -> Tensor:
-        return self.loss(forward, batch) * float("nan")
+        loss: Tensor = self.loss(forward, batch)
+        if self.what == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
 
 
 CASES: dict[str, Callable[[Bench], Any]] = {
     "loss": loss_equals_transformers,
     **{f"adapter {zero}": partial(adapter_loads_in_stock_peft, zero=zero) for zero in ZERO},
-    **{f"not finite {zero}": partial(not_finite_is_named, zero=zero) for zero in ZERO},
+    **{f"not finite loss {zero}": partial(not_finite_is_named, zero=zero, what="loss") for zero in ZERO},
+    **{f"not finite gradient {zero}": partial(not_finite_is_named, zero=zero, what="gradient") for zero in ZERO},
     **{f"chunks {zero}": partial(chunks_equal_one_call, zero=zero, overrides=[]) for zero in ZERO},
     **{
         f"chunks {zero} method=full": partial(chunks_equal_one_call, zero=zero, overrides=["method=full"])

@@ -33,13 +33,14 @@ def test_the_vocabulary_matrix_in_chunks_changes_nothing(seen: Cases, name: str)
     assert seen[f"chunks {name}"] <= 1e-5
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("zero", ZERO)
-def test_not_finite_names_step_rank_and_rows(seen: Cases, zero: str) -> None:
-    first, second = seen[f"not finite {zero}"]["messages"]
+def test_not_finite_names_step_rank_and_rows(seen: Cases, zero: str, what: str) -> None:
+    first, second = seen[f"not finite {what} {zero}"]["messages"]
     assert first == second
-    assert "step 2, rank 1: the loss is not finite" in first
+    assert f"step 2, rank 1: the {what} is not finite" in first
     assert "headlines.jsonl:" in first
-    assert seen[f"not finite {zero}"]["unchanged"], "the adapter of the step before must survive"
+    assert seen[f"not finite {what} {zero}"]["unchanged"], "the adapter of the step before must survive"
 
 
 def test_generation_in_lockstep_equals_one_process(seen: Cases) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer.compat.deepspeed import skip_shm_build
 from trainer.compat.torch import run_exit_handlers
@@ -98,9 +99,17 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum numbers over all ranks, element by element, in float64: one small all-reduce and one copy to the host."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+def sum_over_ranks(values: Sequence[float] | Tensor, device: torch.device) -> list[float]:
+    """Sum numbers over all ranks, element by element, in float64: one small all-reduce and one copy to the host.
+
+    Args:
+        values: as many on every rank; a tensor is left as it is, and not waited for.
+        device: of the process group.
+    """
+    if isinstance(values, Tensor):
+        total = values.to(device, torch.float64, copy=True)
+    else:
+        total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,7 @@ class Engine:
         wanted = self.zero_stage == 0 and self.dtype != torch.float32
         return torch.autocast(self.world.device.type, self.dtype, enabled=wanted)
 
-    def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[list[float], bool]:
+    def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Accumulate gradients over this rank's micro-batches (forward and backward), then reduce them over the ranks.
 
         Args:
@@ -125,8 +125,9 @@ class Engine:
             seeds: one a micro-batch, for dropout.
 
         Returns:
-            The unscaled loss sum of each micro-batch, and whether this rank's own gradients were all finite (always
-            true where they are reduced micro-batch by micro-batch, and cannot be told apart).
+            The unscaled loss sum of each micro-batch, float32 of shape (micro-batches,), and whether this rank's own
+            gradients were all finite, a bool scalar (always true where they are reduced micro-batch by micro-batch, and
+            cannot be told apart). Both on the device, which is not waited for.
         """
         if self.zero_stage == 3 and not self._has_gathered:
             # what ZeRO-3 does after each step: before the first one, persistent parameters are whole only inside the
@@ -146,11 +147,12 @@ class Engine:
                     loss = self.loss_sum(batch)
                     self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())
-            local_is_finite = self._local_gradients_are_finite() if self.reduces_once or self.zero_stage == 0 else True
+            are_local = self.reduces_once or self.zero_stage == 0
+            all_finite = gradients_are_finite(self.trainable_params.values() if are_local else (), self.world.device)
         self.deepspeed.set_gradient_accumulation_boundary(True)
         if self.zero_stage == 0:
             self.deepspeed.allreduce_gradients()
-        return torch.stack(sums).tolist(), local_is_finite
+        return torch.stack(sums), all_finite
 
     def update(self, learning_rate: float) -> Update:
         """Clip, then take one AdamW step. A step whose gradient norm is not finite is not taken, on any rank."""
@@ -180,9 +182,11 @@ class Engine:
         """Turn dropout and gradient checkpointing off."""
         self.deepspeed.eval()
 
-    def _local_gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self.trainable_params.values() if p.grad is not None]
-        if not gradients:
-            return True
-        norms = torch.stack([g.abs().amax().float() for g in gradients if g.numel()])
-        return bool(torch.isfinite(norms).all())
+
+def gradients_are_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Return whether the gradients of some parameters are all finite: bool scalar on the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    if not gradients:
+        return torch.ones((), dtype=torch.bool, device=device)
+    # The largest magnitude is not finite where any is not; a sum of squares could overflow on the way.
+    return torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()

@@ -11,16 +11,17 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
+from trainer.data.batching.step_batches import StepBatches, StepLoader
 from trainer.data.run_data import Data
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.engine.engine import Engine, Update
@@ -75,6 +76,7 @@ class Loop:
     world: World
     data: Data
     packing: Packing
+    loader: StepLoader
     engine: Engine
     generator: Generator
     tracker: Tracker
@@ -120,28 +122,22 @@ class Loop:
             TrainingError: a loss or gradient is not finite; on every rank alike, and before the optimizer has seen it.
         """
         begin = time.perf_counter()
-        seed, train = self.config.run.seed, self.data.train
-        chosen = global_batch(seed, step, len(train), self.config.batch.global_size)
-        examples, label_tokens = train.tokens(chosen), train.label_tokens(chosen)
-        layout = self.packing.split(examples, self.world.world_size)
-        batches = list(self.packing.batches(examples, layout, self.world.rank, chosen))
-        seeds = [_dropout_seed(seed, step, self.world.rank, k) for k in range(len(batches))]
+        made = self.loader.load(step)
         data_seconds = time.perf_counter() - begin
-
-        sums, gradients_finite = self.engine.accumulate(batches, self.world.world_size / label_tokens, seeds)
-        loss, stop_requested = self._reduce_step_status(step, batches, sums, gradients_finite, label_tokens)
+        seeds = [_dropout_seed(self.config.run.seed, step, self.world.rank, k) for k in range(len(made.batches))]
+        sums, gradients_finite = self.engine.accumulate(made.batches, self.world.world_size / made.label_tokens, seeds)
+        loss, stop_requested = self._reduce_step_status(step, made, sums, gradients_finite)
         update = self._update(step)
-        self._check_update(step, update, chosen)
+        self._check_update(step, update, made.chosen)
 
-        useful = sum(len(e.ids) for e in examples)
         record = {
             "step": step + 1,
             "epoch": self.schedule.epoch(step + 1),
             "loss": loss,
             "grad_norm": update.grad_norm,
             "learning_rate": self.schedule.learning_rate(step),
-            "label_tokens": label_tokens,
-            **self.meter.measure(time.perf_counter() - begin, data_seconds, useful, layout.computed_tokens),
+            "label_tokens": made.label_tokens,
+            **self.meter.measure(time.perf_counter() - begin, data_seconds, made.useful_tokens, made.computed_tokens),
         }
         if self.engine.dtype == torch.float16:
             record["loss_scale"] = self.engine.loss_scale
@@ -180,24 +176,32 @@ class Loop:
         return update
 
     def _reduce_step_status(
-        self, step: int, batches: list[MicroBatch], sums: list[float], gradients_finite: bool, label_tokens: int
+        self, step: int, made: StepBatches, sums: Tensor, gradients_finite: Tensor
     ) -> tuple[float, bool]:
         """Run the one all-reduce of a step: the global mean loss, whether to stop, and which ranks met a value that is
-        not finite. Raises before the optimizer has seen it."""
-        not_finite = [k for k, s in enumerate(sums) if not math.isfinite(s)]
+        not finite. Raises before the optimizer has seen it.
+
+        The device is waited for once, when the sums over ranks are read.
+        """
+        losses_finite = sums.isfinite().all()
         # In fp16 an overflowing gradient is the loss scaler's daily work, not a failure.
-        failed = bool(not_finite) or (not gradients_finite and self.engine.dtype != torch.float16)
-        flags = [float(failed and rank == self.world.rank) for rank in range(self.world.world_size)]
-        total, stops, *failed_ranks = sum_over_ranks(
-            [0.0 if failed else sum(sums), float(self.stop.wanted), *flags], self.world.device
-        )
+        failed = ~losses_finite if self.engine.dtype == torch.float16 else ~(losses_finite & gradients_finite)
+        status = torch.zeros(2 + self.world.world_size, dtype=torch.float64, device=sums.device)
+        status[0] = sums.double().sum().masked_fill(failed, 0)
+        status[1] = float(self.stop.wanted)
+        status[2 + self.world.rank] = failed
+        total, stops, *failed_ranks = sum_over_ranks(status, self.world.device)
         if any(failed_ranks):
-            suspects = [batches[k] for k in not_finite] or batches
-            what = "loss" if not_finite else "gradient"
-            mine = (what, self._row_names([r for b in suspects for r in b.rows])) if failed else None
-            rank, (what, rows) = next((rank, r) for rank, r in enumerate(gather_objects(mine)) if r is not None)
-            raise _not_finite(what, step, rank, rows)
-        return total / label_tokens, stops > 0
+            self._raise_not_finite(step, made.batches, sums.tolist(), failed_ranks[self.world.rank] > 0)
+        return total / made.label_tokens, stops > 0
+
+    def _raise_not_finite(self, step: int, batches: list[MicroBatch], sums: list[float], failed: bool) -> NoReturn:
+        """Raise, on every rank alike, what the first rank that ``failed`` has met."""
+        suspects = [batch for batch, value in zip(batches, sums, strict=True) if not math.isfinite(value)]
+        what = "loss" if suspects else "gradient"
+        mine = (what, self._row_names([r for b in suspects or batches for r in b.rows])) if failed else None
+        rank, (what, rows) = next((rank, r) for rank, r in enumerate(gather_objects(mine)) if r is not None)
+        raise _not_finite(what, step, rank, rows)
 
     def _check_update(self, step: int, update: Update, chosen: np.ndarray) -> None:
         if update.applied:

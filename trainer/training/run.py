@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from trainer.checkpoint.commit import archive_after
 from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig, to_yaml
 from trainer.config.identity import run_identity
+from trainer.data.batching.packing import Packing
+from trainer.data.batching.step_batches import StepLoader, StepSource
 from trainer.data.describe import describe
 from trainer.data.load import load_data
 from trainer.data.run_data import Data
@@ -123,7 +126,8 @@ def run_job(job: Job) -> Outcome:
         _log_start(job, built.model_info, first_step)
         monitor = open_monitor(config, monitor_state, checkpointer)
         loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
-        outcome = loop.train(first_step)
+        with closing(loop.loader):
+            outcome = loop.train(first_step)
         summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
@@ -159,6 +163,7 @@ def create_loop(
         world=job.world,
         data=job.data,
         packing=built.packing,
+        loader=create_loader(job, built.packing, schedule.total_steps),
         engine=built.engine,
         generator=create_generator(job, built),
         tracker=tracker,
@@ -168,6 +173,20 @@ def create_loop(
         monitor=monitor,
         schedule=schedule,
     )
+
+
+def create_loader(job: Job, packing: Packing, total_steps: int) -> StepLoader:
+    """Create what makes the batches of each step."""
+    source = StepSource(
+        rows=job.data.train,
+        packing=packing,
+        seed=job.config.run.seed,
+        global_size=job.config.batch.global_size,
+        rank=job.world.rank,
+        world_size=job.world.world_size,
+        device=job.world.device,
+    )
+    return StepLoader(source, total_steps)
 
 
 def create_generator(job: Job, built: Built) -> Generator:

@@ -7,12 +7,13 @@ ids; the loss mask is in them already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.batching.flat_tensors import flatten, unflatten
 from trainer.data.batching.pieces import Pieces, row_pieces, trie_pieces
 from trainer.data.batching.trie import build_trie
 from trainer.data.batching.trie_paths import TriePaths, build_paths
@@ -46,6 +47,7 @@ class MicroBatch:
         max_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
         paths: the layout of its attention; ``None`` leaves padded rows to the model's own masks.
+        buffer: page-locked memory that all tensors are views of, uint8, shape (bytes,); ``None`` unless pinned.
     """
 
     input_ids: Tensor
@@ -58,26 +60,45 @@ class MicroBatch:
     max_labels: int
     position_ids: Tensor | None = None
     paths: TriePaths | Pieces | None = None
+    buffer: Tensor | None = None
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that the device runs, padding included; an empty micro-batch's stand-in counts too."""
         return self.input_ids.numel()
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that :meth:`with_tensors` takes them."""
+        own = [self.input_ids, self.attention_mask, self.source, self.target, self.weight]
+        own += [] if self.position_ids is None else [self.position_ids]
+        return own + ([] if self.paths is None else self.paths.tensors())
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> MicroBatch:
+        """Return the same micro-batch with other tensors in the places of its own."""
+        names = ["input_ids", "attention_mask", "source", "target", "weight"]
+        names += [] if self.position_ids is None else ["position_ids"]
+        own = dict(zip(names, tensors, strict=False))
+        paths = None if self.paths is None else self.paths.with_tensors(tensors[len(names) :])
+        return replace(self, **own, paths=paths, buffer=None)
+
+    def pin_memory(self) -> MicroBatch:
+        """Return the same micro-batch with its tensors in one buffer of page-locked memory; needs CUDA."""
+        tensors = self.tensors()
+        buffer = flatten(tensors, pin_memory=True)
+        return replace(self.with_tensors(unflatten(buffer, tensors)), buffer=buffer)
+
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the same micro-batch with its tensors on ``device``."""
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.source.to(device),
-            self.target.to(device),
-            self.weight.to(device),
-            self.useful_tokens,
-            self.rows,
-            self.max_labels,
-            None if self.position_ids is None else self.position_ids.to(device),
-            None if self.paths is None else self.paths.to(device),
-        )
+        """Return the same micro-batch with its tensors on ``device``: views of one buffer that is copied in one go.
+
+        The copy to a GPU is from page-locked memory and is not waited for. Where the tensors are on ``device``
+        already, nothing is copied.
+        """
+        if self.input_ids.device == device:
+            return self.with_tensors(self.tensors())  # its paths fill caches that must not outlive the forward
+        on_host = self.pin_memory() if self.buffer is None and device.type == "cuda" else self
+        tensors = on_host.tensors()
+        buffer = flatten(tensors) if on_host.buffer is None else on_host.buffer
+        return self.with_tensors(unflatten(buffer.to(device, non_blocking=True), tensors))
 
 
 def collate_padded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -60,7 +60,7 @@ class QueryOrder:
     Attributes:
         gather: which vector stands at each place of the buckets, int64, shape (places,); node 0's in padding.
         inverse: the place of each vector, int64, shape (heads * nodes,).
-        padding: the padded places, int64.
+        padding: the padded places, int64, in no order.
         node_gather, node_inverse: ``gather`` and ``inverse`` of (nodes, heads), flattened, the layout of the outputs.
     """
 
@@ -78,10 +78,13 @@ class TriePaths:
     Attributes:
         buckets: their queries, flattened and concatenated, are one list of nodes and padding.
         place: where each node stands in that list, int64, shape (nodes,).
+        padding: of each padding in it, where its row begins, how wide the row is, and its column, int64, shape
+            (3, paddings).
     """
 
     buckets: list[Bucket]
     place: Tensor
+    padding: Tensor
     _query_orders: dict[int, QueryOrder] = field(default_factory=dict)
     _key_indices: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -102,16 +105,18 @@ class TriePaths:
             parts = [_expand_heads(b.queries, heads, nodes) for b in self.buckets]
             gather = torch.cat(parts)
             places = torch.arange(len(gather), device=self.place.device)
+            row_begin, width, column = self.padding[:, :, None]
+            head = torch.arange(heads, device=self.place.device)
             grids = [
                 part.view(len(b.queries), heads, -1).transpose(0, 1).flatten(1)
                 for b, part in zip(self.buckets, places.split([len(p) for p in parts]), strict=True)
             ]
             inverse = torch.cat(grids, dim=1)[:, self.place]
-            empty = torch.ones_like(places, dtype=torch.bool).index_fill_(0, inverse.flatten(), False)
             self._query_orders[heads] = QueryOrder(
                 gather,
                 inverse.flatten(),
-                empty.nonzero().flatten(),
+                # by arithmetic, not by looking for them: how many there are, the host would have to wait for
+                (row_begin * heads + head * width + column).flatten(),
                 node_gather=gather % nodes * heads + gather // nodes,
                 node_inverse=inverse.t().flatten(),
             )
@@ -124,10 +129,14 @@ class TriePaths:
             self._key_indices[heads] = [_expand_heads(b.keys, heads, len(self.place)) for b in self.buckets]
         return self._key_indices[heads]
 
-    def to(self, device: torch.device) -> TriePaths:
-        """Return the same with its tensors on ``device``."""
-        moved = [Bucket(b.queries.to(device), b.keys.to(device), b.depths.to(device)) for b in self.buckets]
-        return TriePaths(moved, self.place.to(device))
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in the order that :meth:`with_tensors` takes them."""
+        return [self.place, self.padding, *(t for b in self.buckets for t in (b.queries, b.keys, b.depths))]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> TriePaths:
+        """Return the same with other tensors in the places of its own."""
+        place, padding, *others = tensors
+        return TriePaths([Bucket(*others[k : k + 3]) for k in range(0, len(others), 3)], place, padding)
 
 
 def _expand_heads(nodes: Tensor, heads: int, count: int) -> Tensor:
@@ -155,6 +164,7 @@ def build_paths(trie: Trie) -> TriePaths:
         long += [(path, begin, end) for begin, end in pairwise(cuts)]
     buckets: list[Bucket] = []
     place = np.empty(len(trie.ids), dtype=np.int64)
+    padding: list[np.ndarray] = []
     laid = 0
     for group in (*_group_by_key_length(short), *_group_by_key_length(long)):
         width = max(e - b for _, b, e in group)
@@ -164,10 +174,12 @@ def build_paths(trie: Trie) -> TriePaths:
             queries[row, : e - b] = path[b:e]
             keys[row, :e] = path[:e]
             place[path[b:e]] = laid + row * width + np.arange(e - b)
+        rows, columns = np.nonzero(np.arange(width) >= np.asarray([[e - b] for _, b, e in group]))
+        padding.append(np.stack([laid + rows * width, np.full_like(rows, width), columns]))
         laid += queries.size
         depths = torch.tensor([b for _, b, _ in group])
         buckets.append(Bucket(torch.from_numpy(queries), torch.from_numpy(keys), depths))
-    return TriePaths(buckets, torch.from_numpy(place))
+    return TriePaths(buckets, torch.from_numpy(place), torch.from_numpy(np.concatenate(padding, axis=1)))
 
 
 def _group_by_key_length(segments: list[Segment]) -> Iterator[list[Segment]]:
