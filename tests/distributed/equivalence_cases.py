@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.distributed.bench import Bench, gather_weights, reference_batches
 from tests.helpers.reference import train_reference, worst_distance
+from trainer.kernels import selective_checkpoint
 from trainer.models.embedded import resolve
 
 CUTS = {
@@ -24,6 +25,9 @@ ZERO = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offloa
 # A smaller rate than over five steps: at 0.01 twenty steps of the tiny model amplify rounding itself to 1.5e-5.
 LONG = ["batch.max_steps=20", "batch.epochs=3", "optim.learning_rate=0.003", "batch.micro_tokens=400"]
 LONG += ["data.max_length=400"]
+# Those that a CPU can run; attention in pieces, of tries and of padded rows.
+KERNELS = ["model.kernels=[varlen,lora,rms_norm]", "data.max_length=400", "batch.micro_tokens=400"]
+selective_checkpoint.MIN_COLUMNS = 16  # the tiny model's products are small
 
 
 def cases(world_size: int) -> dict[str, list[str]]:
@@ -38,7 +42,7 @@ def cases(world_size: int) -> dict[str, list[str]]:
 
 def five_steps() -> dict[str, list[str]]:
     """Tries (the default, once verified) in threes under every stage; under stages 2 and 3 in every cut, and beside
-    padded rows; gradient checkpointing and all weights under every stage."""
+    padded rows; gradient checkpointing (of all or selective) and all weights under every stage; the fused kernels."""
     out: dict[str, list[str]] = {}
     for zero in ZERO:
         thorough = zero in ("stage2", "stage3")
@@ -58,7 +62,12 @@ def five_steps() -> dict[str, list[str]]:
                 "batch.micro_tokens=400",
                 "batch.packing=trie",
             ]
-        out[f"lora {zero} checkpointing"] = [f"zero={zero}", "batch.micro_size=2", "model.gradient_checkpointing=true"]
+        way = "selective" if zero in ("stage1", "stage3", "stage3_offload") else "true"
+        saves = f"model.gradient_checkpointing={way}"
+        out[f"lora {zero} checkpointing"] = [f"zero={zero}", "batch.micro_size=2", saves]
+        if "offload" not in zero:
+            packing = "padded" if zero in ("stage0", "stage3") else "trie"
+            out[f"lora {zero} kernels"] = [f"zero={zero}", *KERNELS, saves, f"batch.packing={packing}"]
         out[f"full {zero} uneven"] = ["method=full", f"zero={zero}", "batch.micro_size=3"]
     out["lora bf16 stage2 uneven"] = ["zero=stage2", "model.dtype=bf16", "batch.micro_size=3"]
     return out
@@ -70,10 +79,13 @@ class Equivalence:
     def __init__(self) -> None:
         self.references: dict[tuple[str, int], dict[str, Tensor]] = {}
 
-    def __call__(self, bench: Bench, overrides: list[str]) -> float | None:
+    def __call__(self, bench: Bench, case: str, overrides: list[str]) -> float | None:
         loop = bench.loop(bench.config(*overrides))
         assert all(module.training for module in loop.engine.model.modules()), "dropout, checkpointing"
-        assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "verify_trie fell back"
+        assert loop.packing.uses_trie == ("batch.packing=padded" not in overrides), "the verification fell back"
+        if "kernels" in case:
+            assert loop.packing.in_pieces
+            assert any("forward" in vars(m) for n, m in loop.engine.model.named_modules() if n.endswith("q_proj"))
         for step in range(loop.schedule.total_steps):
             loop.step(step)
         found = gather_weights(loop)
@@ -90,4 +102,4 @@ class Equivalence:
 if __name__ == "__main__":
     bench, equivalence = Bench(), Equivalence()
     by_name = cases(bench.world.world_size)
-    bench.record({name: partial(equivalence, overrides=overrides) for name, overrides in by_name.items()})
+    bench.record({name: partial(equivalence, case=name, overrides=overrides) for name, overrides in by_name.items()})

@@ -51,10 +51,12 @@ def list_cells(methods: list[str]) -> dict[str, list[str]]:
         number = list(ZERO).index(zero)
         saves = (number + bits // 4) % 2 == 0 and method != "prefix"
         uses_trie = (number // 2 + bits // 4) % 2 == 0 and method not in ("prompt", "prefix")
+        uses_kernels = method in ("lora", "rslora", "dora") and (number + bits // 8) % 2 == 0
         out[f"{method} {bits} {zero}"] = [
             *(*base, f"zero={zero}", f"method.bits={bits}", *METHODS[method]),
             f"model.gradient_checkpointing={str(saves).lower()}",
             f"batch.packing={'trie' if uses_trie else 'padded'}",
+            *(["model.kernels=[lora,rms_norm]"] if uses_kernels else []),
             *(["method.quant_storage=uint8"] if (method, bits) == ("rslora", 4) else []),  # stage 3 too
         ]
     return out

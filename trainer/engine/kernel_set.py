@@ -30,21 +30,21 @@ from trainer.config.schema import KERNELS, TrainConfig
 from trainer.errors import ConfigError
 from trainer.kernels.liger import liger_obstacle, patch_rope, patch_swiglu
 from trainer.kernels.lora_linear import patch_lora_linears
+from trainer.kernels.patch import Patch
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.kernels.trie_attention import KERNEL
 from trainer.kernels.varlen_attention import HALF
 from trainer.methods import is_prompt_learning
 from trainer.models.compile import compile_layers
 
-Undo = Callable[[], None]
+
+def _mark_only(_: Any) -> Patch:
+    """Patch nothing: the layout of the micro-batches asks for varlen."""
+    return Patch(lambda: None, lambda: None)
 
 
-def _nothing() -> None:
-    """Undo of a kernel that patches nothing: the layout of the micro-batches asks for varlen."""
-
-
-INSTALL: dict[str, Callable[[Any], Undo | None]] = {
-    "varlen": lambda _: _nothing,
+INSTALL: dict[str, Callable[[Any], Patch | None]] = {
+    "varlen": _mark_only,
     "lora": patch_lora_linears,
     "swiglu": patch_swiglu,
     "rope": patch_rope,
@@ -62,29 +62,33 @@ class KernelSet:
     """
 
     def __init__(self, model: Any, names: tuple[str, ...] = ()) -> None:
-        self.model = model
-        self._undo: dict[str, Undo] = {}
-        self._install(names)
-
-    def _install(self, names: tuple[str, ...]) -> None:
+        self._in_use: dict[str, Patch] = {}
+        self._left_out: dict[str, Patch] = {}
         for name in names:
-            if (undo := INSTALL[name](self.model)) is not None:
-                self._undo[name] = undo
+            if (patch := INSTALL[name](model)) is not None:
+                self._in_use[name] = patch
 
     @property
     def names(self) -> tuple[str, ...]:
         """The kernels in use."""
-        return tuple(name for name in INSTALL if name in self._undo)
+        return tuple(name for name in INSTALL if name in self._in_use)
 
     def remove(self, *names: str) -> None:
-        """Take kernels out for good."""
+        """Take kernels out."""
         for name in names:
-            self._undo.pop(name)()
+            self._left_out[name] = self._in_use.pop(name)
+            self._left_out[name].undo()
+
+    def put_back(self, *names: str) -> None:
+        """Put kernels in again that were taken out."""
+        for name in names:
+            self._in_use[name] = self._left_out.pop(name)
+            self._in_use[name].apply()
 
     def use(self, names: tuple[str, ...]) -> None:
-        """Use these kernels and no others."""
+        """Use these of the installed kernels and no others."""
         self.remove(*(name for name in self.names if name not in names))
-        self._install(tuple(name for name in names if name not in self._undo))
+        self.put_back(*(name for name in names if name in self._left_out))
 
     @contextlib.contextmanager
     def without(self, *names: str) -> Iterator[None]:
@@ -93,7 +97,7 @@ class KernelSet:
         try:
             yield
         finally:
-            self._install(names)
+            self.put_back(*names)
 
 
 def wanted_kernels(config: TrainConfig, model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from trainer.kernels.patch import Patch, patch_attribute, patch_forwards
 
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -24,17 +25,9 @@ def liger_obstacle() -> str | None:
     return f"{' and '.join(missing)} not installed (pip install 'afina[gpu]')" if missing else None
 
 
-def patch_swiglu(model: nn.Module) -> Callable[[], None] | None:
-    """Patch the gated MLPs whose activation is SiLU; return what undoes it, ``None`` where there is none."""
-    patched = [module for module in model.modules() if _is_swiglu(module)]
-    for module in patched:
-        module.forward = partial(_swiglu, module)
-
-    def undo() -> None:
-        for module in patched:
-            del module.forward
-
-    return undo if patched else None
+def patch_swiglu(model: nn.Module) -> Patch | None:
+    """Patch the gated MLPs whose activation is SiLU; return the patch, applied, or ``None`` where there is none."""
+    return patch_forwards([(module, partial(_swiglu, module)) for module in model.modules() if _is_swiglu(module)])
 
 
 def _is_swiglu(module: nn.Module) -> bool:
@@ -49,15 +42,13 @@ def _swiglu(module: Any, x: Tensor) -> Tensor:
     return gated
 
 
-def patch_rope(model: Any) -> Callable[[], None] | None:
-    """Patch the rotary embedding in the module of the model's own code; return what undoes it, ``None`` where that
-    has none."""
+def patch_rope(model: Any) -> Patch | None:
+    """Patch the rotary embedding in the module of the model's own code; return the patch, applied, or ``None`` where
+    that has none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     code: Any = sys.modules[type(base).__module__]
-    stock = getattr(code, "apply_rotary_pos_emb", None)
-    if stock is None:
+    if not hasattr(code, "apply_rotary_pos_emb"):
         return None
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    code.apply_rotary_pos_emb = liger_rotary_pos_emb
-    return partial(setattr, code, "apply_rotary_pos_emb", stock)
+    return patch_attribute(code, "apply_rotary_pos_emb", liger_rotary_pos_emb)

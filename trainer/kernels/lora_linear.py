@@ -7,7 +7,6 @@ matrix product, scaled on the side that is r wide, and the input is kept once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,25 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compat.deepspeed import is_partitioned
+from trainer.kernels.patch import Patch, patch_forwards
 
 LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
-def patch_lora_linears(model: nn.Module) -> Callable[[], None] | None:
+def patch_lora_linears(model: nn.Module) -> Patch | None:
     """Patch the LoRA layers of a PEFT model with this forward; what it does not compute is left to PEFT, call by call.
 
     Returns:
-        what undoes it; ``None`` where there is no such layer.
+        the patch, applied; ``None`` where there is no such layer.
     """
-    patched = [module for module in model.modules() if _is_lora_layer(module)]
-    for module in patched:
-        module.forward = partial(_forward, module)
-
-    def undo() -> None:
-        for module in patched:
-            del module.forward
-
-    return undo if patched else None
+    return patch_forwards([(module, partial(_forward, module)) for module in model.modules() if _is_lora_layer(module)])
 
 
 def _is_lora_layer(module: nn.Module) -> bool:

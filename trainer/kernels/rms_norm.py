@@ -7,35 +7,30 @@ of the hidden states in each norm. Here the same formula has its backward writte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.kernels.patch import Patch, patch_forwards
 
-def patch_rms_norms(model: nn.Module) -> Callable[[], None] | None:
+
+def patch_rms_norms(model: nn.Module) -> Patch | None:
     """Patch the model's RMSNorms with this forward, where it computes what their own does.
 
     Some models norm otherwise (Gemma scales by one more than the weight): each module is tried, and those that differ
     stay as they are.
 
     Returns:
-        what undoes it; ``None`` where none was patched.
+        the patch, applied; ``None`` where there is nothing to patch.
     """
-    patched = []
+    forwards = []
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _is_plain(module, eps):
-            module.forward = partial(_forward, module, eps)
-            patched.append(module)
-
-    def undo() -> None:
-        for module in patched:
-            del module.forward
-
-    return undo if patched else None
+            forwards.append((module, partial(_forward, module, eps)))
+    return patch_forwards(forwards)
 
 
 def _forward(module: nn.Module, eps: float, hidden_states: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from trainer.compat.torch import uncompile_module
+from trainer.kernels.patch import Patch
 from trainer.models.first_layers import find_decoder_layers
 
 
-def compile_layers(model: Any) -> Callable[[], None] | None:
-    """Compile the decoder layers for any shape, one graph for all of a kind; return what undoes it.
+def compile_layers(model: Any) -> Patch | None:
+    """Compile the decoder layers for any shape, one graph for all of a kind; return the patch, applied.
 
     Layers of one kind share their code, so the compilation of one serves all. No two tries have the same shape, so
     shapes are symbols. ``None`` where no list of layers is found.
@@ -18,11 +18,14 @@ def compile_layers(model: Any) -> Callable[[], None] | None:
     if (stack := find_decoder_layers(model)) is None:
         return None
     layers = list(stack[2])
-    for layer in layers:
-        layer.compile(dynamic=True)
+
+    def apply() -> None:
+        for layer in layers:
+            layer.compile(dynamic=True)
 
     def undo() -> None:
         for layer in layers:
             uncompile_module(layer)
 
-    return undo
+    apply()
+    return Patch(apply, undo)

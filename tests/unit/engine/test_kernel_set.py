@@ -87,7 +87,6 @@ def test_a_broken_kernel_is_left_out_and_the_run_goes_on(
     (line,) = (line for line in choice.lines if "left out" in line)
     assert line.startswith(f"kernels: {name} left out on ")
     assert reason in line
-    assert "forward" not in {k for m in model.modules() for k in vars(m)} or name != "lora" or len(choice.kernels) == 2
 
 
 def test_several_broken_kernels_are_all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,12 +119,13 @@ def test_kernels_are_taken_out_and_put_back() -> None:
     model, _ = made("llama", torch.float32, adapter=True)
     ids = torch.arange(5, 25)[None]
     stock = model(input_ids=ids).logits
-    kernels = KernelSet(model, ("rms_norm", "lora"))
+    kernels = KernelSet(model, ("varlen", "rms_norm", "lora"))
     patched = model(input_ids=ids).logits
-    assert kernels.names == ("lora", "rms_norm")
+    assert kernels.names == ON_CPU
     with kernels.without("lora", "rms_norm"):
         assert torch.equal(model(input_ids=ids).logits, stock)
     assert torch.equal(model(input_ids=ids).logits, patched)
+    kernels.remove("varlen", "rms_norm")
     kernels.use(("lora", "varlen"))
     assert kernels.names == ("varlen", "lora")
 
@@ -197,11 +197,11 @@ def test_swiglu_is_patched_where_it_is_one(name: str, patches: bool) -> None:
     model = tiny(name)
     ids = torch.arange(5, 25)[None]
     expected = model(input_ids=ids).logits
-    undo = patch_swiglu(model)
-    assert (undo is not None) == patches
+    patch = patch_swiglu(model)
+    assert (patch is not None) == patches
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
-    if undo is not None:
-        undo()
+    if patch is not None:
+        patch.undo()
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
@@ -211,9 +211,9 @@ def test_rope_is_patched_in_the_models_own_code() -> None:
 
     stock = modeling_llama.apply_rotary_pos_emb
     model = copy.deepcopy(made("llama", torch.float32, adapter=True)[0])
-    undo = patch_rope(model)
-    assert undo is not None
+    patch = patch_rope(model)
+    assert patch is not None
     assert modeling_llama.apply_rotary_pos_emb is sys.modules["liger_kernel.transformers.rope"].liger_rotary_pos_emb
-    undo()
+    patch.undo()
     assert modeling_llama.apply_rotary_pos_emb is stock
     assert patch_rope(tiny("gpt2")) is None

@@ -68,11 +68,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_every_gradient_is_pefts(keys: dict[str, Any], function: str, used: list[str]) -> None:
     model = adapted(**keys).train()
     expected = gradients(model)
-    undo = patch_lora_linears(model)
-    assert undo is not None
+    patch = patch_lora_linears(model)
+    assert patch is not None
     assert distance(gradients(model), expected) < 1e-5
     assert set(used) == {function}
-    undo()
+    patch.undo()
     assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
 
 

@@ -67,12 +67,12 @@ def test_only_where_it_is_the_same_formula(name: str, changed: int) -> None:
     model = tiny(name)
     tokens = torch.arange(12)[None]
     expected = model(tokens).logits
-    undo = patch_rms_norms(model)
+    patch = patch_rms_norms(model)
     assert sum("forward" in vars(module) for module in model.modules()) == changed
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-    assert (undo is not None) == (changed > 0)
-    if undo is not None:
-        undo()
+    assert (patch is not None) == (changed > 0)
+    if patch is not None:
+        patch.undo()
     assert torch.equal(model(tokens).logits, expected)
 
 
