@@ -75,13 +75,9 @@ class RMSNorm(torch.autograd.Function):
             eps: keeps rows of zeros finite.
         """
         normalized = _to_fp32(hidden)
-        scale = (
-            torch.linalg.vector_norm(normalized, dim=-1, keepdim=True)
-            .square_()
-            .div_(hidden.shape[-1])
-            .add_(eps)
-            .rsqrt_()
-        )
+        # of squares: a norm's root, squared again, would lose half a digit
+        squares = torch.einsum("...d,...d->...", normalized, normalized).unsqueeze(-1)
+        scale = squares.div_(hidden.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
         return normalized.mul_(scale).to(hidden.dtype) * weight
 

@@ -1,17 +1,19 @@
 """Checkpoint activations selectively: results of large matrix products are kept, everything else is computed again.
 
-The products are nearly all of a layer's arithmetic and a part of its activations only (Korthikanti et al., 2022, and
-torch's selective activation checkpointing). Results of fused attention are kept too: they are as large as one
-projection's.
+The products are nearly all of a layer's arithmetic and a part of its activations only (Korthikanti et al., 2022). The
+results of fused attention are kept too: they are as large as one projection's.
+
+torch's own selective checkpointing wants every operation of the forward in the recomputation, in the same number; under
+ZeRO-3 these gather other weights at other times. Here only what is kept must come in the same order.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections import deque
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # A product over fewer columns is LoRA's way up: cheap to compute again, and as large as the layer's output to keep.
@@ -25,16 +27,43 @@ ATTENTION = (
 
 def checkpoint_arguments(selective: bool) -> dict[str, Any]:
     """Return the arguments of ``torch.utils.checkpoint`` for gradient checkpointing, whole or selective."""
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    if selective:
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    return arguments
+    return {"use_reentrant": False, **({"context_fn": _contexts} if selective else {})}
 
 
-def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep this operation's result, or compute it again in the backward."""
-    if op in PRODUCTS and args[-2].shape[1] >= MIN_COLUMNS:
-        return CheckpointPolicy.MUST_SAVE
-    if getattr(op, "name", str)().startswith(ATTENTION):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Return the contexts of a forward and of its recomputation."""
+    kept: deque[Any] = deque()
+    return _Keep(kept), _Reuse(kept)
+
+
+def _is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
+    if operation in PRODUCTS:
+        return bool(args[-2].shape[1] >= MIN_COLUMNS)
+    return operation.name().startswith(ATTENTION)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the results of the forward."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _is_kept(func, args):
+            self.kept.append(result)
+        return result
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives them back in the recomputation, one after the other."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_kept(func, args):
+            return self.kept.popleft()
+        return func(*args, **(kwargs or {}))
