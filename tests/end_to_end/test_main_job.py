@@ -21,7 +21,8 @@ from trainer.tracking.files import read_metrics, read_summary
 STEPS = 8
 METRIC_KEYS = {
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "label_tokens", "useful_tokens", "computed_tokens"),
-    *("useful_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes", "model_flops_utilization"),
+    *("useful_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"),
+    *("model_flops_utilization", "useful_flops_utilization"),
 }
 
 

@@ -13,8 +13,9 @@ from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
+from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
-from trainer.engine.meter import Meter, give_back_memory
+from trainer.engine.meter import Meter
 from trainer.engine.verify_trie import choose_packing
 from trainer.engine.whole_state import EngineTensors
 from trainer.evaluation.multiple_choice import letter_tokens
@@ -70,8 +71,9 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     packing, why = distributed.from_main(choose_packing(model, loss, config, data, tokenizer.pad_token_id))
     give_back_memory(world.device)
     experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
-    model_info = {**_describe_model(model, dtype, world), "packing": why, "experts": experts}
     meter = Meter(world, model, dtype)
+    peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
+    model_info = {**_describe_model(model, dtype, world), **peak, "packing": why, "experts": experts}
     engine = Engine(model=model, loss=loss, config=config, world=world, dtype=dtype, runtime=runtime)
     runtime.bind(EngineTensors(engine))
     return Built(engine, packing, model_info, meter)
