@@ -18,6 +18,8 @@ from trainer.data.batching.micro_batch import MicroBatch, Tokens, collate_padded
 from trainer.engine.flops import ModelFlops, count_flops
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach
+from trainer.models.embedded import resolve
+from trainer.models.loading import load_model
 
 
 def rows(*lengths: int) -> list[Tokens]:
@@ -77,6 +79,17 @@ def test_llama_by_hand() -> None:
 )
 def test_layers_have_their_windows(name: str, layers: dict[int | None, int]) -> None:
     assert dict(count_flops(tiny(name)).layers) == layers
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_base_costs_what_it_does_in_16_bits(bits: int) -> None:
+    found = []
+    for held in (16, bits):
+        config = load(["debug=tiny", f"method.bits={held}"])
+        cpu, dtype = torch.device("cpu"), torch.bfloat16
+        base = load_model(resolve("tiny"), config.model, config.method, dtype, cpu, 2)
+        found.append(count_flops(attach(base, config.method, seed=0)))
+    assert found[0] == found[1]
 
 
 def test_tied_and_untied_embeddings_cost_the_same() -> None:
