@@ -22,7 +22,8 @@ from trainer.distributed.process_group import leave
 from trainer.training.loop import Loop
 
 WARM_UP_STEPS = 2
-KEPT = ("useful_tokens", "computed_tokens", "label_tokens", "loss", "data_seconds", "model_flops_utilization")
+UTILIZATIONS = ("model_flops_utilization", "useful_flops_utilization")
+KEPT = ("useful_tokens", "computed_tokens", "label_tokens", "loss", "data_seconds", *UTILIZATIONS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +115,7 @@ class StepTimer:
                 "tflops": sum(self.operations(step) for step in timed) / total / 1e12,
                 "data_seconds": sum(step["data_seconds"] for step in timed) / len(timed),
                 "losses": [round(step["loss"], 5) for step in self.steps],
-                "model_flops_utilization": [round(step["model_flops_utilization"], 4) for step in timed],
+                **{name: [round(step[name], 4) for step in timed] for name in UTILIZATIONS},
             }
         return found | peak_memory()
 

@@ -21,7 +21,8 @@ from trainer.tracking.files import read_metrics, read_summary
 STEPS = 8
 METRIC_KEYS = {
     *("step", "epoch", "loss", "grad_norm", "learning_rate", "label_tokens", "useful_tokens", "computed_tokens"),
-    *("useful_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes", "model_flops_utilization"),
+    *("useful_tokens_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"),
+    *("model_flops_utilization", "useful_flops_utilization"),
 }
 
 
@@ -60,6 +61,7 @@ def test_run_folder_is_the_contract(finished: Path) -> None:
     assert records[-1]["eval_loss"] == summary["metrics"]["eval_loss"]
     assert records[-1]["loss"] == summary["train_loss"]
     assert all(math.isfinite(r["loss"]) for r in records[1:])
+    assert all(0 < r["model_flops_utilization"] < 1 for r in records[1:])
     environment = json.loads((finished / "environment.json").read_text())
     assert "torch" in json.dumps(environment)
     for name in ("config.yaml", "log.txt", "adapter/adapter_config.json", "adapter/tokenizer.json"):

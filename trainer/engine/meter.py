@@ -1,17 +1,16 @@
-"""Measure what a step costs: time, tokens, memory, and the share of the device's arithmetic that it used."""
+"""Measure what a step costs: time, tokens, memory, and the share of the devices' arithmetic that it used."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import platform
-import resource
-import time
+from typing import Any
 
 import torch
-from torch import nn
 
+from trainer.data.batching.step_batches import StepBatches
 from trainer.distributed.process_group import World
+from trainer.engine.device import peak_memory, reset_peak_memory
+from trainer.engine.flops import count_flops
+from trainer.engine.peak_flops import peak_flops
 
 
 class Meter:
@@ -21,66 +20,41 @@ class Meter:
         world: this process.
         model: with its trainable parameters; counted here, before ZeRO partitions it.
         dtype: of its arithmetic.
+
+    Attributes:
+        flops: what the model costs a token.
+        peak: of one device.
     """
 
-    def __init__(self, world: World, model: nn.Module, dtype: torch.dtype) -> None:
-        from trainer.methods import count_parameters
-
+    def __init__(self, world: World, model: Any, dtype: torch.dtype) -> None:
         self.world = world
-        trainable, total = count_parameters(model)
-        # A forward is 2 operations a weight and token, the backward 2 more for the activations, and 2 for the
-        # gradient of each trainable weight (Kaplan et al., 2020; attention itself is left out).
-        self.operations_a_token = 4 * total + 2 * trainable
-        self.peak = _matmul_peak(world.device, dtype) * world.world_size
+        self.flops = count_flops(model)
+        self.peak = peak_flops(world.device, dtype)
 
-    def measure(self, seconds: float, data_seconds: float, useful: int, computed: int) -> dict[str, float | int]:
+    def start(self) -> None:
+        """Count the peak of memory from now on: what loading and verifying took is not a step's."""
+        reset_peak_memory(self.world.device)
+
+    def measure(
+        self, seconds: float, data_seconds: float, made: StepBatches, computed_flops: float
+    ) -> dict[str, float | int]:
         """Return the cost of one step over all ranks.
 
         Args:
             seconds: wall time of the step.
-            data_seconds: of which for making batches.
-            useful: the examples' own tokens.
-            computed: tokens that the devices ran, padding included.
+            data_seconds: of which it waited for its batches.
+            made: these batches.
+            computed_flops: what the devices computed, over all ranks (:meth:`ModelFlops.of_batches`).
         """
+        available = seconds * self.peak.per_second * self.world.world_size
+        useful_flops = self.flops.of_rows(made.lengths, made.label_tokens)
         return {
-            "useful_tokens": useful,
-            "computed_tokens": computed,
-            "useful_tokens_per_second": useful / seconds,
+            "useful_tokens": made.useful_tokens,
+            "computed_tokens": made.computed_tokens,
+            "useful_tokens_per_second": made.useful_tokens / seconds,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.world.device),
-            "model_flops_utilization": self.operations_a_token * useful / seconds / self.peak,
+            **peak_memory(self.world.device),
+            "model_flops_utilization": computed_flops / available,
+            "useful_flops_utilization": useful_flops / available,
         }
-
-
-def give_back_memory(device: torch.device) -> None:
-    """Return what is free, but still held by the allocators, to the system: after a phase with tensors unlike those to
-    come. On CPU glibc keeps it else, in pieces that no larger tensor fits into."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # another C library, or none that is found so
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has held: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    """Return the device as people call it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the operations a second of a plain square matrix product: what utilization is measured against."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):  # the first is slower: kernels are chosen in it
-        begin = time.perf_counter()
-        (a @ a).flatten()[0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * size**3 / best

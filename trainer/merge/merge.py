@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
-from trainer.engine.meter import give_back_memory
+from trainer.engine.device import give_back_memory
 from trainer.errors import CheckpointError
 from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold

@@ -29,15 +29,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     as its whole."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = _numel(parameter)
+        count = count_weights(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
 
 
-def _numel(parameter: Any) -> int:
+def count_weights(parameter: Any) -> int:
+    """Return the number of weights in a parameter, whatever it is stored in; of a ZeRO-3 partition, the whole's."""
     if is_4bit(parameter):
-        return int(
-            2 * parameter.numel() * parameter.element_size()
-        )  # two weights a byte, whatever the storage dtype is
+        return int(2 * parameter.numel() * parameter.element_size())  # two a byte, whatever the storage dtype is
     return whole_numel(parameter)

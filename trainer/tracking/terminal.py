@@ -35,7 +35,9 @@ TRAINING_KEYS = frozenset(
         "step_seconds",
         "data_seconds",
         "peak_memory_bytes",
+        "reserved_memory_bytes",
         "model_flops_utilization",
+        "useful_flops_utilization",
     }
 )
 

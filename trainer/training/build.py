@@ -13,9 +13,10 @@ from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
+from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
 from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
-from trainer.engine.meter import Meter, give_back_memory
+from trainer.engine.meter import Meter
 from trainer.engine.verify_kernels import choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
 from trainer.evaluation.multiple_choice import letter_tokens
@@ -75,13 +76,10 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     kernels.use(choice.kernels)
     give_back_memory(world.device)
     experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
-    model_info = {
-        **_describe_model(model, dtype, world),
-        "packing": choice.lines[0],
-        "kernels": choice.lines[1:],
-        "experts": experts,
-    }
     meter = Meter(world, model, dtype)
+    peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
+    words = {"packing": choice.lines[0], "kernels": choice.lines[1:], "experts": experts}
+    model_info = {**_describe_model(model, dtype, world), **peak, **words}
     engine = Engine(model=model, loss=loss, config=config, world=world, dtype=dtype, runtime=runtime)
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)

@@ -68,6 +68,21 @@ class StepResult:
     stop_requested: bool
 
 
+@dataclass(frozen=True, slots=True)
+class StepStatus:
+    """What the ranks tell each other in a step.
+
+    Attributes:
+        loss: mean over the label tokens of the global batch.
+        stop_requested: whether any rank was asked to stop.
+        computed_flops: what the devices computed, over all ranks.
+    """
+
+    loss: float
+    stop_requested: bool
+    computed_flops: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
     """A run in progress: everything that a step needs."""
@@ -91,6 +106,7 @@ class Loop:
         outcome, saved = Outcome("finished", first_step), first_step
         if first_step == 0 and self.config.eval.before and self.schedule.has_validation:
             self._evaluate_before()
+        self.meter.start()
         for step in range(first_step, self.schedule.total_steps):
             result = self._step_or_save(step, saved)
             done, due, decision = step + 1, self.schedule.due(step + 1), Decision()
@@ -126,22 +142,22 @@ class Loop:
         data_seconds = time.perf_counter() - begin
         seeds = [_dropout_seed(self.config.run.seed, step, self.world.rank, k) for k in range(len(made.batches))]
         sums, gradients_finite = self.engine.accumulate(made.batches, self.world.world_size / made.label_tokens, seeds)
-        loss, stop_requested = self._reduce_step_status(step, made, sums, gradients_finite)
+        status = self._reduce_step_status(step, made, sums, gradients_finite)
         update = self._update(step)
         self._check_update(step, update, made.chosen)
 
         record = {
             "step": step + 1,
             "epoch": self.schedule.epoch(step + 1),
-            "loss": loss,
+            "loss": status.loss,
             "grad_norm": update.grad_norm,
             "learning_rate": self.schedule.learning_rate(step),
             "label_tokens": made.label_tokens,
-            **self.meter.measure(time.perf_counter() - begin, data_seconds, made.useful_tokens, made.computed_tokens),
+            **self.meter.measure(time.perf_counter() - begin, data_seconds, made, status.computed_flops),
         }
         if self.engine.dtype == torch.float16:
             record["loss_scale"] = self.engine.loss_scale
-        return StepResult(record, stop_requested)
+        return StepResult(record, status.stop_requested)
 
     def evaluate(self) -> EvalResult:
         """Score the held-out rows and show samples. A collective."""
@@ -175,25 +191,24 @@ class Loop:
         runtime.after_update(step + 1, update.gradient_scale if update.applied else None)
         return update
 
-    def _reduce_step_status(
-        self, step: int, made: StepBatches, sums: Tensor, gradients_finite: Tensor
-    ) -> tuple[float, bool]:
-        """Run the one all-reduce of a step: the global mean loss, whether to stop, and which ranks met a value that is
-        not finite. Raises before the optimizer has seen it.
+    def _reduce_step_status(self, step: int, made: StepBatches, sums: Tensor, gradients_finite: Tensor) -> StepStatus:
+        """Run the one all-reduce of a step. Raises, before the optimizer has seen it, when a rank has met a value that
+        is not finite.
 
         The device is waited for once, when the sums over ranks are read.
         """
         losses_finite = sums.isfinite().all()
         # In fp16 an overflowing gradient is the loss scaler's daily work, not a failure.
         failed = ~losses_finite if self.engine.dtype == torch.float16 else ~(losses_finite & gradients_finite)
-        status = torch.zeros(2 + self.world.world_size, dtype=torch.float64, device=sums.device)
-        status[0] = sums.double().sum().masked_fill(failed, 0)
-        status[1] = float(self.stop.wanted)
-        status[2 + self.world.rank] = failed
-        total, stops, *failed_ranks = sum_over_ranks(status, self.world.device)
+        mine = torch.zeros(3 + self.world.world_size, dtype=torch.float64, device=sums.device)
+        mine[0] = sums.double().sum().masked_fill(failed, 0)
+        mine[1] = float(self.stop.wanted)
+        mine[2] = self.meter.flops.of_batches(made.batches)
+        mine[3 + self.world.rank] = failed
+        total, stops, computed_flops, *failed_ranks = sum_over_ranks(mine, self.world.device)
         if any(failed_ranks):
             self._raise_not_finite(step, made.batches, sums.tolist(), failed_ranks[self.world.rank] > 0)
-        return total / made.label_tokens, stops > 0
+        return StepStatus(total / made.label_tokens, stops > 0, computed_flops)
 
     def _raise_not_finite(self, step: int, batches: list[MicroBatch], sums: list[float], failed: bool) -> NoReturn:
         """Raise, on every rank alike, what the first rank that ``failed`` has met."""

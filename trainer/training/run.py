@@ -21,7 +21,7 @@ from trainer.data.load import load_data
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
-from trainer.engine.meter import device_name
+from trainer.engine.device import device_name
 from trainer.errors import PREEMPTED_EXIT_CODE
 from trainer.evaluation.generator import Generator
 from trainer.kernels.deterministic import use_deterministic_kernels
@@ -222,6 +222,10 @@ def _log_start(job: Job, model_info: dict[str, Any], first_step: int) -> None:
         f"{model_info['device']}, ZeRO stage {job.config.zero.stage}; trained "
         f"{model_info['trainable_parameters']:,} of {model_info['total_parameters']:,} "
         f"parameters ({model_info['trainable_percent']:.2f} %)"
+    )
+    logger.info(
+        f"peak of a device: {model_info['peak_flops'] / 1e12:.4g} TFLOP/s in {model_info['dtype']} "
+        f"({model_info['peak_flops_source']})"
     )
     if model_info["experts"] is not None:
         logger.info(model_info["experts"])
