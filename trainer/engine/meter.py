@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainer.data.batching.step_batches import StepBatches
+from trainer.data.step_batches import StepBatches
 from trainer.distributed.process_group import World
 from trainer.engine.device import peak_memory, reset_peak_memory
 from trainer.engine.flops import count_flops

@@ -21,8 +21,8 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.step_batches import StepBatches, StepLoader
 from trainer.data.run_data import Data
+from trainer.data.step_batches import StepBatches, StepLoader
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.engine.engine import Engine, Update
 from trainer.engine.meter import Meter

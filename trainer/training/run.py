@@ -15,10 +15,10 @@ from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig, to_yaml
 from trainer.config.identity import run_identity
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.step_batches import StepLoader, StepSource
 from trainer.data.describe import describe
 from trainer.data.load import load_data
 from trainer.data.run_data import Data
+from trainer.data.step_batches import StepLoader, StepSource
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.device import device_name

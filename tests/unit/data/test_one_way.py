@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "validation_split": set(),
     "run_data": {"prepare", "mixture", "batching"},
     "load": {"prepare", "templates", "mixture", "validation_split", "run_data"},
+    "step_batches": {"batching", "run_data"},
     "describe": {"run_data"},
 }
 

@@ -16,8 +16,8 @@ from tests.helpers.tokenizers import write_rows
 from trainer.config import load
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
-from trainer.data.batching.step_batches import StepBatches, StepLoader, StepSource
 from trainer.data.load import load_data
+from trainer.data.step_batches import StepBatches, StepLoader, StepSource
 
 STEPS = 6
 
