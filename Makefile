@@ -44,7 +44,7 @@ $(PEERS): $(INSTALLED)
 	@touch $@
 
 $(GPU_PEERS): $(PEERS)
-	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev,peers,gpu-peers]'
+	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev,peers,gpu]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -7,7 +7,6 @@ distance, or raises, is taken out one step at a time, and the log says which and
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
 from trainer.data.run_data import Data
 from trainer.engine.kernel_set import KernelSet
+from trainer.engine.trie_obstacle import trie_obstacle
 from trainer.engine.verification import (
     Result,
     Verification,
@@ -32,17 +32,17 @@ from trainer.engine.verification import (
     loss_and_gradients,
 )
 from trainer.engine.verification_rows import smallest_window, verification_rows
+from trainer.engine.verify_varlen import verify_varlen
 from trainer.errors import ConfigError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL
-from trainer.methods import is_prompt_learning
+from trainer.kernels.varlen_attention import HALF
 from trainer.models.first_layers import first_layers
 
 # A model of at most so many weights is tried in fp32 too, which tells a mistake from rounding. It takes four bytes a
 # weight more, for a moment.
 MAX_FP32_PARAMETERS = 1_000_000_000
 FP32_SHARE_OF_FREE_MEMORY = 0.5  # of a GPU, where it is more than that
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,10 @@ class Verifier:
     def attempt(self, uses_trie: bool) -> Verification:
         """Return the worst verification of the kernels as they are, over all groups of rows and dtypes."""
         found = [one for rows in self.groups for one in verify_in_each_dtype(self, rows, uses_trie)]
+        parameter = next(p for p in self.model.parameters() if p.is_floating_point() and not is_4bit(p))
+        if "varlen" in self.kernels.names and parameter.dtype in HALF:
+            window = smallest_window(self.model)
+            found.append(verify_varlen(self.model, parameter.dtype, parameter.device, window))
         return max(found, key=lambda v: v.excess)
 
     def reference(self, rows: Sequence[Tokens], with_gradients: bool = True) -> Result:
@@ -220,26 +224,6 @@ def _eager_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(KERNEL)
-
-
-def trie_obstacle(model: Any) -> str | None:
-    """Return why this model cannot run a trie at all; ``None`` when it can."""
-    config = model.config
-    if (attention := attention_name(model)) != KERNEL:
-        return f"attention is {attention}, which knows padded rows only"
-    if is_prompt_learning(model):
-        return "virtual tokens stand before every row, and a trie has no place for them"
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return f"{type(base).__name__} takes no position ids"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in ([rope] if "rope_type" in rope else rope.values()) if isinstance(r, dict)}
-    if found := kinds & set(LENGTH_DEPENDENT_ROPE):
-        return f"its rotary embedding ({', '.join(sorted(map(str, found)))}) depends on the length of the row"
-    layers = set(getattr(config, "layer_types", None) or ())
-    if odd := layers - {"full_attention", "sliding_attention"}:
-        return f"its layers ({', '.join(sorted(odd))}) are not attention over single tokens"
-    return None
 
 
 def verify_in_each_dtype(verifier: Verifier, rows: Sequence[Tokens], uses_trie: bool) -> list[Verification]:

@@ -51,7 +51,7 @@ def _attend(pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Te
         k, v = (Gather.apply(t.flatten(1), pieces.key_nodes).view(-1, *t.shape[1:]) for t in (k, v))
     if q.is_cuda and q.dtype in HALF:
         return _attend_varlen(pieces, window, scaling, q.contiguous(), k.contiguous(), v.contiguous())
-    return torch.cat(list(_attend_one_by_one(pieces, window, scaling, q, k, v)))
+    return attend_one_by_one(pieces, window, scaling, q, k, v)
 
 
 def _attend_varlen(pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,7 +64,20 @@ def _attend_varlen(pieces: Pieces, window: int | None, scaling: float, q: Tensor
     return attended
 
 
-def _attend_one_by_one(
+def attend_one_by_one(pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return (tokens, heads, width) by SDPA, a call a piece.
+
+    Args:
+        pieces: whose keys ``k`` and ``v`` are gathered already.
+        window: as in :func:`attend_pieces`.
+        scaling: of the scores.
+        q: (tokens, heads, width).
+        k, v: (keys, key heads, width).
+    """
+    return torch.cat(list(_attend_each(pieces, window, scaling, q, k, v)))
+
+
+def _attend_each(
     pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Tensor, v: Tensor
 ) -> Iterator[Tensor]:
     ends = zip(pairwise(pieces.query_ends.tolist()), pairwise(pieces.key_ends.tolist()), strict=True)

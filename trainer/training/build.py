@@ -68,7 +68,8 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     if world.device.type == "cuda" and config.zero.stage < 3 and method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
     loss = LabelLoss(model)
-    limit_sdpa(world.device)
+    if config.model.kernels != "none":
+        limit_sdpa(world.device)
     kernels = KernelSet(model, wanted_kernels(config, model, world.device, dtype))
     found = choose_packing_and_kernels(model, loss, config, data, tokenizer.pad_token_id, kernels, world.device)
     # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.

@@ -16,6 +16,7 @@ import trainer.engine.kernel_set as kernel_set
 import trainer.kernels.lora_linear as lora_linear
 import trainer.kernels.rms_norm as rms_norm
 import trainer.kernels.trie_attention as trie_attention
+import trainer.kernels.varlen_attention as varlen_attention
 from tests.helpers.architectures import tiny
 from tests.unit.engine.test_verify_kernels import DATA, Held, made
 from trainer.config import TrainConfig, load
@@ -87,6 +88,25 @@ def test_a_broken_kernel_is_left_out_and_the_run_goes_on(
     (line,) = (line for line in choice.lines if "left out" in line)
     assert line.startswith(f"kernels: {name} left out on ")
     assert reason in line
+
+
+@pytest.mark.parametrize("way", ["raises", "is wrong by a hundredth"])
+def test_varlen_that_is_wrong_in_16_bits_alone_is_left_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose varlen kernel has no fp32: a run of the whole model would not show a hundredth."""
+    right = varlen_attention.attend_one_by_one
+
+    def attend(pieces: Any, window: Any, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        is_candidate = q.dtype == torch.bfloat16 and sys._getframe(1).f_code.co_name == "_attend"
+        if is_candidate and way == "raises":
+            raise RuntimeError("no kernel image is available")
+        return right(pieces, window, scaling, q, k, v) * (1.01 if is_candidate else 1)
+
+    monkeypatch.setattr(varlen_attention, "attend_one_by_one", attend)
+    model, loss = made("llama", torch.bfloat16, adapter=True)
+    choice = choose(model, loss)
+    assert (choice.kernels, choice.packing.uses_trie) == (("lora", "rms_norm"), True)
+    (line,) = (line for line in choice.lines if "left out" in line)
+    assert ("no kernel image" if way == "raises" else "varlen attention is 1.1e-02 from fp32") in line
 
 
 def test_several_broken_kernels_are_all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
