@@ -133,7 +133,7 @@ def _runs_liger(what: str) -> bool:
     """Return whether Liger's kernels can be tried; say so where not."""
     obstacle = liger_obstacle() if IS_CUDA else "liger-kernel runs on CUDA"
     if obstacle is not None:
-        emit("micro", what, kind="Liger", skipped=obstacle)
+        emit("micro", what, kind="Liger", not_run=obstacle)
     return obstacle is None
 
 
