@@ -23,7 +23,7 @@ from trainer.training.loop import Loop  # noqa: E402
 PARTS = (
     (trainer.training.run, "load_data", "data"),
     (trainer.training.build, "load_model", "model"),
-    (trainer.training.build, "choose_packing", "start-up verification"),
+    (trainer.training.build, "choose_packing_and_kernels", "start-up verification"),
 )
 
 

@@ -81,27 +81,26 @@ wait
 wants micro && stage micro "$MICRO" $(kit micro)
 
 # --- speed, alone on the GPU ----------------------------------------------------------------------------------------
-FIXES=nocudnn,packgqa,rms,lora,chunk
-BEST=nocudnn,varlen,rms,lora,chunk
+# what a GPU's model.kernels=auto takes, and the same without varlen; on a CPU what runs there
+KERNELS=auto; SDPA="[lora,swiglu,rope,rms_norm]"
+[ -n "$DRY" ] && KERNELS="[varlen,lora,rms_norm]" && SDPA="[lora,rms_norm]"
 
 # base MODEL DATA: overrides of every training
 base() {
   echo data=alpaca "model.name_or_path=$MODELS/$([ -n "$DRY" ] && echo dry || echo "$1")" "data.path=$WORK/data/$2.jsonl" \
-    data.format=prompt_completion data.template=plain "data.max_length=$LONGEST" data.validation=0 "model.dtype=$DTYPE" \
+    data.format=prompt_completion data.template=plain "data.max_length=$LONGEST" data.validation=0 "model.dtype=$DTYPE" "model.kernels=$KERNELS" \
     log=off schedule=constant optim.learning_rate=2e-4 batch.epochs=100 "batch.max_steps=$STEPS" \
     checkpoint.every_steps=0 eval.before=false
 }
 chosen() { [ -z "$RUNS" ] || case " $RUNS " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
-# afina NAME MODEL DATA VARIANTS PROFILE overrides…
+# afina NAME MODEL DATA PROFILE overrides…
 afina() {
-  local name=$1 model=$2 data=$3 variants=$4 profile=$5 allocator=
-  shift 5
+  local name=$1 model=$2 data=$3 profile=$4
+  shift 4
   chosen "$name" || return 0
-  case $variants in *expandable*) allocator=expandable_segments:True ;; esac
-  stage "$name" "$LIMIT" env ${allocator:+PYTORCH_ALLOC_CONF=$allocator} $(kit train_timed) --variants "$variants" \
-    ${profile:+--profile "$OUT/profile.txt"} "$WORK/$name.json" $(base "$model" "$data") \
-    "run.dir=$WORK/runs" "run.name=$name" run.overwrite=true "$@"
+  stage "$name" "$LIMIT" $(kit train_timed) ${profile:+--profile "$OUT/profile.txt"} "$WORK/$name.json" \
+    $(base "$model" "$data") "run.dir=$WORK/runs" "run.name=$name" run.overwrite=true "$@"
 }
 
 # trl NAME MODEL DATA "OPTIONS" overrides…
@@ -117,24 +116,31 @@ if wants speed; then
   U="batch.global_size=64 batch.micro_tokens=8192"; S="batch.global_size=256 batch.micro_tokens=8192"
   [ -n "$DRY" ] && U="batch.global_size=16 batch.micro_tokens=256" && S=$U
   ON="model.gradient_checkpointing=true"; OFF="model.gradient_checkpointing=false"
-  afina 8b8_trie             8b8  unshared ""              1  $U $ON
-  afina 8b8_trie_nocudnn     8b8  unshared nocudnn         "" $U $ON
-  afina 8b8_trie_best        8b8  unshared "$BEST"         1  $U $ON
-  afina 8b8_padded           8b8  unshared ""              "" $U $ON batch.packing=padded
-  afina 8b8_shared_trie      8b8  shared   ""              "" $S $ON
-  afina 8b8_shared_best      8b8  shared   "$BEST"         "" $S $ON
-  trl   8b8_trl_free         8b8  unshared "--padding-free --liger" $U $ON
-  afina 8b8_trie_best_nockpt 8b8  unshared "$BEST"         "" $U $OFF
-  afina 135m_trie            135m unshared ""              1  $U $OFF
-  afina 8b_trie_fixes        8b   unshared "$FIXES"        "" $U $ON
-  afina 8b8_qlora            8b8  unshared nocudnn,packgqa "" $U $ON method=qlora
-  trl   8b8_trl_padded       8b8  unshared ""              $U $ON
-  afina 8b8_shared_padded    8b8  shared   ""              "" $S $ON batch.packing=padded
-  afina 135m_trie_best       135m unshared "$BEST"         "" $U $OFF
-  afina 1b_trie              1b   unshared ""              "" $U $OFF
-  afina 1b_trie_best         1b   unshared "$BEST"         "" $U $OFF
-  afina 8b8_trie_fixes       8b8  unshared "$FIXES"        "" $U $ON
-  afina 8b8_16k_best         8b8  unshared "$BEST,expandable" "" ${U/8192/16384} $ON
+  SELECTIVE="model.gradient_checkpointing=selective"; NONE="model.kernels=none"
+  afina 8b8_trie               8b8  unshared 1  $U $ON
+  afina 8b8_trie_none          8b8  unshared 1  $U $ON $NONE
+  afina 8b8_trie_sdpa          8b8  unshared "" $U $ON "model.kernels=$SDPA"
+  afina 8b8_padded             8b8  unshared "" $U $ON batch.packing=padded
+  afina 8b8_shared_trie        8b8  shared   "" $S $ON
+  afina 8b8_shared_padded      8b8  shared   "" $S $ON batch.packing=padded
+  trl   8b8_trl_free           8b8  unshared "--padding-free --liger" $U $ON
+  afina 8b8_trie_nockpt        8b8  unshared "" $U $OFF
+  afina 8b8_trie_selective     8b8  unshared "" $U $SELECTIVE
+  afina 8b8_qlora              8b8  unshared "" $U $ON method=qlora
+  afina 8b_trie                8b   unshared "" $U $ON
+  afina 8b_trie_selective      8b   unshared "" $U $SELECTIVE
+  afina 1b_trie                1b   unshared "" $U $OFF
+  afina 1b_trie_none           1b   unshared "" $U $OFF $NONE
+  afina 135m_trie              135m unshared 1  $U $OFF
+  afina 135m_trie_none         135m unshared "" $U $OFF $NONE
+  if [ -z "$DRY" ] || command -v "${CXX:-c++}" >/dev/null; then
+    afina 8b8_trie_compile     8b8  unshared "" $U $ON model.compile=true
+  elif chosen 8b8_trie_compile; then
+    leave_out 8b8_trie_compile "torch.compile needs a C++ compiler on a CPU"
+  fi
+  afina 8b8_trie_deterministic 8b8  unshared "" $U $ON run.deterministic=true
+  trl   8b8_trl_padded         8b8  unshared "" $U $ON
+  afina 8b8_16k                8b8  unshared "" ${U/8192/16384} $ON
 fi
 $(kit report) "$OUT/results.jsonl" ${DRY:+--dry} >"$OUT/report.md"
 code=$?

@@ -38,14 +38,24 @@ def results_in(text: str) -> list[dict[str, Any]]:
 
 
 def end_of(text: str, stage: str, code: int) -> dict[str, str]:
-    """Return the last lines of a failure, the summary of pytest, and the packing that afina chose."""
+    """Return the last lines of a failure, the summary of pytest, and what a training chose."""
     lines, found = [line for line in text.splitlines() if line.strip()], {}
     if code:
         found["tail"] = " | ".join(lines)[-500:]
     if stage == "pytest" and lines:
         found["summary"] = lines[-1].strip("= ")[:200]
+    return found | choices_in(lines)
+
+
+def choices_in(lines: list[str]) -> dict[str, str]:
+    """Return what a training has said of its packing, of the kernels in use, and of those that it left out."""
+    found = {}
     if packing := [line for line in lines if line.startswith("packing:")]:
         found["packing"] = packing[-1][:250]
+    if kernels := [line.removeprefix("kernels: ") for line in lines if line.startswith("kernels: ")]:
+        found["kernels"] = "none" if kernels[-1].startswith("none") else kernels[-1].split(", verified")[0]
+    if left_out := [line for line in kernels if " left out on " in line]:
+        found["kernels_left_out"] = " | ".join(left_out)[:500]
     return found
 
 

@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.gpu.collect import choices_in
 from benchmarks.gpu.measure import IS_CUDA, emit, relative_distance
 
 WHAT = "training of the tiny model"
 HALF = "bf16" if IS_CUDA else "fp32"
-FIXES = "nocudnn,packgqa,rms,lora,chunk"
+# What model.kernels=auto takes on a GPU, and the same without varlen; on a CPU what runs there.
+KERNELS = "auto" if IS_CUDA else "[varlen,lora,rms_norm]"
+SDPA = "[lora,swiglu,rope,rms_norm]" if IS_CUDA else "[lora,rms_norm]"
 BASE = (
     *("debug=tiny", "log=off", "data.validation=0", "data.max_rows=160", "batch.max_steps=5", "batch.global_size=16"),
     *("schedule=constant", "schedule.warmup_ratio=0", "optim.learning_rate=1e-3", "checkpoint.every_steps=0"),
@@ -36,16 +39,17 @@ LONGER = (
     *("data.max_rows=512", "batch.max_steps=8", "batch.global_size=64", "checkpoint.every_steps=4"),
     *("checkpoint.keep=5", f"model.dtype={HALF}", "zero=stage2"),
 )
+REPEATED = (("same", LONGER, False), ("deterministic", (*LONGER, "run.deterministic=true"), True))
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A training: its overrides, where it runs, with which variants, and the case that it must agree with."""
+    """A training: its overrides, where it runs, the case that it must agree with, and whether to the bit."""
 
     overrides: tuple[str, ...]
     on_gpu: bool = True
-    variants: str = ""
     against: str | None = None
+    to_the_bit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +65,41 @@ def cases() -> dict[str, Case]:
     """Return every case that starts from the base, by name."""
     found: dict[str, Case] = {}
     for method in ("lora", "full", "qlora", "qlora_8bit"):
-        found[f"cpu_{method}"] = Case((f"method={method}", "zero=stage0"), on_gpu=False)
+        plain = (f"method={method}", "zero=stage0", "model.kernels=none", "batch.packing=padded")
+        found[f"cpu_{method}"] = Case(plain, on_gpu=False)
     lora = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
     others = (("full", "stage2"), ("full", "stage3"), ("qlora", "stage2"), ("qlora_8bit", "stage2"))
     for method, zero in (*(("lora", zero) for zero in lora), *others):
         found[f"gpu_{method}_{zero}"] = Case((f"method={method}", f"zero={zero}"), against=f"cpu_{method}")
     stage2 = ("method=lora", "zero=stage2")
     found["gpu_lora_padded"] = Case((*stage2, "batch.packing=padded"), against="cpu_lora")
-    found["gpu_lora_half"] = Case((*stage2, f"model.dtype={HALF}"), against="cpu_lora")
-    for name, variants in (("varlen", "varlen"), ("fixes", FIXES)):
-        found[f"gpu_lora_{name}"] = Case((*stage2, f"model.dtype={HALF}"), variants=variants, against="gpu_lora_half")
-    for name, variants in (("same", ""), ("deterministic", "deterministic")):
-        found[f"{name}_a"] = Case(LONGER, variants=variants)
-        found[f"{name}_b"] = Case(LONGER, variants=variants, against=f"{name}_a")
+    found["gpu_lora_no_kernels"] = Case((*stage2, "model.kernels=none"), against="cpu_lora")
+    for setting in ("true", "selective"):
+        checkpointed = (*stage2, f"model.gradient_checkpointing={setting}")
+        found[f"gpu_lora_checkpointing_{setting}"] = Case(checkpointed, against="cpu_lora")
+    half = (*stage2, f"model.dtype={HALF}")
+    found["gpu_lora_half_no_kernels"] = Case((*half, "model.kernels=none"), against="cpu_lora")
+    for name, kernels in (("auto", KERNELS), ("sdpa", SDPA)):
+        found[f"gpu_lora_half_{name}"] = Case((*half, f"model.kernels={kernels}"), against="gpu_lora_half_no_kernels")
+    for name, overrides, to_the_bit in REPEATED:
+        found[f"{name}_a"] = Case(overrides)
+        found[f"{name}_b"] = Case(overrides, against=f"{name}_a", to_the_bit=to_the_bit)
     return found
 
 
 def resumed_cases(work: Path, done: dict[str, Finished]) -> dict[str, Case]:
     """Return the cases that resume from half way of one that has finished."""
     found: dict[str, Case] = {}
-    for name, variants in (("same", ""), ("deterministic", "deterministic")):
+    for name, overrides, to_the_bit in REPEATED:
         if name + "_a" in done and done[name + "_a"].code == 0:
             checkpoint = work / "runs" / f"{name}_a" / "checkpoints" / "step-00000004"
-            overrides = (*LONGER, f"checkpoint.resume={checkpoint}")
-            found[f"{name}_resumed"] = Case(overrides, variants=variants, against=f"{name}_a")
+            resumed = (*overrides, f"checkpoint.resume={checkpoint}")
+            found[f"{name}_resumed"] = Case(resumed, against=f"{name}_a", to_the_bit=to_the_bit)
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and compare the cases. Returns 1 where one failed, else 0."""
+    """Run and compare the cases. Returns 1 where one failed or is not to the bit what it must be, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path, help="a folder for the runs and their logs")
     parser.add_argument("--workers", type=int, default=8, help="trainings at a time")
@@ -102,9 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = run_all(asked.work, chosen, asked.workers, deadline)
     resumed = resumed_cases(asked.work, done)
     done |= run_all(asked.work, resumed, asked.workers, deadline)
-    for name, case in {**chosen, **resumed}.items():
-        emit("correct", WHAT, run=name, **describe(asked.work, name, case, done))
-    return int(any(finished.code for finished in done.values()))
+    found = {name: describe(asked.work, name, case, done) for name, case in {**chosen, **resumed}.items()}
+    for name, values in found.items():
+        emit("correct", WHAT, run=name, **values)
+    return int(any(values["code"] or values.get("broken") for values in found.values()))
 
 
 def run_all(work: Path, chosen: dict[str, Case], workers: int, deadline: float) -> dict[str, Finished]:
@@ -122,11 +133,8 @@ def run(work: Path, name: str, case: Case, deadline: float) -> Finished:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not case.on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "trainer.train"]
-    if case.variants:
-        timed = [sys.executable, "-m", "benchmarks.gpu.train_timed", "--variants", case.variants]
-        command = [*timed, str(work / f"{name}.json")]
-    command += [*BASE, f"run.dir={work / 'runs'}", f"run.name={name}", *case.overrides]
+    command = [sys.executable, "-m", "trainer.train", *BASE]
+    command += [f"run.dir={work / 'runs'}", f"run.name={name}", *case.overrides]
     with log.open("w") as out:
         try:
             stop = deadline - begin
@@ -142,13 +150,13 @@ def describe(work: Path, name: str, case: Case, done: dict[str, Finished]) -> di
     """Return how a case ended and how far what it trained is from the case that it must agree with."""
     mine = done[name]
     lines = [line for line in mine.text.splitlines() if line.strip()]
-    found: dict[str, Any] = {"code": mine.code, "seconds": mine.seconds}
-    if packing := [line for line in lines if line.startswith("packing:")]:
-        found["packing"] = packing[-1][:200]
+    found: dict[str, Any] = {"code": mine.code, "seconds": mine.seconds, **choices_in(lines)}
     if mine.code:
         return {**found, "tail": " | ".join(lines)[-600:]}
     if case.against in done and done[case.against].code == 0:
         found |= {"against": case.against, **compare(trained(work, name), trained(work, case.against))}
+        if case.to_the_bit and not found["same_to_the_bit"]:
+            found["broken"] = "the same bits are promised"
     return found
 
 

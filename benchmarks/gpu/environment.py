@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "tokenizers", "datasets"),
     *("numpy", "pyarrow", "hydra-core", "omegaconf", "trl", "liger-kernel", "pytest", "pytest-xdist", "flash-attn"),
 )
+COMPILERS = ("cc", "gcc", "clang", "c++", "ptxas")
 NVIDIA_SMI = "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version"
 
 
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line a question."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
     emit("env", "versions", python=sys.version.split()[0], cpus=os.cpu_count(), **versions())
+    # Triton builds its launchers with a C compiler, torch.compile its code for a CPU with one of C++
+    emit("env", "compilers", **{name: shutil.which(name) for name in COMPILERS})
     if IS_CUDA:
         emit("env", "gpu", **gpu())
     from deepspeed.accelerator import get_accelerator

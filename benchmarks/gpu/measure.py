@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainer.engine.kernel_set import limit_sdpa
 
 IS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if IS_CUDA else "cpu")
@@ -54,8 +57,20 @@ def median_ms(function: Callable[[], Any], times: int = 20, warm_up: int = 3) ->
     return sorted(found)[len(found) // 2]
 
 
+@contextlib.contextmanager
+def cudnn_in_sdpa(allowed: bool) -> Iterator[None]:
+    """Let SDPA take cuDNN as torch would, or keep it from it as a run does, inside the ``with`` block."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    if not allowed:
+        limit_sdpa(DEVICE)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def output_gradient(output: Tensor) -> Tensor:
-    """Return the gradient that every variant is given: random values that bf16 holds, alike for one shape."""
+    """Return the gradient that every kind is given: random values that bf16 holds, alike for one shape."""
     random = torch.Generator("cpu").manual_seed(1)
     return torch.randn(output.shape, generator=random).bfloat16().to(output.device, output.dtype)
 

@@ -3,11 +3,12 @@
 python -m benchmarks.gpu.micro [SECTION…]
 
 peaks        matrix products and copies: what the device reaches
-select       which kernel SDPA takes for a boolean mask, by dtype and grouped heads
-plans        what the first call of a new shape costs
-attention    one layer's attention over three tries: as it is, each variant, FlexAttention
+select       which kernel SDPA takes for a boolean mask, by dtype, grouped heads, and cuDNN allowed or not
+plans        what the first call of a new shape costs, with cuDNN and without
+attention    one layer's attention over three sets of rows: varlen, SDPA and FlexAttention, tries and padded
 determinism  whether a repeated backward is the same to the bit
-norms lora loss  one layer of each, as it is and as it might be
+norms lora swiglu rope  one layer of each, afina's or Liger's beside transformers' and PEFT's own
+loss         of 4096 labels, by the size of its chunks
 sync         what the host does for a micro-batch and for a step besides the model
 """
 
@@ -23,10 +24,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu.measure import DEVICE, DTYPE, IS_CUDA, SCALE, describe_error, emit, median_ms, synchronize
-from benchmarks.gpu.micro_attention import CASES, attention, determinism, make_batch
-from benchmarks.gpu.micro_layers import lora, loss, norms
-from benchmarks.gpu.variants import applied
+from benchmarks.gpu.measure import (
+    DEVICE,
+    DTYPE,
+    IS_CUDA,
+    SCALE,
+    cudnn_in_sdpa,
+    describe_error,
+    emit,
+    median_ms,
+    synchronize,
+)
+from benchmarks.gpu.micro_attention import KINDS, attention, determinism, make_batch
+from benchmarks.gpu.micro_layers import lora, loss, norms, rope, swiglu
+from trainer.data.batching.micro_batch import MicroBatch
+from trainer.data.batching.trie_paths import TriePaths
 
 BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", -1: "error"}
 
@@ -49,22 +61,22 @@ def select() -> None:
             q = torch.randn(4, 8, 64, 64, device=DEVICE, dtype=dtype, requires_grad=True)
             k = torch.randn(4, 2 if grouped else 8, 96, 64, device=DEVICE, dtype=dtype, requires_grad=True)
             mask = torch.ones(4, 1, 64, 96, device=DEVICE, dtype=torch.bool).tril()
-            for variant in ("", "nocudnn"):
-                with applied(variant):
+            for cudnn in (True, False):
+                with cudnn_in_sdpa(cudnn):
                     choice = int(torch._fused_sdp_choice(q, k, k, mask, 0.0, False, enable_gqa=grouped))
-                found = {"dtype": str(dtype)[6:], "gqa": grouped, "variant": variant}
+                found = {"dtype": str(dtype)[6:], "gqa": grouped, "cudnn": cudnn}
                 emit("micro", "SDPA with a bool mask takes", **found, backend=BACKENDS.get(choice, str(choice)))
 
 
 def plans() -> None:
     """Time shapes that were never seen, forward and backward, against the same shapes again."""
-    for variant in ("", "nocudnn"):
-        with applied(variant):
+    for cudnn in (True, False):
+        with cudnn_in_sdpa(cudnn):
             pairs = [_first_and_again(k) for k in range(8 if IS_CUDA else 2)]
         middle = [sorted(times)[len(times) // 2] for times in zip(*pairs[1:], strict=True)]
         names = ("first_forward_ms", "first_backward_ms", "again_forward_ms", "again_backward_ms")
         found = dict(zip(names, middle, strict=True))
-        emit("micro", "SDPA with mask and GQA, each shape new", variant=variant, **found)
+        emit("micro", "SDPA with mask and GQA, each shape new", cudnn=cudnn, **found)
 
 
 def _first_and_again(number: int) -> list[float]:
@@ -91,24 +103,17 @@ def _first_and_again(number: int) -> list[float]:
 
 def sync() -> None:
     """Time the host's work for a micro-batch (copies, orders, masks), and the test for finite gradients."""
-    batch = make_batch(*CASES["unshared, 256 to 768"])
-
-    def move() -> None:
-        paths = batch.to(DEVICE).paths
-        paths.query_order(32)
-        paths.key_indices(8)
-        for bucket in paths.buckets:
-            bucket.mask(None)
-
-    move()
-    move()
-    synchronize()
-    begin = time.perf_counter()
-    move()
-    host = 1e3 * (time.perf_counter() - begin)
-    synchronize()
-    everything = 1e3 * (time.perf_counter() - begin)
-    emit("micro", "a micro-batch to the device, its orders and masks", host_ms=host, all_ms=everything)
+    for name in ("trie, varlen", "trie, SDPA"):
+        batch = make_batch("unshared, 256 to 768", KINDS[name])
+        _move(batch)
+        _move(batch)
+        synchronize()
+        begin = time.perf_counter()
+        _move(batch)
+        host = 1e3 * (time.perf_counter() - begin)
+        synchronize()
+        everything = 1e3 * (time.perf_counter() - begin)
+        emit("micro", "a micro-batch to the device, its orders and masks", kind=name, host_ms=host, all_ms=everything)
     gradients = [torch.randn(16, 4096, device=DEVICE, dtype=DTYPE) for _ in range(448)]
     emit(
         "micro",
@@ -116,6 +121,15 @@ def sync() -> None:
         as_it_is_ms=median_ms(lambda: _are_finite([g.abs().amax().float() for g in gradients]), 5),
         foreach_ms=median_ms(lambda: _are_finite(torch._foreach_norm(gradients, math.inf)), 5),
     )
+
+
+def _move(batch: MicroBatch) -> None:
+    paths = batch.to(DEVICE).paths
+    if isinstance(paths, TriePaths):
+        paths.query_order(32)
+        paths.key_indices(8)
+        for bucket in paths.buckets:
+            bucket.mask(None)
 
 
 def _are_finite(norms_: Sequence[torch.Tensor]) -> bool:
@@ -130,6 +144,8 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "determinism": determinism,
     "norms": norms,
     "lora": lora,
+    "swiglu": swiglu,
+    "rope": rope,
     "loss": loss,
     "sync": sync,
 }

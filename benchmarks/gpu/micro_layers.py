@@ -1,4 +1,4 @@
-"""RMSNorm, a linear layer with LoRA, and the loss: as they are, as they might be, and as others have them."""
+"""RMSNorm, LoRA, the MLP, the rotary embedding and the loss: afina's beside transformers' and PEFT's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,11 +22,14 @@ from benchmarks.gpu.measure import (
     median_ms,
     relative_distance,
 )
-from benchmarks.gpu.variants import applied
-from trainer.kernels.label_loss import _cross_entropy, _FrozenHead
-from trainer.kernels.rms_norm import RMSNorm
+from trainer.data.batching.micro_batch import Tokens, collate_padded
+from trainer.kernels.label_loss import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS, LabelLoss
+from trainer.kernels.liger import liger_obstacle, patch_rope, patch_swiglu
+from trainer.kernels.lora_linear import patch_lora_linears
+from trainer.kernels.rms_norm import RMSNorm, rms_norm
 
-TOKENS, WIDTH, VOCABULARY, LABELS = (size // SCALE for size in (8192, 4096, 128256, 4096))
+FULL_SIZES = (8192, 4096, 14336, 128256, 4096)
+TOKENS, WIDTH, INNER, VOCABULARY, LABELS = (size // SCALE for size in FULL_SIZES)
 
 
 def norms() -> None:
@@ -33,38 +37,29 @@ def norms() -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     x, weight = _randn(TOKENS, WIDTH), torch.ones(WIDTH, device=DEVICE, dtype=DTYPE)
-    theirs = LlamaRMSNorm(WIDTH, 1e-5).to(DEVICE, DTYPE).requires_grad_(False)
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
-        "afina": lambda x: RMSNorm.apply(x, weight, 1e-5),
-        "F.rms_norm": lambda x: F.rms_norm(x, (WIDTH,), weight, 1e-5),
-        "transformers": theirs,
+        "rms_norm": lambda x: rms_norm(x, weight, 1e-5),
+        "RMSNorm, written out": lambda x: RMSNorm.apply(x, weight, 1e-5),
+        "transformers": LlamaRMSNorm(WIDTH, 1e-5).to(DEVICE, DTYPE).requires_grad_(False),
     }
-    if (liger := _liger_rms_norm()) is not None:
-        kinds["Liger"] = lambda x: liger(x, weight, 1e-5, 0.0, "llama", False)
     (exact,) = forward_backward(LlamaRMSNorm(WIDTH, 1e-5).to(DEVICE).requires_grad_(False), [x.float()])()
     for name, kind in kinds.items():
-        call = forward_backward(kind, [x])
-        found = {"forward_ms": median_ms(lambda kind=kind: kind(x)), "both_ms": median_ms(call)}
-        emit("micro", "RMSNorm of 8192 x 4096", kind=name, **found, far=relative_distance(call()[0], exact))
+        emit("micro", "RMSNorm of 8192 x 4096", kind=name, **_times(kind, [x], exact))
 
 
 def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
-def _liger_rms_norm() -> Any:
-    """Return Liger's RMSNorm; ``None`` where it is not installed or there is no GPU for its Triton kernels."""
-    if not IS_CUDA:
-        return None
-    try:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    except ImportError:
-        return None
-    return LigerRMSNormFunction.apply
+def _times(function: Callable[..., Tensor], inputs: list[Tensor], exact: Tensor) -> dict[str, float]:
+    """Return the times of forward and backward, and how far the first input's gradient is from the exact one."""
+    call = forward_backward(function, inputs)
+    times = {"forward_ms": median_ms(lambda: function(*inputs)), "both_ms": median_ms(call)}
+    return {**times, "far": relative_distance(call()[0], exact)}
 
 
 def lora() -> None:
-    """Time a linear layer alone, with PEFT's LoRA, and with the product added in place."""
+    """Time a linear layer alone, with PEFT's LoRA, and with afina's."""
     from peft import LoraConfig, get_peft_model
 
     what = "linear 4096 x N of 8192 tokens"
@@ -78,14 +73,12 @@ def lora() -> None:
         trainable = [p for p in adapted.parameters() if p.requires_grad]
         with torch.no_grad():
             trainable[1].normal_()
-        found = {}
-        for kind, variant in (("PEFT", ""), ("addmm", "lora")):
-            with applied(variant):
-                call = _with_parameters(adapted, x, trainable)
-                found[kind] = call()
-                emit("micro", what, n=width, kind=f"LoRA r=16, {kind}", both_ms=median_ms(call))
-        far = max(relative_distance(*pair) for pair in zip(found["addmm"], found["PEFT"], strict=True))
-        emit("micro", "LoRA by addmm against PEFT's", n=width, far=far)
+        call = _with_parameters(adapted, x, trainable)
+        expected = call()
+        emit("micro", what, n=width, kind="LoRA r=16, PEFT", both_ms=median_ms(call))
+        assert patch_lora_linears(adapted) is not None
+        far = max(relative_distance(*pair) for pair in zip(call(), expected, strict=True))
+        emit("micro", what, n=width, kind="LoRA r=16, afina", both_ms=median_ms(call), far_from_peft=far)
 
 
 def _with_parameters(model: Any, x: Tensor, parameters: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
@@ -96,21 +89,73 @@ def _with_parameters(model: Any, x: Tensor, parameters: list[Tensor]) -> Callabl
     return lambda: torch.autograd.grad(model(leaf), [leaf, *parameters], gradient)
 
 
+def swiglu() -> None:
+    """Time an MLP with a gated SiLU, and with Liger's where that runs."""
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    what, config = "MLP 4096 x 14336 of 8192 tokens", LlamaConfig(hidden_size=WIDTH, intermediate_size=INNER)
+    mlp, x = LlamaMLP(config).to(DEVICE, DTYPE).requires_grad_(False), _randn(TOKENS, WIDTH)
+    (exact,) = forward_backward(mlp, [x])()
+    emit("micro", what, kind="transformers", **_times(mlp, [x], exact))
+    if _runs_liger(what):
+        assert patch_swiglu(mlp) is not None
+        emit("micro", what, kind="Liger", **_times(mlp, [x], exact))
+
+
+def rope() -> None:
+    """Time the rotary embedding of one layer, and Liger's where that runs; queries and keys are copied in both."""
+    from transformers.models.llama import modeling_llama
+
+    what, width = "rotary embedding, 32/8 heads of 128, 8192 tokens, and a copy", 128
+    q, k = (_randn(1, TOKENS, heads, width).transpose(1, 2) for heads in (32, 8))
+    angles = torch.rand(1, TOKENS, width // 2, device=DEVICE).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+
+    def turn(q: Tensor, k: Tensor) -> Tensor:
+        # Liger's writes over its input, and in the backward over the gradient, which the product makes anew
+        turned = modeling_llama.apply_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
+        return torch.cat([t.flatten() for t in turned]) * 1.0
+
+    exact = forward_backward(turn, [q, k])()[0]
+    emit("micro", what, kind="transformers", **_times(turn, [q, k], exact))
+    if _runs_liger(what):
+        model = modeling_llama.LlamaRotaryEmbedding(modeling_llama.LlamaConfig())
+        patch = patch_rope(model)
+        assert patch is not None
+        try:
+            emit("micro", what, kind="Liger", **_times(turn, [q, k], exact))
+        finally:
+            patch.undo()
+
+
+def _runs_liger(what: str) -> bool:
+    """Return whether Liger's kernels can be tried; say so where not."""
+    obstacle = liger_obstacle() if IS_CUDA else "liger-kernel runs on CUDA"
+    if obstacle is not None:
+        emit("micro", what, kind="Liger", not_run=obstacle)
+    return obstacle is None
+
+
 def loss() -> None:
-    """Time the loss of 4096 labels with chunks of three sizes."""
-    head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-    hidden = _randn(LABELS, WIDTH)
-    target, weight = torch.randint(VOCABULARY, (LABELS,), device=DEVICE), torch.ones(LABELS, device=DEVICE)
+    """Time the loss of 4096 labels, over a model that is an embedding, a norm and an output layer, by chunks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def chunk(hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return _cross_entropy(head(hidden), target, weight)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=0, dtype=DTYPE, tie_word_embeddings=False
+    )
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(config).to(DTYPE).requires_grad_(False)
+    weight = model.model.norm.weight.requires_grad_()
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, LABELS + 1, dtype=np.int32)
+    batch = collate_padded([Tokens(ids, np.ones(len(ids), dtype=bool))], [0], 0).to(DEVICE)
+    for elements in (CHUNK_ELEMENTS, 1 << 26, CUDA_CHUNK_ELEMENTS, 1 << 28):
+        label_loss, memory = LabelLoss(model, chunk_elements=elements // SCALE**2), PeakMemory()
+        # the gradient of the hidden states is what it costs; that of the norm's weight is next to nothing
+        both_ms = median_ms(partial(_backward, label_loss, model, batch, weight), 5, 1)
+        found = {"labels_a_chunk": elements // FULL_SIZES[3], "both_ms": both_ms, "peak_gib": memory.gib()}
+        emit("micro", "loss of 4096 labels, 128256 words", chunk_elements=elements, **found)
 
-    def whole(size: int, hidden: Tensor) -> Tensor:
-        pieces = zip(hidden.split(size), target.split(size), weight.split(size), strict=True)
-        return torch.stack([_FrozenHead.apply(chunk, *piece) for piece in pieces]).sum()
 
-    for elements in (1 << 24, 1 << 26, 1 << 28):
-        size, memory = max(1, elements // 128256 // SCALE), PeakMemory()
-        both_ms = median_ms(forward_backward(partial(whole, size), [hidden]), 5, 1)
-        found = {"chunk_elements": elements, "labels_a_chunk": size, "both_ms": both_ms, "peak_gib": memory.gib()}
-        emit("micro", "loss of 4096 labels, 128256 words", **found)
+def _backward(label_loss: LabelLoss, model: Any, batch: Any, weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(label_loss(model, batch), [weight])

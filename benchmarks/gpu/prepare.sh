@@ -2,7 +2,7 @@
 # On a machine with a package index, in the checkout's root: put into .gpu/, which git ignores, what a bare GPU machine
 # lacks. Then copy the tree with .gpu/ there and run `bash benchmarks/gpu/campaign.sh`.
 #   bash benchmarks/gpu/prepare.sh [wheels] [tokenizer]   both by default
-#   .gpu/wheels     about 28 MiB: what an image with torch has not (PYTHON_VERSION=3.12, x86-64)
+#   .gpu/wheels     about 27 MiB: what an image with torch has not (PYTHON_VERSION=3.12, x86-64)
 #   .gpu/tokenizer  SmolLM2's, 2 MiB; the models are made where the GPU is, with random weights
 # MAX_BYTES (64 MiB): the tree with .gpu/ must be smaller than that.
 set -euo pipefail

@@ -1,6 +1,6 @@
 """Train as ``python -m trainer.train`` does, with each step timed between two synchronisations.
 
-python -m benchmarks.gpu.train_timed [--variants a,b] [--profile FILE] RESULT.json [overrides]
+python -m benchmarks.gpu.train_timed [--profile FILE] RESULT.json [overrides]
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ import torch
 
 import trainer.train
 from benchmarks.gpu.measure import IS_CUDA, synchronize
-from benchmarks.gpu.variants import applied
 from trainer.distributed.process_group import leave
 from trainer.training.loop import Loop
 
 WARM_UP_STEPS = 2
 UTILIZATIONS = ("model_flops_utilization", "useful_flops_utilization")
-KEPT = ("useful_tokens", "computed_tokens", "label_tokens", "loss", "data_seconds", *UTILIZATIONS)
+KEPT = ("useful_tokens", "computed_tokens", "loss", "step_seconds", "data_seconds", *UTILIZATIONS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train once and write what the steps took. Returns the training's exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", default="", help="patches of benchmarks/gpu/variants.py, separated by commas")
     parser.add_argument("--profile", type=Path, default=None, help="add the last step's kernels to this file")
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(arguments)
-    timer = StepTimer(asked.profile, f"{asked.result.stem} {asked.variants}")
-    with applied(asked.variants):
-        timer.install()
-        code = trainer.train.main(asked.overrides)
-    asked.result.write_text(json.dumps({"variants": asked.variants, **timer.summary()}))
+    timer = StepTimer(asked.profile, asked.result.stem)
+    timer.install()
+    code = trainer.train.main(asked.overrides)
+    asked.result.write_text(json.dumps(timer.summary()))
     return code
 
 
@@ -54,16 +51,13 @@ class StepTimer:
         self.profile_file, self.title = profile_file, title
         self.steps: list[dict[str, Any]] = []
         self.found: dict[str, Any] = {}
-        self.weights: dict[str, int] = {}
-        self.trains_base = False
 
     def install(self) -> None:
         """Take the place of ``Loop.step`` in this process."""
         step = Loop.step
 
         def timed(loop: Loop, number: int) -> Any:
-            if not self.weights:
-                self._start(loop)
+            self.found.setdefault("start_seconds", time.time() - psutil.Process().create_time())
             if IS_CUDA and number == WARM_UP_STEPS:
                 torch.cuda.reset_peak_memory_stats()
             synchronize()
@@ -78,10 +72,6 @@ class StepTimer:
 
         Loop.step = timed  # type: ignore[method-assign]
 
-    def _start(self, loop: Loop) -> None:
-        self.weights, self.trains_base = count_weights(loop.engine.model), loop.config.method.name == "full"
-        self.found["start_seconds"] = time.time() - psutil.Process().create_time()
-
     def _profile(self, step: Any, loop: Loop, number: int) -> Any:
         from torch.profiler import ProfilerActivity, profile
 
@@ -92,7 +82,7 @@ class StepTimer:
         average = profiled.key_averages()
         kernels = [event for event in average if str(event.device_type).endswith("CUDA")]
         if kernels:
-            self.found["kernels"] = sum(event.count for event in kernels)
+            self.found["kernel_launches"] = sum(event.count for event in kernels)
             self.found["kernel_seconds"] = sum(event.self_device_time_total for event in kernels) / 1e6
         sort = "self_cuda_time_total" if kernels else "self_cpu_time_total"
         table = average.table(sort_by=sort, row_limit=25, max_name_column_width=120)
@@ -112,33 +102,16 @@ class StepTimer:
                 "step_seconds": [round(step["seconds"], 4) for step in self.steps],
                 "useful_tokens_per_second": sum(step["useful_tokens"] for step in timed) / total,
                 "computed_tokens_per_second": sum(step["computed_tokens"] for step in timed) / total,
-                "tflops": sum(self.operations(step) for step in timed) / total / 1e12,
                 "data_seconds": sum(step["data_seconds"] for step in timed) / len(timed),
                 "losses": [round(step["loss"], 5) for step in self.steps],
-                **{name: [round(step[name], 4) for step in timed] for name in UTILIZATIONS},
+                **{name: utilization(timed, name) for name in UTILIZATIONS},
             }
         return found | peak_memory()
 
-    def operations(self, step: dict[str, Any]) -> int:
-        """Return the operations of a step's matrix products, forward and backward.
 
-        A weight costs 2 a token in the forward, 2 for the gradient of its input, and 2 for its own gradient where it
-        is trained (Kaplan et al., 2020). The output layer runs at labels only. Attention and what gradient
-        checkpointing computes twice are not counted.
-        """
-        each = 6 if self.trains_base else 4
-        per_token = each * self.weights["base"] + 6 * self.weights["adapter"]
-        return int(step["computed_tokens"] * per_token + step["label_tokens"] * each * self.weights["head"])
-
-
-def count_weights(model: torch.nn.Module) -> dict[str, int]:
-    """Count the weights of the linear layers, by what they cost a token: base, adapters, output layer."""
-    found = {"base": 0, "adapter": 0, "head": 0}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            kind = "head" if name.endswith("lm_head") else "adapter" if ".lora_" in name else "base"
-            found[kind] += module.in_features * module.out_features
-    return found
+def utilization(steps: list[dict[str, Any]], name: str) -> float:
+    """Return the mean of a utilization over some steps: of the meter, over the time between two synchronisations."""
+    return sum(step[name] * step["step_seconds"] for step in steps) / sum(step["seconds"] for step in steps)
 
 
 def peak_memory() -> dict[str, float]:

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks._rows import prepare_rows, rows_in_training_order
-from benchmarks.gpu.measure import IS_CUDA, synchronize
+from benchmarks.gpu.measure import DEVICE, DTYPE, IS_CUDA, synchronize
 from benchmarks.gpu.train_timed import WARM_UP_STEPS, peak_memory
 from trainer.config import TrainConfig
+from trainer.engine.flops import ModelFlops, count_flops
+from trainer.engine.peak_flops import peak_flops
 from trainer.models.embedded import resolve
 
 MICRO_ROWS = 16
@@ -42,14 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert steps is not None, "batch.max_steps says how many steps are timed"
     rows = rows_in_training_order(config, data, steps)
     with tempfile.TemporaryDirectory() as output:
-        seconds, losses = train(asked, config, tokenizer, rows, output)
+        seconds, losses, flops = train(asked, config, tokenizer, rows, output)
     size = config.batch.global_size
     tokens = [sum(len(row.ids) for row in rows[k * size : (k + 1) * size]) for k in range(steps)]
     timed = list(range(WARM_UP_STEPS, steps)) or [0]
+    useful_flops = sum(flops_of(flops, rows[k * size : (k + 1) * size]) for k in timed)
+    peak = peak_flops(DEVICE, DTYPE).per_second
     found = {
         "median_step_seconds": sorted(seconds[k] for k in timed)[len(timed) // 2],
         "step_seconds": [round(s, 4) for s in seconds],
         "useful_tokens_per_second": sum(tokens[k] for k in timed) / sum(seconds[k] for k in timed),
+        "useful_flops_utilization": useful_flops / sum(seconds[k] for k in timed) / peak,
+        "kernels": "Liger's" if asked.liger and IS_CUDA else "none",
         "losses": losses,
     }
     asked.result.write_text(json.dumps(found | peak_memory()))
@@ -57,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(
     asked: argparse.Namespace, config: TrainConfig, tokenizer: Any, rows: list[Any], output: str
-) -> tuple[list[float], list[float]]:
-    """Return the seconds and the loss of each step."""
+) -> tuple[list[float], list[float], ModelFlops]:
+    """Return the seconds and the loss of each step, and what the model costs by afina's count."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -90,11 +96,19 @@ def train(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     model, clock = adapted_model(config, asked.attention, checkpointing), make_clock()
+    flops = count_flops(model)
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock]
     )
     trainer.train()
-    return clock.seconds, [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
+    return clock.seconds, losses, flops
+
+
+def flops_of(flops: ModelFlops, rows: list[Any]) -> float:
+    """Return what rows cost, each computed alone; the output layer at its labels, as in afina."""
+    labels = sum(int(np.count_nonzero(row.loss_mask[1:])) for row in rows)
+    return flops.of_rows(np.asarray([len(row.ids) for row in rows]), labels)
 
 
 def adapted_model(config: TrainConfig, attention: str, checkpointing: bool) -> Any:

@@ -1,7 +1,7 @@
 """The GPU campaign holds on to the code: its modules reach into afina's rooms by name, and no GPU is there to find out.
 
-Each module is imported, each patch applied and compared with what it replaces, and one training goes the whole way
-through ``campaign.sh`` with tiny shapes.
+Each script knows its arguments, what the small questions time is compared with what it stands beside, and one training
+goes the whole way through ``campaign.sh`` with tiny shapes.
 """
 
 from __future__ import annotations
@@ -67,57 +67,32 @@ def test_what_the_other_benchmarks_patch_is_there() -> None:
     assert callable(_start.Loop.step)
 
 
-def test_every_variant_applies_and_is_undone() -> None:
-    variants = kit("variants")
-    patched = (
-        (importlib.import_module("trainer.kernels.trie_attention"), ("trie_attention", "_attend_bucket")),
-        (importlib.import_module("trainer.kernels.rms_norm"), ("_forward",)),
-        (importlib.import_module("trainer.kernels.label_loss"), ("CHUNK_ELEMENTS",)),
-        (importlib.import_module("trainer.data.batching.micro_batch"), ("build_paths",)),
-    )
-
-    def state() -> list[Any]:
-        return [getattr(module, name) for module, names in patched for name in names]
-
-    before = state()
-    with variants.applied(",".join(variants.VARIANTS)):
-        assert all(one is not other for one, other in zip(state(), before, strict=True))
-        assert torch.are_deterministic_algorithms_enabled()
-    assert state() == before
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_the_campaign_names_only_variants_that_exist() -> None:
-    names = set(kit("variants").VARIANTS)
-    text = (KIT / "campaign.sh").read_text()
-    for line in text.splitlines():
-        if line.startswith(("FIXES=", "BEST=")):
-            assert set(line.split("=")[1].split(",")) <= names
-    assert set(kit("correctness").FIXES.split(",")) <= names
-
-
 @pytest.mark.parametrize("case", ["unshared, 256 to 768", "shared 1024 + 56 x 128"])
-@pytest.mark.parametrize("variant", ["packgqa", "varlen"])
-def test_an_attention_variant_gives_the_gradients_of_the_kernel(
-    variant: str, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kinds_of_attention_agree(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those over one layout have one gradient; the settings are those of a run again afterwards."""
     import trainer.kernels.trie_attention as kernel
 
-    attention, variants = kit("micro_attention"), kit("variants")
-    # rows with few keys never reach SDPA on a CPU, where `packgqa` has its place
+    attention = kit("micro_attention")
+    # rows with few keys never reach SDPA on a CPU, where packed query heads have their place
     monkeypatch.setattr(kernel, "is_short", lambda *_: False)
-    expected = gradients(attention.make_batch(*attention.CASES[case]))
-    with variants.applied(variant):
-        found = gradients(attention.make_batch(*attention.CASES[case]))
-    assert largest_distance(found, expected) < 1e-5
+    before = kernel.packs_query_heads, torch.backends.cuda.cudnn_sdp_enabled()
+    found: dict[bool, list[Sequence[Tensor]]] = {False: [], True: []}
+    for kind in attention.KINDS.values():
+        if not kind.is_flex:
+            found[kind.padded].append(gradients(case, kind))
+    assert [len(of_layout) for of_layout in found.values()] == [4, 3]
+    for first, *others in found.values():
+        assert all(largest_distance(other, first) < 1e-5 for other in others)
+    assert (kernel.packs_query_heads, torch.backends.cuda.cudnn_sdp_enabled()) == before
 
 
-def gradients(batch: Any) -> Sequence[Tensor]:
-    import trainer.kernels.trie_attention as kernel
-
+def gradients(case: str, kind: Any) -> Sequence[Tensor]:
     attention, measure = kit("micro_attention"), kit("measure")
-    with kernel.trie_context(batch.paths):
-        return measure.forward_backward(attention.attend, attention.make_qkv(batch.input_ids.numel(), 8, 2, 16))()
+    batch = attention.make_batch(case, kind)
+    with attention.settings_of(kind, batch):
+        inputs = attention.make_qkv(batch, heads=(8, 2), width=16)
+        gradients: Sequence[Tensor] = measure.forward_backward(attention.attend(batch, kind), inputs)()
+        return gradients
 
 
 def largest_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -126,12 +101,33 @@ def largest_distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 
 
 def test_the_small_questions_have_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    """The sections that reach into the kernels; what they print holds no error."""
-    assert kit("micro").main(["norms", "loss", "sync"]) == 0
-    kit("micro_attention").measure_attention("unshared 16 x 512", "varlen", None)
+    """What is no attention: nothing that is printed holds an error, and no kernel is far from what it stands beside."""
+    assert kit("micro").main(["determinism", "norms", "lora", "swiglu", "rope", "loss", "sync"]) == 0
     lines = [json.loads(line[7:]) for line in capsys.readouterr().out.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == 8
     assert [line for line in lines if "error" in line] == []
+    assert [line.get("same_to_the_bit") for line in lines if line.get("deterministic")] == [[True] * 3] * 2
+    distances = [line[name] for line in lines for name in ("far", "far_from_peft") if name in line]
+    assert len(distances) == 7
+    assert max(distances) < 1e-5
+    assert sum("chunk_elements" in line for line in lines) == 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_case_that_must_be_the_same_to_the_bit_is_found_out(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    correctness = kit("correctness")
+    case, done = correctness.cases()["deterministic_b"], {}
+    for name, value in (("deterministic_a", 1.0), ("deterministic_b", 1.0 + 1e-6)):
+        adapter = tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors"
+        adapter.parent.mkdir(parents=True)
+        save_file({"weight": torch.full((2,), value)}, adapter)
+        done[name] = correctness.Finished(0, 1.0, "kernels: none but PyTorch's own\n")
+    found = correctness.describe(tmp_path, "deterministic_b", case, done)
+    assert found["broken"] == "the same bits are promised"
+    assert found["kernels"] == "none"
+    loose = correctness.Case((), against="deterministic_a")
+    assert "broken" not in correctness.describe(tmp_path, "deterministic_b", loose, done)
 
 
 def test_subtree_ends() -> None:
@@ -139,27 +135,21 @@ def test_subtree_ends() -> None:
     assert kit("micro_attention").subtree_ends([0, 1, 2, 2, 1, 0, 1]) == [5, 4, 3, 4, 5, 7, 7]
 
 
-def test_lora_and_rms_norm_variants_give_what_they_replace(model: Any) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_a_log_says_which_kernels_are_in_use() -> None:
+    choices = kit("collect").choices_in
+    left_out = "kernels: rope left out on 4 rows: RuntimeError: no compiler"
+    found = choices(
+        ["packing: trie, verified", left_out, "kernels: varlen, lora, verified against eager attention (…)"]
+    )
+    assert found["kernels"] == "varlen, lora"
+    assert found["kernels_left_out"] == left_out.removeprefix("kernels: ")
+    assert choices(["kernels: none but PyTorch's own"]) == {"kernels": "none"}
+    assert choices(["loss 1.0"]) == {}
 
-    from trainer.kernels.rms_norm import patch_rms_norms
 
-    def loss_gradients(names: str) -> list[Tensor]:
-        with kit("variants").applied(names):
-            import copy
-
-            base = copy.deepcopy(model)
-            patch_rms_norms(base)
-            torch.manual_seed(0)
-            adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=10, target_modules="all-linear"))
-            trainable = [p for p in adapted.parameters() if p.requires_grad]
-            with torch.no_grad():
-                for parameter in trainable:
-                    parameter.normal_(std=0.02)
-            output = adapted(input_ids=torch.arange(3, 43)[None]).logits
-            return list(torch.autograd.grad(output.square().mean(), trainable))
-
-    assert largest_distance(loss_gradients("rms,lora"), loss_gradients("")) < 1e-5
+def test_the_utilization_is_that_of_the_time_between_synchronisations() -> None:
+    steps = [{"mfu": 0.4, "step_seconds": 1.0, "seconds": 2.0}, {"mfu": 0.2, "step_seconds": 2.0, "seconds": 2.0}]
+    assert kit("train_timed").utilization(steps, "mfu") == pytest.approx(0.2)
 
 
 def test_the_report_shows_results_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,10 +157,15 @@ def test_the_report_shows_results_and_failures(tmp_path: Path, capsys: pytest.Ca
     results, log, result = (tmp_path / name for name in ("results.jsonl", "log", "result.json"))
     log.write_text('RESULT {"stage": "env", "what": "gpu", "gpu": "NVIDIA H100 80GB"}\n')
     collect.main([str(results), "env", "0", "3", str(log), str(result)])
-    result.write_text(json.dumps({"median_step_seconds": 2.0, "useful_tokens_per_second": 9.0, "tflops": 494.5}))
-    collect.main([str(results), "8b8_trie", "0", "3", str(log), str(result)])
+    used = {"model_flops_utilization": 0.5, "useful_flops_utilization": 0.446}
+    result.write_text(json.dumps({"median_step_seconds": 2.0, "useful_tokens_per_second": 6236.5, **used}))
+    log.write_text("kernels: varlen, lora, verified against eager attention without them\n")
+    collect.main([str(results), "8b_trie", "0", "3", str(log), str(result)])
     assert report.main([str(results)]) == 0
-    assert "| 8b8_trie | 2.000 | 9 |  | 494 | 50.0% |" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "| 8b_trie | 2.000 | 6236 |  | 50.0% | 44.6% |  |  | varlen, lora |" in text
+    assert "-50.0% beside the 12473 of NeMo Automodel" in text
+    assert "+4.0 points beside its 40.6%" in text
     log.write_text("Traceback\nRuntimeError: out of memory\n")
     collect.main([str(results), "8b", "1", "3", str(log), str(tmp_path / "none")])
     assert report.main([str(results)]) == 1
@@ -196,7 +191,7 @@ def test_a_dry_campaign_ends_in_0(tiny_model: Path, tmp_path: Path) -> None:
     settings = {
         "DRY": "1",
         "ONLY": "speed",
-        "KIT_RUNS": "8b8_trie_best 8b8_trl_padded",
+        "KIT_RUNS": "8b8_trie 8b8_trl_padded",
         "KIT_STEPS": "3",
         "PYTHON": sys.executable,
         "OUT": str(tmp_path / "out"),
@@ -205,8 +200,9 @@ def test_a_dry_campaign_ends_in_0(tiny_model: Path, tmp_path: Path) -> None:
     }
     finished = run(["bash", KIT / "campaign.sh"], cwd=ROOT, env=settings, timeout_seconds=600)
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    (trained,) = (line for line in lines if line["stage"] == "8b8_trie_best")
+    (trained,) = (line for line in lines if line["stage"] == "8b8_trie")
     assert len(trained["losses"]) == 2, finished.tail()  # the third step is profiled
     assert "aten::" in (tmp_path / "out" / "profile.txt").read_text()
-    assert trained["variants"] == "nocudnn,varlen,rms,lora,chunk"
-    assert "| 8b8_trie_best |" in (tmp_path / "out" / "report.md").read_text()
+    assert trained["kernels"] == "varlen, lora, rms_norm"
+    assert 0 < trained["model_flops_utilization"] < 1
+    assert "| 8b8_trie |" in (tmp_path / "out" / "report.md").read_text()
