@@ -56,7 +56,7 @@ def lines_of(rows: list[Row], dry: bool) -> list[str]:
             lines.append(f"- {row['what']}: {values}")
     tests = next((row.get("summary", "") for row in rows if row["stage"] == "pytest"), "not run")
     lines += [f"- tests/gpu: {tests}", *stage_lines(rows)]
-    return lines + correctness_lines(rows) + micro_lines(rows) + speed_lines(rows)
+    return lines + correctness_lines(rows) + micro_lines(rows) + speed_lines(rows, dry)
 
 
 def stage_lines(rows: list[Row]) -> list[str]:
@@ -106,8 +106,8 @@ def micro_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
-def speed_lines(rows: list[Row]) -> list[str]:
-    """Return the table of the timed trainings."""
+def speed_lines(rows: list[Row], dry: bool) -> list[str]:
+    """Return the table of the timed trainings; if not dry, those of 8B with all its layers beside NeMo Automodel's."""
     timed = [row for row in rows if "median_step_seconds" in row]
     if not timed:
         return []
@@ -121,7 +121,7 @@ def speed_lines(rows: list[Row]) -> list[str]:
         values = (form.format(row[name]) if name in row else "" for _, name, form in STEP)
         lines.append(f"| {row['stage']} | {' | '.join(values)} |")
     lines.append("")
-    lines += [beside_nemo(row) for row in timed if row["stage"].startswith("8b_")]
+    lines += [beside_nemo(row) for row in timed if row["stage"].startswith("8b_") and not dry]
     lines += [f"- {row['stage']}: {row['kernels_left_out']}" for row in timed if "kernels_left_out" in row]
     return lines
 
