@@ -75,9 +75,8 @@ class RMSNorm(torch.autograd.Function):
             eps: keeps rows of zeros finite.
         """
         normalized = _to_fp32(hidden)
-        # of squares: a norm's root, squared again, would lose half a digit
-        squares = torch.einsum("...d,...d->...", normalized, normalized).unsqueeze(-1)
-        scale = squares.div_(hidden.shape[-1]).add_(eps).rsqrt_()
+        # a mean, which torch sums in pairs: dot products and norms have twice to five times its error on CPU
+        scale = normalized.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
         return normalized.mul_(scale).to(hidden.dtype) * weight
 
