@@ -77,7 +77,7 @@ def correctness_lines(rows: list[Row]) -> list[str]:
         return []
     lines = [
         *("", "## The tiny model", ""),
-        f"Largest relative distance of a trained tensor; in fp32 at most {NORM:g} is promised, 5e-05 on a quantised base.",
+        f"Largest relative distance of a trained tensor; in fp32 at most {NORM:g} is promised (4 and 8 bits: 5e-05).",
         *(
             "",
             "| training | against | distance | same to the bit | seconds | kernels in use |",

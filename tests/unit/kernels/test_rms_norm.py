@@ -77,9 +77,9 @@ def test_only_where_it_is_the_same_formula(name: str, changed: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
+@given(st.integers(8, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
 def test_torchs_own_fused_norm_is_the_same_formula(width: int, dtype: torch.dtype, seed: int) -> None:
-    """What CUDA takes, on CPU."""
+    """What CUDA takes, on CPU. Not of few columns: one alone has no gradient but its rounding."""
     torch.manual_seed(seed)
     stock, _ = pair(width, dtype)
     hidden, outer = torch.randn(2, 4, width, dtype=dtype)
