@@ -7,6 +7,7 @@ layout is verified with on other devices and in fp32.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -59,8 +60,10 @@ def _attend_varlen(pieces: Pieces, window: int | None, scaling: float, q: Tensor
 
     sizes = pieces.query_ends, pieces.key_ends, pieces.max_queries, pieces.max_keys
     left = -1 if window is None else window - 1
-    grouped = q.shape[1] != k.shape[1]
-    attended: Tensor = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), enable_gqa=grouped)
+    # torch 2.10 and 2.11 share key heads without being asked, and know no such argument
+    takes_grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if takes_grouped else {}
+    attended: Tensor = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), **grouped)
     return attended
 
 
