@@ -29,6 +29,7 @@ RESUMED = [
     *([zero, "method=adalora", "method.tinit=1", "method.tfinal=1"] for zero in ("stage0", "stage2", "stage3")),
     *(["stage2", f"method={method}"] for method in ("dora", "ia3", "prompt", "prefix", "bottleneck")),
     ["stage2", "method=lora", "method.init=pissa"],
+    *([zero, "model.kernels=[varlen,lora]", "model.gradient_checkpointing=true"] for zero in ("stage2", "stage3")),
 ]
 
 

@@ -57,6 +57,7 @@ class Engine:
         world: this process; the process group must be up.
         dtype: of forward and backward.
         runtime: of the method; its hooks are on the model already.
+        reads_adapters: a kernel on the model reads adapters outside the call of their own module.
 
     Attributes:
         trainable_params: by name, in the model's order; under ZeRO-3 each rank holds a part of each.
@@ -73,6 +74,7 @@ class Engine:
         world: World,
         dtype: torch.dtype,
         runtime: MethodRuntime,
+        reads_adapters: bool = False,
     ) -> None:
         import deepspeed
 
@@ -93,7 +95,7 @@ class Engine:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         compat.check_optimizer(self.optimizer, self.zero_stage, fp16=dtype == torch.float16)
-        self._has_gathered = False  # ZeRO-3's persistent parameters
+        self._must_gather = self.zero_stage == 3 and reads_adapters
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
@@ -129,11 +131,11 @@ class Engine:
             gradients were all finite, a bool scalar (always true where they are reduced micro-batch by micro-batch, and
             cannot be told apart). Both on the device, which is not waited for.
         """
-        if self.zero_stage == 3 and not self._has_gathered:
+        if self._must_gather:
             # what ZeRO-3 does after each step: before the first one, persistent parameters are whole only inside the
-            # call of their own module, and kernels read adapters outside of it
+            # call of their own module
             self.optimizer.checkpoint_event_epilogue()
-            self._has_gathered = True
+            self._must_gather = False
         sums: list[Tensor] = []
         with self.deepspeed.coalesce_grad_reduction() if self.reduces_once else contextlib.nullcontext():
             for k, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):

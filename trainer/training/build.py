@@ -81,7 +81,15 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
     words = {"packing": choice.lines[0], "kernels": choice.lines[1:], "experts": experts}
     model_info = {**_describe_model(model, dtype, world), **peak, **words}
-    engine = Engine(model=model, loss=loss, config=config, world=world, dtype=dtype, runtime=runtime)
+    engine = Engine(
+        model=model,
+        loss=loss,
+        config=config,
+        world=world,
+        dtype=dtype,
+        runtime=runtime,
+        reads_adapters="lora" in choice.kernels,
+    )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
 
