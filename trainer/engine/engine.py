@@ -95,7 +95,7 @@ class Engine:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         compat.check_optimizer(self.optimizer, self.zero_stage, fp16=dtype == torch.float16)
-        self._must_gather = self.zero_stage == 3 and reads_adapters
+        self._reads_adapters = reads_adapters
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
 
     @property
@@ -131,11 +131,7 @@ class Engine:
             gradients were all finite, a bool scalar (always true where they are reduced micro-batch by micro-batch, and
             cannot be told apart). Both on the device, which is not waited for.
         """
-        if self._must_gather:
-            # what ZeRO-3 does after each step: before the first one, persistent parameters are whole only inside the
-            # call of their own module
-            self.optimizer.checkpoint_event_epilogue()
-            self._must_gather = False
+        self._gather_adapters()
         sums: list[Tensor] = []
         with self.deepspeed.coalesce_grad_reduction() if self.reduces_once else contextlib.nullcontext():
             for k, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
@@ -176,6 +172,15 @@ class Engine:
         clipped = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         return Update(norm, applied, clipped / loss_scale)
 
+    def _gather_adapters(self) -> None:
+        """Gather adapters under ZeRO-3 for the kernel that reads them. A collective, where any is partitioned.
+
+        It keeps them whole from a step to the next. Before the first one, and after a save or a restore has looked at
+        one, they are whole only inside the call of their own module.
+        """
+        if self._reads_adapters and self.zero_stage == 3:
+            self.optimizer.checkpoint_event_epilogue()
+
     def train(self) -> None:
         """Turn dropout and gradient checkpointing on."""
         self.deepspeed.train()
@@ -183,6 +188,7 @@ class Engine:
     def eval(self) -> None:
         """Turn dropout and gradient checkpointing off."""
         self.deepspeed.eval()
+        self._gather_adapters()
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
