@@ -43,8 +43,8 @@ DATA_SHEETS: tuple[tuple[str, dict[torch.dtype, float]], ...] = (
 OTHER_CARDS = {"mig", "laptop", "ti", "d"}  # a part of a card, or a slower or faster one of the same number
 # Rows and columns of the products that are measured, ascending: which is the fastest depends on the machine.
 GPU_SIZES, CPU_SIZES = (8192,), (512, 1024, 2048)
-TRIES = 5
-MAX_SECONDS = 0.4  # for each size, about; bf16 is emulated on some CPUs, and takes a hundred times as long
+TRIES = 3
+MAX_SECONDS = 0.15  # for each size, about; bf16 is emulated on some CPUs, and takes a hundred times as long
 
 
 @dataclass(frozen=True, slots=True)
