@@ -20,7 +20,7 @@ from trainer.kernels.trie_attention import trie_context
 from trainer.methods import attach
 from trainer.models.loading import load_model, load_tokenizer
 
-ROWS = 32
+ROWS = 16
 # A CPU without 16-bit units multiplies bf16 some twenty times slower than fp32.
 BF16_ROWS = 3
 CPU = torch.device("cpu")
