@@ -113,7 +113,7 @@ def rope() -> None:
     cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
 
     def turn(q: Tensor, k: Tensor) -> Tensor:
-        # Liger's writes over its input, and in the backward over the gradient, which the product makes anew
+        # Liger's writes over its input, and in the backward over the gradient, which the product makes afresh
         turned = modeling_llama.apply_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
         return torch.cat([t.flatten() for t in turned]) * 1.0
 

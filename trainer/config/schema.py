@@ -58,7 +58,7 @@ class ModelConfig:
     )
     compile: bool = key(
         False,
-        "compile the decoder layers with torch.compile: minutes at the start, a faster step",
+        "compile the decoder layers with torch.compile, which takes minutes at the start",
         changes_result=False,
     )
     trust_remote_code: bool = key(

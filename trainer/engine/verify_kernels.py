@@ -169,17 +169,17 @@ class Verifier:
             of that set; where none holds, of the first one, and all kernels are still in use.
         """
         self.worst = first = self.attempt(uses_trie)
+        if first.holds:
+            return first
         names = self.kernels.names
-        for left_out in [(), *((name,) for name in names), *([names] if len(names) > 1 else [])]:
-            if left_out:
-                with self.kernels.without(*left_out):
-                    self.worst = self.attempt(uses_trie)
-            if self.worst.holds:
-                if left_out:
-                    self.kernels.remove(*left_out)
-                    self.notes.append(f"kernels: {', '.join(left_out)} left out on {self.tried}: {first}")
-                return self.worst
-        self.worst = first
+        for left_out in [*((name,) for name in names), *([names] if len(names) > 1 else [])]:
+            with self.kernels.without(*left_out):
+                found = self.attempt(uses_trie)
+            if found.holds:
+                self.kernels.remove(*left_out)
+                self.notes.append(f"kernels: {', '.join(left_out)} left out on {self.tried}: {first}")
+                self.worst = found
+                return found
         return first
 
     def attempt(self, uses_trie: bool) -> Verification:

@@ -31,7 +31,8 @@ def verify_varlen(model: Any, dtype: torch.dtype, device: torch.device, window: 
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
-    pieces = _small_trie().with_tensors([t.to(device) for t in _small_trie().tensors()])
+    on_host = _small_trie()
+    pieces = on_host.with_tensors([t.to(device) for t in on_host.tensors()])
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(1, count, pieces.tokens, width, generator=generator).to(device, dtype)

@@ -7,6 +7,7 @@ layout is verified with on other devices and in fp32.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from functools import partial
@@ -60,11 +61,17 @@ def _attend_varlen(pieces: Pieces, window: int | None, scaling: float, q: Tensor
 
     sizes = pieces.query_ends, pieces.key_ends, pieces.max_queries, pieces.max_keys
     left = -1 if window is None else window - 1
-    # torch 2.10 and 2.11 share key heads without being asked, and know no such argument
-    takes_grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if takes_grouped else {}
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _must_ask_for_grouped_heads() else {}
     attended: Tensor = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), **grouped)
     return attended
+
+
+@functools.cache
+def _must_ask_for_grouped_heads() -> bool:
+    """Return whether varlen attention shares key heads only when asked to: older versions of torch always do."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attend_one_by_one(pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import trainer.kernels.rms_norm as rms_norm
 import trainer.kernels.trie_attention as trie_attention
 import trainer.kernels.varlen_attention as varlen_attention
 from tests.helpers.architectures import tiny
-from tests.unit.engine.test_verify_kernels import DATA, Held, made
+from tests.unit.engine.test_verify_kernels import DATA, made
 from trainer.config import TrainConfig, load
 from trainer.engine.kernel_set import KernelSet, wanted_kernels
 from trainer.engine.verify_kernels import Choice, choose_packing_and_kernels
@@ -28,7 +28,6 @@ from trainer.kernels.liger import patch_rope, patch_swiglu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ON_CPU = ("varlen", "lora", "rms_norm")  # what can be forced there
-assert Held
 
 
 def config(*overrides: str) -> TrainConfig:

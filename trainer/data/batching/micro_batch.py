@@ -95,9 +95,8 @@ class MicroBatch:
         """
         if self.input_ids.device == device:
             return self.with_tensors(self.tensors())  # its paths fill caches that must not outlive the forward
-        on_host = self.pin_memory() if self.buffer is None and device.type == "cuda" else self
-        tensors = on_host.tensors()
-        buffer = flatten(tensors) if on_host.buffer is None else on_host.buffer
+        tensors = self.tensors()
+        buffer = flatten(tensors, pin_memory=device.type == "cuda") if self.buffer is None else self.buffer
         return self.with_tensors(unflatten(buffer.to(device, non_blocking=True), tensors))
 
 
