@@ -93,7 +93,8 @@ gpu:
 	  $(MAKE) --no-print-directory $(GPU_PEERS) && bash benchmarks/gpu/prepare.sh tokenizer && python=$(PY) || exit 1; fi; \
 	rm -f .gpu/out/report.md; \
 	PYTHON=$$python BUDGET=$${BUDGET:-$(GPU_BUDGET)} OUT=.gpu/out bash benchmarks/gpu/campaign.sh; code=$$?; \
-	if [ -s .gpu/out/report.md ]; then cp .gpu/out/report.md benchmarks/gpu.md && echo "written: benchmarks/gpu.md"; fi; \
+	if [ -s .gpu/out/report.md ]; then cp .gpu/out/report.md benchmarks/gpu.md; \
+	  cp .gpu/out/results.json benchmarks/gpu.json; echo "written: benchmarks/gpu.md and gpu.json"; fi; \
 	exit $$code
 
 clean:

@@ -5,7 +5,7 @@
 #   KIT_RUNS="8b8_trie 8b8_padded"  the trainings of the stage speed to run; empty: all
 #   BUDGET=535                      seconds in all; what does not fit is left out
 #   DRY=1                           tiny shapes on a CPU, to try the scripts
-#   OUT=.gpu/out                    results.jsonl, report.md, log.txt and profile.txt go there
+#   OUT=.gpu/out                    results.jsonl, results.json, report.md, log.txt, profile.txt, traces
 #   KIT_STEPS=7  KIT_LIMIT=75       updates, and seconds, of one training of the stage speed
 #   KIT_CORRECT=170  KIT_WORKERS=8  seconds of the stage suite, and its trainings at a time
 #   KIT_CASES=lora,same             parts of the names of its trainings; empty: all
@@ -47,7 +47,7 @@ leave_out() { note "$1: left out, $2"; echo "{\"stage\": \"$1\", \"skipped\": \"
 kit() { echo "$PY -m benchmarks.gpu.$1"; }
 installed() { "$PY" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
-# stage NAME SECONDS COMMAND…: run it, and keep what it has found and how it ended
+# stage NAME SECONDS COMMAND…: run it, and keep what it has found and how it ended. At its limit it gets ${SIGNAL:-TERM}
 stage() {
   local name=$1 limit=$2 left=$((BUDGET - $(seconds))) begin code
   shift 2
@@ -55,7 +55,7 @@ stage() {
   if [ "$limit" -lt 15 ]; then leave_out "$name" "no time left"; return 0; fi
   begin=$(date +%s)
   rm -f "$WORK/$name.json"
-  timeout -k 5 "$limit" "$@" >"$WORK/$name.log" 2>&1 </dev/null
+  timeout -k 10 -s "${SIGNAL:-TERM}" "$limit" "$@" >"$WORK/$name.log" 2>&1 </dev/null
   code=$?
   $(kit collect) "$OUT/results.jsonl" "$name" "$code" $(($(date +%s) - begin)) "$WORK/$name.log" "$WORK/$name.json"
   { echo "===== $name: exit code $code"; tail -c 12000 "$WORK/$name.log"; } >>"$OUT/log.txt"
@@ -72,8 +72,9 @@ if wants speed; then stage data "$SMALL" $(kit make_data) "$TOKENIZER" "$WORK/da
 # --- does it run, is it right; the models are made meanwhile --------------------------------------------------------
 if wants speed; then stage models "$((2 * SMALL))" $(kit make_models) "$TOKENIZER" "$MODELS" $SHAPES & fi
 if wants suite; then
-  stage pytest "$CORRECT" "$PY" -m pytest tests/gpu -q -n "$TESTERS" --timeout "$CORRECT" -p no:cacheprovider &
-  stage correct "$CORRECT" $(kit correctness) "$WORK/correct" --workers "$WORKERS" --seconds $((CORRECT - 10)) ${KIT_CASES:+--only "$KIT_CASES"}
+  # interrupted, pytest still says what failed
+  SIGNAL=INT stage pytest "$CORRECT" "$PY" -m pytest tests/gpu -v --tb=short -n "$TESTERS" -p no:cacheprovider -p no:benchmark &
+  stage correct "$CORRECT" $(kit correctness) "$WORK/correct" --workers "$WORKERS" --seconds $((CORRECT - 15)) ${KIT_CASES:+--only "$KIT_CASES"}
 fi
 wait
 
@@ -117,13 +118,14 @@ if wants speed; then
   [ -n "$DRY" ] && U="batch.global_size=16 batch.micro_tokens=256" && S=$U
   ON="model.gradient_checkpointing=true"; OFF="model.gradient_checkpointing=false"
   SELECTIVE="model.gradient_checkpointing=selective"; NONE="model.kernels=none"
+  afina 8b_trie_nockpt         8b   unshared "" $U $OFF
+  trl   8b8_trl_free           8b8  unshared "--padding-free --liger" $U $ON
   afina 8b8_trie               8b8  unshared 1  $U $ON
   afina 8b8_trie_none          8b8  unshared 1  $U $ON $NONE
   afina 8b8_trie_sdpa          8b8  unshared "" $U $ON "model.kernels=$SDPA"
   afina 8b8_padded             8b8  unshared "" $U $ON batch.packing=padded
   afina 8b8_shared_trie        8b8  shared   "" $S $ON
   afina 8b8_shared_padded      8b8  shared   "" $S $ON batch.packing=padded
-  trl   8b8_trl_free           8b8  unshared "--padding-free --liger" $U $ON
   afina 8b8_trie_nockpt        8b8  unshared "" $U $OFF
   afina 8b8_trie_selective     8b8  unshared "" $U $SELECTIVE
   afina 8b8_qlora              8b8  unshared "" $U $ON method=qlora
@@ -142,7 +144,7 @@ if wants speed; then
   trl   8b8_trl_padded         8b8  unshared "" $U $ON
   afina 8b8_16k                8b8  unshared "" ${U/8192/16384} $ON
 fi
-$(kit report) "$OUT/results.jsonl" ${DRY:+--dry} >"$OUT/report.md"
+$(kit report) "$OUT/results.jsonl" ${DRY:+--dry} --json "$OUT/results.json" >"$OUT/report.md"
 code=$?
 tail -c 11000 "$OUT/report.md"
 note "end"

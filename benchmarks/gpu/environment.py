@@ -6,6 +6,7 @@ python -m benchmarks.gpu.environment
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import os
 import shutil
@@ -29,9 +30,10 @@ NVIDIA_SMI = "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line a question."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(arguments)
+    emit("env", "date", day=datetime.date.today().isoformat())
     emit("env", "versions", python=sys.version.split()[0], cpus=os.cpu_count(), **versions())
     # Triton builds its launchers with a C compiler, torch.compile its code for a CPU with one of C++
-    emit("env", "compilers", **{name: shutil.which(name) for name in COMPILERS})
+    emit("env", "compilers", **{name: shutil.which(name) is not None for name in COMPILERS})
     if IS_CUDA:
         emit("env", "gpu", **gpu())
     from deepspeed.accelerator import get_accelerator

@@ -1,6 +1,6 @@
 """Write the campaign's results as Markdown.
 
-python -m benchmarks.gpu.report RESULTS.jsonl [--dry]
+python -m benchmarks.gpu.report RESULTS.jsonl [--dry] [--json FILE]
 
 Prints it, and exits with 1 where a stage failed.
 """
@@ -39,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, metavar="RESULTS.jsonl")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: say so at the top")
+    parser.add_argument("--json", type=Path, default=None, help="write the results into this file too")
     asked = parser.parse_args(arguments)
     rows = [json.loads(line) for line in asked.results.read_text().splitlines()]
     print("\n".join(lines_of(rows, asked.dry)))
+    if asked.json is not None:
+        asked.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return int(any(row.get("code") for row in rows if "run" not in row))
 
 

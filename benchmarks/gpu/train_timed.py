@@ -28,7 +28,12 @@ KEPT = ("useful_tokens", "computed_tokens", "loss", "step_seconds", "data_second
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train once and write what the steps took. Returns the training's exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--profile", type=Path, default=None, help="add the last step's kernels to this file")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        default=None,
+        help="add the last step's kernels to this file, and its trace to its folder",
+    )
     parser.add_argument("result", type=Path, metavar="RESULT.json")
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args(arguments)
@@ -79,16 +84,18 @@ class StepTimer:
         with profile(activities=activities) as profiled:
             result = step(loop, number)
             synchronize()
+        assert self.profile_file is not None
+        profiled.export_chrome_trace(str(self.profile_file.parent / f"trace-{self.title}.json.gz"))
         average = profiled.key_averages()
         kernels = [event for event in average if str(event.device_type).endswith("CUDA")]
         if kernels:
             self.found["kernel_launches"] = sum(event.count for event in kernels)
             self.found["kernel_seconds"] = sum(event.self_device_time_total for event in kernels) / 1e6
         sort = "self_cuda_time_total" if kernels else "self_cpu_time_total"
-        table = average.table(sort_by=sort, row_limit=25, max_name_column_width=120)
-        assert self.profile_file is not None
         with self.profile_file.open("a") as out:
-            out.write(f"== {self.title}\n{table}\n")
+            for column in dict.fromkeys((sort, "self_cpu_time_total")):
+                table = average.table(sort_by=column, row_limit=25, max_name_column_width=120)
+                out.write(f"== {self.title}, by {column}\n{table}\n")
         return result
 
     def summary(self) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def test_a_kernel_gives_the_gradients_of_the_cpu(kernel: str) -> None:
     expected = gradients(model, torch.device("cpu"), in_pieces=False)
     kernels = KernelSet(model.to(GPU), (kernel,))
     assert kernels.names == (kernel,)
-    assert distance(gradients(model, GPU, in_pieces=False), expected) < 1e-4
+    found = gradients(model, GPU, in_pieces=False)
+    kernels.remove(kernel)  # some are on the code of all models of this kind
+    assert distance(found, expected) < 1e-4
 
 
 def test_every_kernel_in_bf16_is_no_further_from_fp32_than_none() -> None:
@@ -85,8 +87,10 @@ def test_every_kernel_in_bf16_is_no_further_from_fp32_than_none() -> None:
     plain = distance(gradients(adapted("llama").bfloat16(), GPU, in_pieces=False), exact)
     model = adapted("llama").bfloat16().to(GPU)
     names = ("lora", "rms_norm") if liger_obstacle() else ("lora", "swiglu", "rope", "rms_norm")
-    KernelSet(model, names)
-    assert distance(gradients(model, GPU, in_pieces=True), exact) <= 2 * plain
+    kernels = KernelSet(model, names)
+    found = gradients(model, GPU, in_pieces=True)
+    kernels.remove(*kernels.names)
+    assert distance(found, exact) <= 2 * plain
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "qlora_8bit"])

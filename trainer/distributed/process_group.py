@@ -130,4 +130,5 @@ def from_main(value: Any) -> Any:
 
 def barrier() -> None:
     """Wait for every rank."""
-    dist.barrier()
+    # NCCL guesses the device where it is not told, and warns that it does.
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

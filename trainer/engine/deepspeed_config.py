@@ -12,7 +12,12 @@ PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's own stage3_param_persistence_thresh
 
 
 def deepspeed_config(
-    config: TrainConfig, dtype: torch.dtype, world_size: int, largest_adapter: int = 0
+    config: TrainConfig,
+    dtype: torch.dtype,
+    world_size: int,
+    largest_adapter: int = 0,
+    *,
+    checks_gradients: bool = True,
 ) -> dict[str, Any]:
     """Translate the typed configuration into DeepSpeed's terms (mixed precision too), with ``zero.extra`` merged last.
 
@@ -25,6 +30,7 @@ def deepspeed_config(
         world_size: number of ranks.
         largest_adapter: elements of the largest tensor of an adapter; 0 when all weights are trained. ZeRO-3 keeps
             tensors up to this size whole on every rank, instead of gathering each at each use.
+        checks_gradients: of bf16, tensor by tensor before each update; False where they were checked already.
     """
     stage = config.zero.stage
     zero: dict[str, Any] = {"stage": stage}
@@ -44,9 +50,10 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device in every forward
     }
     if stage and dtype == torch.bfloat16:
-        out["bf16"] = {"enabled": True}
+        out["bf16"] = {"enabled": True, "check_grad_overflow": checks_gradients}
     if stage and dtype == torch.float16:
         out["fp16"] = {"enabled": True}
     return _merge(out, config.zero.extra)

@@ -90,7 +90,9 @@ class Engine:
                 parameter.data = parameter.data.float()
         optimizer = adamw(self.trainable_params.values(), config.optim, on_gpu=world.device.type == "cuda")
         sizes = [] if runtime.trains_base_weights else [p.numel() for p in self.trainable_params.values()]
-        ds_config = deepspeed_config(config, dtype, world.world_size, max(sizes, default=0))
+        ds_config = deepspeed_config(
+            config, dtype, world.world_size, max(sizes, default=0), checks_gradients=not self.reduces_once
+        )
         if self.zero_stage == 3:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
@@ -192,9 +194,9 @@ class Engine:
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Return whether the gradients of some parameters are all finite: bool scalar on the device."""
+    """Return whether the norm of the gradients of some parameters is finite: bool scalar on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
         return torch.ones((), dtype=torch.bool, device=device)
-    # The largest magnitude is not finite where any is not; a sum of squares could overflow on the way.
-    return torch.nn.utils.get_total_norm(gradients, math.inf).isfinite()
+    # The one that DeepSpeed clips by: it is not finite where any gradient is not, nor where it overflows itself.
+    return torch.nn.utils.get_total_norm(gradients).isfinite()

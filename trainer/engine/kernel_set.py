@@ -116,7 +116,7 @@ def wanted_kernels(config: TrainConfig, model: Any, device: torch.device, dtype:
     compiled = ("compile",) if config.model.compile else ()
     if asked == "none":
         return compiled
-    find_obstacle = partial(_obstacle, config, model, device, dtype)
+    find_obstacle = partial(_obstacle, model, device, dtype)
     if asked != "auto":
         for name in asked:
             if (reason := find_obstacle(name)) is not None:
@@ -130,7 +130,7 @@ def wanted_kernels(config: TrainConfig, model: Any, device: torch.device, dtype:
     return (*(name for name in candidates if find_obstacle(name) is None), *compiled)
 
 
-def _obstacle(config: TrainConfig, model: Any, device: torch.device, dtype: torch.dtype, name: str) -> str | None:
+def _obstacle(model: Any, device: torch.device, dtype: torch.dtype, name: str) -> str | None:
     """Return why this kernel cannot run here at all; ``None`` when it may be tried."""
     if name == "varlen":
         if attention_name(model) != KERNEL:
@@ -143,8 +143,6 @@ def _obstacle(config: TrainConfig, model: Any, device: torch.device, dtype: torc
     if name in ("swiglu", "rope"):
         if device.type != "cuda":
             return "liger-kernel runs on CUDA"
-        if name == "rope" and config.model.gradient_checkpointing == "selective":
-            return "it writes over the projections that selective checkpointing keeps"
         return liger_obstacle()
     return None
 

@@ -63,8 +63,9 @@ def _one_by_one(
     pieces: Pieces, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float
 ) -> Tensor:
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    assert pieces.key_nodes is not None
-    return attend_one_by_one(pieces, window, scaling, q, k[pieces.key_nodes], v[pieces.key_nodes])[None]
+    assert pieces.gathered is not None
+    nodes = pieces.gathered.nodes
+    return attend_one_by_one(pieces, window, scaling, q, k[nodes], v[nodes])[None]
 
 
 def _through(

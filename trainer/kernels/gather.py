@@ -27,6 +27,29 @@ class Gather(torch.autograd.Function):
         return scatter_add_fp32(grad_outputs[0], gather_index, ctx.count), None
 
 
+class GatherKeys(torch.autograd.Function):
+    """Gathers the keys or values of pieces. Most nodes are a key once: only the gradients of the others are added up,
+    in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: Tensor, nodes: Tensor, own: Tensor, prefixes: Tensor, shared: Tensor, prefix_nodes: Tensor
+    ) -> Tensor:
+        """Return (keys, width): ``vectors`` (nodes, width), and the tensors of ``GatheredKeys``."""
+        ctx.save_for_backward(own, prefixes, shared, prefix_nodes)
+        return vectors.index_select(0, nodes)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        own, prefixes, shared, prefix_nodes = ctx.saved_tensors
+        gradient = grad_outputs[0]
+        total = gradient.index_select(0, own)
+        sum_dtype = torch.promote_types(total.dtype, torch.float32)
+        sums = total.index_select(0, shared).to(sum_dtype)
+        sums.index_add_(0, prefix_nodes, gradient.index_select(0, prefixes).to(sum_dtype))
+        return total.index_copy_(0, shared, sums.to(total.dtype)), None, None, None, None, None
+
+
 def scatter_add_fp32(gradients: Tensor, gather_index: Tensor, count: int) -> Tensor:
     """Sum the gradients of gathered vectors, (…, width), onto the ``count`` vectors that ``gather_index`` took them
     from: in fp32 at least, because in bf16 a sum of many would lose the last."""

@@ -7,6 +7,7 @@ verified and taken out by itself.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.kernels.patch import Patch, patch_attribute, patch_forwards
+from trainer.kernels.selective_checkpoint import is_keeping
 
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -51,4 +53,13 @@ def patch_rope(model: Any) -> Patch | None:
         return None
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    return patch_attribute(code, "apply_rotary_pos_emb", liger_rotary_pos_emb)
+    # It warns of each of its other implementations, for other devices, that cannot be imported.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+
+    def rotate(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if is_keeping():  # it rotates in place, and they may be results that are kept
+            q, k = q.clone(), k.clone()
+        rotated: tuple[Tensor, Tensor] = liger_rotary_pos_emb(q, k, *args, **kwargs)
+        return rotated
+
+    return patch_attribute(code, "apply_rotary_pos_emb", rotate)

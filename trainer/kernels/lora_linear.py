@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.compat.deepspeed import is_partitioned
 from trainer.kernels.patch import Patch, patch_forwards
+from trainer.kernels.selective_checkpoint import is_keeping
 
 LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
@@ -80,7 +81,11 @@ class LoraLinear(torch.autograd.Function):
             scaling: of the low-rank product.
         """
         flat = x.reshape(-1, x.shape[-1])
-        out, inner = _add(nn.functional.linear(flat, w, bias), flat, a, b, scaling)
+        inner = flat @ a.t()
+        out = nn.functional.linear(flat, w, bias)
+        # In place there is no second tensor to copy to, unless the product is kept as it was.
+        add = torch.addmm if is_keeping() else Tensor.addmm_
+        out = add(out, inner, b.t(), alpha=scaling)
         ctx.save_for_backward(x, w, a, b, inner)
         ctx.scaling = scaling
         return out.view(*x.shape[:-1], -1)
@@ -92,7 +97,7 @@ class LoraLinear(torch.autograd.Function):
         inner_gradient, grad_a, grad_b = _low_rank_gradients(gradient, x, b, inner, ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.addmm(gradient @ w, inner_gradient, a).view_as(x)
+            grad_x = (gradient @ w).addmm_(inner_gradient, a).view_as(x)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -102,7 +107,8 @@ class AddLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return (…, out); ``result``: (…, out), the rest as in :class:`LoraLinear`."""
-        out, inner = _add(result.reshape(-1, b.shape[0]), x.reshape(-1, x.shape[-1]), a, b, scaling)
+        inner = x.reshape(-1, x.shape[-1]) @ a.t()
+        out = torch.addmm(result.reshape(-1, b.shape[0]), inner, b.t(), alpha=scaling)
         ctx.save_for_backward(x, a, b, inner)
         ctx.scaling = scaling
         return out.view_as(result)
@@ -114,13 +120,6 @@ class AddLora(torch.autograd.Function):
         inner_gradient, grad_a, grad_b = _low_rank_gradients(gradient, x, b, inner, ctx.scaling)
         grad_x = (inner_gradient @ a).view_as(x) if ctx.needs_input_grad[1] else None
         return grad_outputs[0], grad_x, grad_a, grad_b, None
-
-
-def _add(result: Tensor, flat: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return ``result + s (flat A') B'`` and ``flat A'``. Not in place: selective gradient checkpointing keeps results
-    of matrix products, and one that was changed afterwards would be kept as something else."""
-    inner = flat @ a.t()
-    return torch.addmm(result, inner, b.t(), alpha=scaling), inner
 
 
 def _low_rank_gradients(

@@ -30,6 +30,11 @@ def checkpoint_arguments(selective: bool) -> dict[str, Any]:
     return {"use_reentrant": False, **({"context_fn": _contexts} if selective else {})}
 
 
+def is_keeping() -> bool:
+    """Return whether results are being kept or given back: they must not be changed in place then."""
+    return _Selective.entered > 0
+
+
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Return the contexts of a forward and of its recomputation."""
     kept: deque[Any] = deque()
@@ -42,12 +47,26 @@ def _is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
     return operation.name().startswith(ATTENTION)
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps the results of the forward."""
+class _Selective(TorchDispatchMode):
+    """A context of selective checkpointing, over results that are kept in the order of the forward."""
+
+    entered = 0
 
     def __init__(self, kept: deque[Any]) -> None:
         super().__init__()
         self.kept = kept
+
+    def __enter__(self) -> Any:
+        _Selective.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _Selective.entered -= 1
+        super().__exit__(*exception)
+
+
+class _Keep(_Selective):
+    """Keeps the results of the forward."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -56,12 +75,8 @@ class _Keep(TorchDispatchMode):
         return result
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(_Selective):
     """Gives them back in the recomputation, one after the other."""
-
-    def __init__(self, kept: deque[Any]) -> None:
-        super().__init__()
-        self.kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_kept(func, args):

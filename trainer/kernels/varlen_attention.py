@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.data.batching.pieces import Pieces
-from trainer.kernels.gather import MAX_COPIES, Gather
+from trainer.kernels.gather import MAX_COPIES, GatherKeys
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -49,8 +49,8 @@ def attend_pieces(
 
 def _attend(pieces: Pieces, window: int | None, scaling: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return (tokens, heads, width). ``q``: (tokens, heads, width); ``k``, ``v``: (tokens, key heads, width)."""
-    if pieces.key_nodes is not None:
-        k, v = (Gather.apply(t.flatten(1), pieces.key_nodes).view(-1, *t.shape[1:]) for t in (k, v))
+    if pieces.gathered is not None:
+        k, v = (GatherKeys.apply(t.flatten(1), *pieces.gathered.tensors()).view(-1, *t.shape[1:]) for t in (k, v))
     if q.is_cuda and q.dtype in HALF:
         return _attend_varlen(pieces, window, scaling, q.contiguous(), k.contiguous(), v.contiguous())
     return attend_one_by_one(pieces, window, scaling, q, k, v)
