@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.distributed.bench import Bench, gather_weights, reference_batches
 from tests.helpers.reference import train_reference, worst_distance
-from trainer.kernels import selective_checkpoint
 from trainer.models.embedded import resolve
 
 CUTS = {
@@ -27,7 +26,6 @@ LONG = ["batch.max_steps=20", "batch.epochs=3", "optim.learning_rate=0.003", "ba
 LONG += ["data.max_length=400"]
 # Those that a CPU can run; attention in pieces, of tries and of padded rows.
 KERNELS = ["model.kernels=[varlen,lora,rms_norm]", "data.max_length=400", "batch.micro_tokens=400"]
-selective_checkpoint.MIN_COLUMNS = 16  # the tiny model's products are small
 
 
 def cases(world_size: int) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.compat.deepspeed import is_partitioned
 from trainer.kernels.patch import Patch, patch_forwards
-from trainer.kernels.selective_checkpoint import is_keeping
+from trainer.kernels.selective_checkpoint import is_keeping, kept
 
 LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
@@ -82,7 +82,7 @@ class LoraLinear(torch.autograd.Function):
         """
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ a.t()
-        out = nn.functional.linear(flat, w, bias)
+        out = kept(lambda: nn.functional.linear(flat, w, bias))
         # In place there is no second tensor to copy to, unless the product is kept as it was.
         add = torch.addmm if is_keeping() else Tensor.addmm_
         out = add(out, inner, b.t(), alpha=scaling)

@@ -1,28 +1,41 @@
-"""Checkpoint activations selectively: results of large matrix products are kept, everything else is computed again.
+"""Checkpoint activations selectively: results of dense linear layers are kept, everything else is computed again.
 
-The products are nearly all of a layer's arithmetic and a part of its activations only (Korthikanti et al., 2022). The
-results of fused attention are kept too: they are as large as one projection's.
+The products are nearly all of a layer's arithmetic and a part of its activations only (Korthikanti et al., 2022).
 
-torch's own selective checkpointing wants every operation of the forward in the recomputation, in the same number; under
-ZeRO-3 these gather other weights at other times. Here only what is kept must come in the same order.
+torch's own selective checkpointing looks at every operation in Python, in the forward and again in the recomputation,
+which costs more than the products on a fast GPU. Here only the layers whose results are kept know of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-# A product over fewer columns is LoRA's way up: cheap to compute again, and as large as the layer's output to keep.
-MIN_COLUMNS = 512
-ATTENTION = (
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "torch_attn::_varlen_attn",
-)
+from trainer.kernels.patch import patch_forwards
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The results of one layer's forward, in order.
+
+    Attributes:
+        results: not yet given back.
+        gives_back: in the recomputation, where they come from here.
+    """
+
+    results: deque[Tensor] = field(default_factory=deque)
+    gives_back: bool = False
+
+
+_kept: _Kept | None = None  # of the layer whose forward or recomputation is running
 
 
 def checkpoint_arguments(selective: bool) -> dict[str, Any]:
@@ -30,55 +43,76 @@ def checkpoint_arguments(selective: bool) -> dict[str, Any]:
     return {"use_reentrant": False, **({"context_fn": _contexts} if selective else {})}
 
 
+def keep_linears(model: nn.Module) -> bool:
+    """Let the dense linear layers of a model keep their results where :func:`checkpoint_arguments` asks for it.
+
+    Returns:
+        whether there are any: quantised layers are not dense.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    return patch_forwards([(module, partial(_forward, module)) for module in linears]) is not None
+
+
 def is_keeping() -> bool:
-    """Return whether results are being kept or given back: they must not be changed in place then."""
-    return _Selective.entered > 0
+    """Return whether results are being kept: they must not be changed in place then."""
+    return _kept is not None and not _kept.gives_back
 
 
-def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def kept(compute: Callable[[], Tensor]) -> Tensor:
+    """Compute a result and keep it, or give back what was kept of the forward. Inside of an autograd function only:
+    what is kept has no graph."""
+    if _kept is None:
+        return compute()
+    if _kept.gives_back:
+        return _kept.results.popleft()
+    result = compute()
+    _kept.results.append(result)
+    return result
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a forward and of its recomputation."""
-    kept: deque[Any] = deque()
-    return _Keep(kept), _Reuse(kept)
+    keeping = _Kept()
+    return _inside(keeping), _inside(_Kept(keeping.results, gives_back=True))
 
 
-def _is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
-    if operation in PRODUCTS:
-        return bool(args[-2].shape[1] >= MIN_COLUMNS)
-    return operation.name().startswith(ATTENTION)
+@contextlib.contextmanager
+def _inside(store: _Kept) -> Iterator[None]:
+    global _kept
+    outer, _kept = _kept, store
+    try:
+        yield
+    finally:
+        _kept = outer
 
 
-class _Selective(TorchDispatchMode):
-    """A context of selective checkpointing, over results that are kept in the order of the forward."""
-
-    entered = 0
-
-    def __init__(self, kept: deque[Any]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    def __enter__(self) -> Any:
-        _Selective.entered += 1
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        _Selective.entered -= 1
-        super().__exit__(*exception)
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    if _kept is None:
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    product: Tensor = KeptLinear.apply(x, weight, bias)
+    return product
 
 
-class _Keep(_Selective):
-    """Keeps the results of the forward."""
+class KeptLinear(torch.autograd.Function):
+    """Computes ``x W' + bias``, or takes it from the forward."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _is_kept(func, args):
-            self.kept.append(result)
-        return result
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (…, out): ``x`` (…, in), ``weight`` (out, in), ``bias`` (out,)."""
+        ctx.save_for_backward(x, weight)
+        return kept(lambda: nn.functional.linear(x, weight, bias))
 
-
-class _Reuse(_Selective):
-    """Gives them back in the recomputation, one after the other."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_kept(func, args):
-            return self.kept.popleft()
-        return func(*args, **(kwargs or {}))
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        gradient = grad_outputs[0]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        grad_x = gradient @ weight if wants_x else None
+        grad_weight = flat.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
+        return grad_x, grad_weight, flat.sum(0) if wants_bias else None

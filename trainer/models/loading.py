@@ -16,7 +16,7 @@ from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
-from trainer.kernels.selective_checkpoint import checkpoint_arguments
+from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -127,8 +127,16 @@ def load_model(
         head.register_forward_pre_hook(_make_input_contiguous)
     if model.attention in ("auto", "sdpa"):
         use_trie_kernel(loaded)
+    is_selective = model.gradient_checkpointing == "selective"
+    if is_selective and not keep_linears(loaded):
+        raise ConfigError(
+            "model.gradient_checkpointing",
+            value="selective",
+            reason="it keeps the results of dense linear layers, and this model has none (quantised are not dense)",
+            hint="model.gradient_checkpointing=true",
+        )
     if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(checkpoint_arguments(model.gradient_checkpointing == "selective"))
+        loaded.gradient_checkpointing_enable(checkpoint_arguments(is_selective))
     return loaded
 
 
