@@ -138,10 +138,17 @@ def commit_folder(partial: Path, folder: Path, marker: str | None = None, conten
     sync_folder(folder.parent)
 
 
-def file_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return ``{relative path: {"bytes": size, "sha256": hex digits}}`` of every file in a folder, sorted by path."""
+def file_manifest(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Return ``{relative path: {"bytes": size, "sha256": hex digits}}`` of every file in a folder, sorted by path.
+
+    Args:
+        folder: the folder.
+        known: entries of files that need not be read again.
+    """
+    found = {str(file.relative_to(folder)): file for file in _files(folder)}
     return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in _files(folder)
+        name: (known or {}).get(name) or {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for name, file in found.items()
     }
 
 
@@ -206,6 +213,11 @@ def try_lock(path: Path) -> Iterator[bool]:
         yield True
     finally:
         file_lock.release()
+
+
+def run_lock_path(folder: Path) -> Path:
+    """Return the lock of a run folder: beside it, because the folder itself may be moved aside."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def remove_stale_partials(folder: Path) -> None:

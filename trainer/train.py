@@ -17,11 +17,14 @@ from trainer.silence import silence_libraries
 from trainer.tracking.logs import configure_logging
 from trainer.training.run import train
 
+INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that SIGINT has ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code tells how it ended.
 
-    0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite, 75 stopped on request and saved.
+    0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite, 75 stopped on request and saved, 130
+    stopped at once by a second Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
@@ -32,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_libraries()
     try:
         return train(load(parsed.overrides, parsed.config), world)
+    except KeyboardInterrupt:  # the second Ctrl-C: the first one asks to save
+        if world.is_main:
+            print("stopped at once: what came after the last checkpoint is not saved", file=sys.stderr, flush=True)
+        return INTERRUPTED_EXIT_CODE
     except Exception as error:
         known_error = error if isinstance(error, AfinaError) else explain_full_disk(error)
         if known_error is None:

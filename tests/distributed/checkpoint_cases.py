@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -48,7 +49,7 @@ def resume_is_bit_identical(bench: Bench, zero: str, overrides: list[str]) -> di
     expected = _gather_everything(straight)
 
     again = bench.loop(config, folder)
-    first, _ = again.checkpointer.restore(find_resume_point(folder, "auto"))
+    first = again.checkpointer.restore(find_resume_point(folder, "auto")).step
     for step in range(first, 6):
         again.step(step)
     found = _gather_everything(again)
@@ -88,10 +89,12 @@ def one_rank_cannot_write(bench: Bench) -> list[dict[str, Any]]:
     """Rank 1's disk is full: every rank hears of it, the run goes on, and the next checkpoint is there."""
     folder = bench.shared_folder()
     loop = bench.loop(bench.config("method=full", "zero=stage2"), folder)
-    full = RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    full = OSError(errno.ENOSPC, "No space left on device")
     with logged_lines() as logged:
         loop.step(0)
-        with patch("torch.save", side_effect=full) if bench.world.rank == 1 else nullcontext():
+        with (
+            patch("trainer.checkpoint.tensors.save_file", side_effect=full) if bench.world.rank == 1 else nullcontext()
+        ):
             lost = loop.checkpointer.save(1)
         loop.step(1)
         kept = loop.checkpointer.save(2)

@@ -73,21 +73,21 @@ def whole_run(bench: Bench, config: TrainConfig) -> Path:
     base = resolve(config.model.name_or_path)
     tokenizer = load_tokenizer(base, config.model)
     data = load_data(config, tokenizer)
-    run = open_run(config, bench.world)
-    assert run.finished is None
-    job = Job(
-        config=config,
-        world=bench.world,
-        base_dir=base,
-        tokenizer=tokenizer,
-        data=data,
-        run=run,
-        stop=StopRequest(),
-        begin=time.perf_counter(),
-    )
-    run_job(job)
-    barrier()
-    return run.folder
+    with open_run(config, bench.world, data.total_steps(config.batch), data.fingerprint) as run:
+        assert run.finished is None
+        job = Job(
+            config=config,
+            world=bench.world,
+            base_dir=base,
+            tokenizer=tokenizer,
+            data=data,
+            run=run,
+            stop=StopRequest(),
+            begin=time.perf_counter(),
+        )
+        run_job(job)
+        barrier()
+        return run.folder
 
 
 def saved(folder: Path) -> tuple[dict[str, Tensor], Any]:
@@ -166,14 +166,14 @@ def a_best_that_cannot_be_saved(bench: Bench) -> dict[str, Any]:
     folder = bench.shared_folder()
     keys = ["zero=stage2", *BEST, "optim.learning_rate=0.02", "checkpoint.every_steps=0", "batch.max_steps=26"]
     straight: Any = read_summary(whole_run(bench, configured(bench, folder, "straight", *keys)))
-    best_step, write = straight["best_step"], Checkpointer._write
+    best_step, write = straight["best_step"], Checkpointer._write_adapter
 
-    def full_disk(self: Checkpointer, partial: Path, *rest: Any) -> None:
+    def full_disk(self: Checkpointer, partial: Path, *rest: Any) -> str | None:
         if partial.name == f"step-{best_step:08d}.partial":
-            raise OSError(28, "No space left on device")
-        write(self, partial, *rest)
+            return "No space left on device"
+        return write(self, partial, *rest)
 
-    with patch.object(Checkpointer, "_write", full_disk):
+    with patch.object(Checkpointer, "_write_adapter", full_disk):
         run = whole_run(bench, configured(bench, folder, "full-disk", *keys))
     summary: Any = read_summary(run)
     losses = {r["step"]: r["eval_loss"] for r in read_metrics(run)[1:] if "eval_loss" in r}

@@ -67,7 +67,7 @@ def test_run_folder_is_the_contract(finished: Path) -> None:
     for name in ("config.yaml", "log.txt", "adapter/adapter_config.json", "adapter/tokenizer.json"):
         assert (finished / name).exists(), name
     kept = sorted(f.name for f in (finished / "checkpoints").iterdir())
-    assert kept == ["step-00000004", "step-00000006"]
+    assert kept == ["step-00000006", "step-00000008"]
 
 
 def test_finished_run_is_not_redone(finished: Path, work: Path) -> None:
@@ -158,7 +158,7 @@ def test_cut_short_and_started_again_ends_the_same(work: Path, number: signal.Si
 
 def test_torchrun_makes_one_folder_and_one_wandb_run(work: Path) -> None:
     torchrun("trainer.train", "debug=tiny", "run.name=two", "run.dir=by-hand", nproc=2, cwd=work)
-    assert [f.name for f in (work / "by-hand").iterdir()] == ["two"]
+    assert sorted(f.name for f in (work / "by-hand").iterdir()) == [".two.lock", "two"]
     assert len(list((work / "by-hand" / "two" / "wandb").glob("*run-*/*.wandb"))) == 1
     summary = read_summary(work / "by-hand" / "two")
     assert summary is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -122,31 +121,6 @@ def partition_like() -> None:
         assert all(torch.equal(p, value) for p, value in zip((first, second), values, strict=True))
 
 
-def catch_write_errors() -> None:
-    engine, _, _ = build(2)
-    original, write = engine.checkpoint_engine.save, torch.save
-    found: list[str] = []
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no space")
-
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save = full
-        try:
-            with compat.catch_write_errors(engine, lambda path, error: found.append(f"{path}: {error}")):
-                engine.save_checkpoint(folder, tag="state")
-        finally:
-            torch.save = write
-        assert found
-        assert all(line.startswith(folder) and line.endswith("no space") for line in found)
-        assert engine.checkpoint_engine.save == original
-        found.clear()
-        with compat.catch_write_errors(engine, lambda path, error: found.append(path)):
-            engine.save_checkpoint(folder, tag="state")
-        assert not found
-        engine.load_checkpoint(folder, tag="state")
-
-
 # Reach -> what tries it.
 CASES: dict[str, Callable[[], None]] = {
     "deepspeed.skip_shm_build": skip_shm_build,
@@ -161,7 +135,6 @@ CASES: dict[str, Callable[[], None]] = {
         ("deepspeed.is_partitioned", "deepspeed.whole_shape", "deepspeed.whole_numel"), partitioned_parameters
     ),
     "deepspeed.partition_like": partition_like,
-    "deepspeed.catch_write_errors": catch_write_errors,
 }
 
 

@@ -1,8 +1,8 @@
 """Save and restore checkpoints that are either complete or not there.
 
 ``checkpoints/step-00000120/`` holds the adapter (stock PEFT), ``state.safetensors`` (fp32 masters and moments) and
-``state.json``; ``method=full`` keeps DeepSpeed's own sharded files in ``deepspeed/`` instead. ``commit`` says how a
-folder becomes complete, ``resume`` which one a run resumes from.
+``state.json``; ``method=full`` has its state in parts, one a rank, in ``state/`` instead. ``commit`` says how a folder
+becomes complete, ``resume`` which one a run resumes from.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from trainer.checkpoint.commit import checkpoint_dir, commit, delete_old, find_corruption
-from trainer.checkpoint.sharded import save_sharded
+from trainer.checkpoint.sharded import open_parts, write_part
+from trainer.checkpoint.tensors import save_verified
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.process_group import from_main
 from trainer.engine.engine import Engine
 from trainer.engine.whole_state import (
+    assign_ranks,
     gather_live,
     gather_state,
     loss_scaler_state,
@@ -33,10 +36,26 @@ from trainer.engine.whole_state import (
 from trainer.errors import AfinaError, CheckpointError
 from trainer.files import partial_path
 
-METHOD_STATE = "ranks/"  # prefix of what the method keeps in state.safetensors; AdaLoRA's ranks were the first
-SHARDED = "deepspeed"  # the folder of DeepSpeed's own files
+STATE_FILE = "state.safetensors"
+METHOD_STATE = "ranks/"  # prefix of what the method keeps in it; AdaLoRA's ranks were the first
+DEEPSPEED = "deepspeed"  # the folder of all weights in checkpoints of older versions
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a checkpoint says beside the state itself.
+
+    Attributes:
+        step: updates taken so far; 0 without a checkpoint.
+        monitor_state: what was saved as such.
+        record: of the step, if its evaluation is still to come.
+    """
+
+    step: int = 0
+    monitor_state: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +74,34 @@ class Checkpointer:
     run_identity: dict[str, Any]
     config: CheckpointConfig
 
-    def save(self, step: int, *, monitor_state: dict[str, Any] | None = None, best_step: int | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        *,
+        monitor_state: dict[str, Any] | None = None,
+        best_step: int | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> bool:
         """Save one checkpoint; a disk that is full costs a warning, not the run.
 
         Args:
             step: updates taken so far.
             monitor_state: what the run knows of its evaluations, for :meth:`restore`.
             best_step: the step of the best evaluation; its checkpoint is kept beside ``checkpoint.keep``.
+            record: of the step for metrics.jsonl, where its evaluation is still to come.
 
         Returns:
             Whether the checkpoint is complete. Older ones beyond ``checkpoint.keep`` are deleted after that.
         """
         folder = checkpoint_dir(self.run_dir, step)
         partial = partial_path(folder)
-        failure, state, adapter = self._collect(partial)
+        failure, hashed = self._write(partial)
         if self.engine.world.is_main and failure is None:
             try:
-                self._write(partial, state, adapter, self._metadata(step, monitor_state))
-                commit(partial, folder)
-            except (OSError, SafetensorError, AfinaError) as error:
+                metadata = self._metadata(step, monitor_state, record)
+                (partial / "state.json").write_text(json.dumps(metadata, indent=1))
+                commit(partial, folder, hashed)
+            except OSError as error:
                 failure = str(error)
             else:
                 self._prune(best_step)
@@ -84,33 +112,29 @@ class Checkpointer:
             logger.warning("the checkpoint of step %d could not be written (%s); the run goes on", step, failure)
         return failure is None
 
-    def restore(self, folder: Path | None) -> tuple[int, dict[str, Any] | None]:
+    def restore(self, folder: Path | None) -> Restored:
         """Restore the engine, the method and the loss scaler. Files are read on rank 0 (``method=full``: on each rank).
 
         Args:
             folder: a complete checkpoint, as rank 0 found it; ``None`` restores nothing.
 
-        Returns:
-            Updates taken so far, 0 without a checkpoint; and what was saved as ``monitor_state``.
-
         Raises:
             CheckpointError: the checkpoint belongs to another model, method, data, batch size or seed.
         """
         if folder is None:
-            return 0, None
+            return Restored()
         engine = self.engine
         metadata = from_main(json.loads((folder / "state.json").read_text()) if engine.world.is_main else {})
         self._check_identity(folder, metadata["identity"])
         step = int(metadata["step"])
-        if (folder / SHARDED).exists():
-            engine.deepspeed.load_checkpoint(str(folder / SHARDED), tag="state")
+        if (folder / DEEPSPEED).exists():
+            self._restore_deepspeed(folder, metadata)
         else:
-            tensors = load_file(str(folder / "state.safetensors")) if engine.world.is_main else {}
-            restore_state(engine, tensors, step)
-            method_state = {n.removeprefix(METHOD_STATE): t for n, t in tensors.items() if n.startswith(METHOD_STATE)}
-            engine.runtime.restore(from_main(method_state))
+            read = self._open_state(folder)
+            restore_state(engine, read.tensor, step)
+            engine.runtime.restore(from_main(read.method_state()))
         restore_loss_scaler(engine, metadata["loss_scaler"])
-        return step, metadata.get("watch")
+        return Restored(step, metadata.get("watch"), metadata.get("record"))
 
     def inspect(self, step: int) -> tuple[Path, str | None]:
         """Return the run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used."""
@@ -121,16 +145,58 @@ class Checkpointer:
             corruption = str(error)
         return folder, from_main(corruption)
 
-    def _collect(self, partial: Path) -> tuple[str | None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Gather what rank 0 writes: why that failed, the state, the adapter. All weights are written here, sharded."""
-        engine = self.engine
-        if engine.runtime.trains_base_weights:
-            return save_sharded(engine, partial, SHARDED), {}, {}
-        state, adapter = gather_state(engine), gather_live(engine, only_trainable=True)
-        state |= {METHOD_STATE + name: tensor for name, tensor in engine.runtime.state().items()}
-        return None, state, adapter
+    def _write(self, partial: Path) -> tuple[str | None, dict[str, Any]]:
+        """Write the state and the adapter and read them back. A collective.
 
-    def _metadata(self, step: int, monitor_state: dict[str, Any] | None) -> dict[str, Any]:
+        Returns:
+            What went wrong on any rank, the same on all of them; and the manifest entries that are known already.
+        """
+        engine = self.engine
+        state = gather_state(engine, assign_ranks(engine))
+        if engine.runtime.trains_base_weights:
+            failure = from_main(_make_folder(partial) if engine.world.is_main else None)
+            return (failure, {}) if failure is not None else write_part(partial, state, engine.world)
+        adapter = gather_live(engine, only_trainable=True)
+        state |= {METHOD_STATE + name: tensor for name, tensor in engine.runtime.state().items()}
+        failure = None
+        if engine.world.is_main:
+            failure = _make_folder(partial) or self._write_adapter(partial, state, adapter)
+        return from_main(failure), {}
+
+    def _write_adapter(
+        self, partial: Path, state: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor]
+    ) -> str | None:
+        """Write the adapter and its whole state into an empty folder; return what went wrong."""
+        try:
+            self.engine.runtime.save(self.engine.model, partial / "adapter", adapter)
+            save_verified(state, partial / STATE_FILE)
+        except (OSError, SafetensorError, AfinaError) as error:
+            return str(error)
+        return None
+
+    def _open_state(self, folder: Path) -> _State:
+        """Open the state of a checkpoint: in parts, which every rank reads, or in one file, which rank 0 does."""
+        if self.engine.runtime.trains_base_weights:
+            return _State(open_parts(folder), {})
+        tensors = load_file(str(folder / STATE_FILE)) if self.engine.world.is_main else {}
+        return _State(tensors.get, tensors)
+
+    def _restore_deepspeed(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Restore what an older version saved with DeepSpeed: at the world size and stage that it was saved at."""
+        engine = self.engine
+        was, now = (metadata["world_size"], metadata["zero_stage"]), (engine.world.world_size, engine.zero_stage)
+        if was != now:
+            raise CheckpointError(
+                str(folder),
+                reason=f"is of an older version, in DeepSpeed's own files, and fits {was[0]} ranks under ZeRO stage "
+                f"{was[1]} alone; this run has {now[0]} under stage {now[1]}",
+                hint=f"zero.stage={was[1]} on {was[0]} ranks; what it saves from there on fits any",
+            )
+        engine.deepspeed.load_checkpoint(str(folder / DEEPSPEED), tag="state")
+
+    def _metadata(
+        self, step: int, monitor_state: dict[str, Any] | None, record: dict[str, Any] | None
+    ) -> dict[str, Any]:
         """Build ``state.json``."""
         return {
             "step": step,
@@ -140,25 +206,8 @@ class Checkpointer:
             "zero_stage": self.engine.zero_stage,
             "resume": self.config.resume,
             "watch": monitor_state,
+            "record": record,
         }
-
-    def _write(
-        self,
-        partial: Path,
-        state: dict[str, torch.Tensor],
-        adapter: dict[str, torch.Tensor],
-        metadata: dict[str, Any],
-    ) -> None:
-        """Write rank 0's files and read them back."""
-        if state:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.engine.runtime.save(self.engine.model, partial / "adapter", adapter)
-            save_file(state, str(partial / "state.safetensors"))
-            reread = load_file(str(partial / "state.safetensors"))
-            if any(not torch.equal(reread[name], tensor) for name, tensor in state.items()):
-                raise CheckpointError(str(partial / "state.safetensors"), reason="does not read back as it was written")
-        (partial / "state.json").write_text(json.dumps(metadata, indent=1))
 
     def _prune(self, best_step: int | None) -> None:
         """Delete older checkpoints beyond ``checkpoint.keep``."""
@@ -174,3 +223,25 @@ class Checkpointer:
                 hint = "the same data, or another run.name" if key == "data" else f"{key}={was}, or another run.name"
                 reason = f"was {was} when the checkpoint was written, and changes what it means"
                 raise CheckpointError(f"{folder}: {key}", value=value, reason=reason, hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """An open state: what reads one tensor, and those that were read already."""
+
+    tensor: Callable[[str], torch.Tensor | None]
+    loaded: dict[str, torch.Tensor]
+
+    def method_state(self) -> dict[str, torch.Tensor]:
+        """Return what the method has saved."""
+        return {n.removeprefix(METHOD_STATE): t for n, t in self.loaded.items() if n.startswith(METHOD_STATE)}
+
+
+def _make_folder(partial: Path) -> str | None:
+    """Make an empty folder; return what went wrong."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None

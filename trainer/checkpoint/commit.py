@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.files import PARTIAL, commit_folder, file_manifest, find_damage
 
@@ -16,9 +18,16 @@ def checkpoint_dir(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def commit(partial: Path, folder: Path) -> None:
-    """Publish a written checkpoint: sync ``partial``, rename it to ``folder``, and last of all write the marker."""
-    commit_folder(partial, folder, MARKER, json.dumps(file_manifest(partial), indent=1))
+def commit(partial: Path, folder: Path, hashed: Mapping[str, Any] | None = None) -> None:
+    """Publish a written checkpoint: sync ``partial``, rename it to ``folder``, and last of all write the marker.
+
+    Args:
+        partial: the written folder.
+        folder: its name from now on.
+        hashed: manifest entries of the files that other ranks have hashed already.
+    """
+    manifest = file_manifest(partial, known=hashed or {})
+    commit_folder(partial, folder, MARKER, json.dumps(manifest, indent=1))
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -50,7 +59,13 @@ def archive_after(run: Path, step: int) -> None:
     """
     for later in complete(run / "checkpoints"):
         if int(later.name.removeprefix("step-")) > step:
-            number = 0
-            while (aside := later.with_name(f"superseded-{number}-{later.name}")).exists():
-                number += 1
-            later.rename(aside)
+            set_aside(later, "superseded")
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint to ``WHY-N-NAME`` beside it, so that it is neither found nor lost; return the new path."""
+    number = 0
+    while (aside := folder.with_name(f"{why}-{number}-{folder.name}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside

@@ -6,15 +6,20 @@ import itertools
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.owner import own_run, show_owner
 from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, changed_result_fields, load, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
-from trainer.tracking.files import METRICS_FILE, read_metrics, read_summary
+from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, read_metrics, read_summary
+
+LENGTH = {"batch.max_steps", "batch.epochs"}  # what may be raised after the end
 
 logger = logging.getLogger(__name__)
 
@@ -42,32 +47,51 @@ class Run:
         """Read the last step in metrics.jsonl; 0 when there is none."""
         return max((int(r["step"]) for r in self._metrics()), default=0)
 
+    def elapsed_before(self) -> float:
+        """Read the wall time of the run's earlier lives, in seconds, as far as they have logged it; 0 at a start."""
+        if self.resume_from is None:
+            return 0.0
+        return max((float(r.get("elapsed_seconds") or 0.0) for r in self._metrics()), default=0.0)
+
     def _metrics(self) -> list[dict[str, Any]]:
         """A run that fails while its model is loaded has no file yet."""
         return read_metrics(self.folder) if (self.folder / METRICS_FILE).exists() else []
 
 
-def open_run(config: TrainConfig, world: World) -> Run:
-    """Open the run folder and find out what there is to do. A collective.
+@contextmanager
+def open_run(config: TrainConfig, world: World, total_steps: int, data_fingerprint: str) -> Iterator[Run]:
+    """Own the run folder inside the ``with`` block, and find out what there is to do. A collective.
+
+    Args:
+        config: the whole configuration.
+        world: this process.
+        total_steps: updates of the whole run: a finished one of fewer is extended.
+        data_fingerprint: of the prepared rows: a finished run of others says so.
 
     Raises:
         ConfigError: the folder holds a finished run of another configuration.
         CheckpointError: the checkpoint to resume from cannot be used.
+        LaunchError: another process owns the run.
     """
-    decision: Run | AfinaError
-    try:
-        decision = _decide(config) if world.is_main else Run(Path())
-    except AfinaError as error:
-        decision = error
-    decision = from_main(decision)
-    if isinstance(decision, AfinaError):
+    decision: Run | AfinaError = Run(Path())
+    with ExitStack() as held:
         if world.is_main:
-            raise decision
-        raise SystemExit(decision.exit_code)  # rank 0 reports it once
-    return decision
+            try:
+                held.enter_context(own_run(run_folder(config)))
+                decision = _decide(config, total_steps, data_fingerprint)
+                if decision.finished is None:
+                    held.enter_context(show_owner(decision.folder))
+            except AfinaError as error:
+                decision = error
+        decision = from_main(decision)
+        if isinstance(decision, AfinaError):
+            if world.is_main:
+                raise decision
+            raise SystemExit(decision.exit_code)  # rank 0 reports it once
+        yield decision
 
 
-def _decide(config: TrainConfig) -> Run:
+def _decide(config: TrainConfig, total_steps: int, data_fingerprint: str) -> Run:
     folder = run_folder(config)
     if config.run.overwrite and folder.exists():
         aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -75,12 +99,36 @@ def _decide(config: TrainConfig) -> Run:
         logger.info(f"run.overwrite: the old run was moved to {aside}")
     summary = read_summary(folder) if folder.exists() else None
     if summary and summary.get("status") == "finished":
+        if (extended := _extend(config, folder, summary, total_steps)) is not None:
+            return extended
         _same_result(config, folder)
         logger.info(f"{folder} is finished; nothing is redone (run.overwrite=true starts afresh)")
+        if summary.get("data_fingerprint") not in (None, data_fingerprint):
+            logger.warning("its rows have changed since: what it reports is of the rows that it was trained on")
         logger.info(json.dumps(summary, indent=1))
         return Run(folder, finished=summary)
     folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, resume_from=find_resume_point(folder, config.checkpoint.resume))
+
+
+def _extend(config: TrainConfig, folder: Path, summary: dict[str, Any], total_steps: int) -> Run | None:
+    """Resume a finished run whose steps were raised; ``None`` where nothing else is asked for, or nothing is kept.
+
+    Its summary is kept under the number of its steps: while the run goes on there is no end of it.
+    """
+    steps = int(summary.get("steps") or 0)
+    changed = _changed(config, folder)
+    if changed is None or not changed or {key for key, _, _ in changed} - LENGTH or total_steps <= steps:
+        return None
+    resume_from = find_resume_point(folder, config.checkpoint.resume)
+    if resume_from is None:
+        return None
+    (folder / SUMMARY_FILE).rename(folder / f"summary-{steps:08d}.json")
+    logger.info(
+        f"{folder} was finished after {steps} steps and goes on to {total_steps}; from here on the learning rate "
+        f"follows the schedule of {total_steps} steps"
+    )
+    return Run(folder, resume_from=resume_from)
 
 
 def _unused(path: Path) -> Path:
@@ -89,13 +137,18 @@ def _unused(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
+def _changed(config: TrainConfig, folder: Path) -> list[tuple[str, Any, Any]] | None:
+    """Compare with the configuration that a run was made with, by what changes the result; ``None`` where that cannot
+    be read any more (moved data, a key of an older version)."""
+    try:
+        return changed_result_fields(load([], folder / "config.yaml"), config)
+    except AfinaError:
+        return None
+
+
 def _same_result(config: TrainConfig, folder: Path) -> None:
     """Refuse a finished run of other settings: it answers only for the configuration that it was run with."""
-    try:
-        before = load([], folder / "config.yaml")
-    except AfinaError:
-        return  # moved data, or a key of an older version: the summary still stands
-    changed = [f"{key} {was} → {now}" for key, was, now in changed_result_fields(before, config)]
+    changed = [f"{key} {was} → {now}" for key, was, now in _changed(config, folder) or []]
     if changed:
         raise ConfigError(
             str(folder),

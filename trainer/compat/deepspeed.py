@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer.compat import has_changed, need, reach
@@ -164,33 +162,3 @@ def link_moments(optimizer: Any, zero_stage: int) -> None:
     """
     if zero_stage in (1, 2):
         optimizer._lazy_init_hp_params_optimizer_state()
-
-
-@contextlib.contextmanager
-@reach(
-    "engine.checkpoint_engine.save, replaced while a checkpoint is written",
-    until="checkpoints are written without DeepSpeed",
-)
-def catch_write_errors(engine: Any, on_error: Callable[[str, Exception], object]) -> Iterator[None]:
-    """Pass a shard's write error on instead of raising it inside ``save_checkpoint``.
-
-    Raised there, it would leave the other ranks waiting in DeepSpeed's next collective.
-
-    Args:
-        engine: a ``DeepSpeedEngine``.
-        on_error: called with the path and the error; of a full disk torch says RuntimeError.
-    """
-    files = engine.checkpoint_engine
-    write = files.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            on_error(path, error)
-
-    files.save = save
-    try:
-        yield
-    finally:
-        files.save = write

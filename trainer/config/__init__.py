@@ -1,7 +1,7 @@
 """The configuration: typed keys (``schema``), Hydra composition (``load``), checks (``rules``), identity and names."""
 
 from trainer.config.compose import load, sources, to_yaml
-from trainer.config.identity import changed_result_fields, result_fields, run_identity
+from trainer.config.identity import changed_fields, changed_result_fields, result_fields, run_identity
 from trainer.config.messages import redact
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
@@ -13,6 +13,7 @@ __all__ = [
     "METRICS",
     "Key",
     "TrainConfig",
+    "changed_fields",
     "changed_result_fields",
     "conf_dir",
     "expand_sweep",

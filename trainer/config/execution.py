@@ -16,12 +16,24 @@ from trainer.config.fields import key
 class CheckpointConfig:
     """When the state is saved, and whether a run is resumed from it. A saved run trains on as if it had not been."""
 
-    every_steps: int = key(100, "save every so many steps; 0: only when asked to stop", ge=0, changes_result=False)
+    every_steps: int = key(
+        100,
+        "save every so many steps; 0: only before evaluations, at the end and when asked to stop",
+        ge=0,
+        changes_result=False,
+    )
+    every_minutes: float = key(
+        0.0,
+        "save after so many minutes without a checkpoint, by rank 0's clock; 0: not by time",
+        ge=0,
+        changes_result=False,
+    )
     every_epoch: bool = key(False, "save at the end of each pass over the data", changes_result=False)
     keep: int = key(2, "complete checkpoints that are kept; older ones are deleted", ge=1, changes_result=False)
     resume: str = key(
         "auto",
-        "auto: from the newest complete checkpoint of the run; never; or a checkpoint folder",
+        "auto: from the newest good checkpoint of the run; strict: from the newest, an error if it is corrupt; never; "
+        "or a checkpoint folder",
         changes_result=False,
     )
 

@@ -39,6 +39,12 @@ def changed_result_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[s
     return [(key, was.get(key), is_now.get(key)) for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
 
 
+def changed_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Compare two configurations in full, as :func:`changed_result_fields` does."""
+    was, is_now = _flatten(_values(before)), _flatten(_values(now))
+    return [(key, was.get(key), is_now.get(key)) for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
+
+
 def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint that it is resumed from; everything else may change.
 

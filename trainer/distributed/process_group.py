@@ -123,8 +123,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 def from_main(value: Any) -> Any:
     """Broadcast rank 0's value to every rank. A collective; the value is pickled."""
+    return from_rank(value, 0)
+
+
+def from_rank(value: Any, rank: int) -> Any:
+    """Broadcast one rank's value to every rank. A collective; the value is pickled."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=rank)
     return box[0]
 
 

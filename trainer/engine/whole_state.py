@@ -6,6 +6,7 @@ the model. Every function here is a collective: all ranks call it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.compat import deepspeed as compat
+from trainer.distributed.process_group import from_rank
 from trainer.distributed.whole_tensor import whole, whole_shape
 from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError
@@ -20,9 +22,26 @@ from trainer.errors import CheckpointError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_state(engine: Engine) -> dict[str, Tensor]:
-    """Gather masters and moments of every trainable parameter, fp32 on the CPU; on rank 0 only, the others get an empty
-    dict."""
+def assign_ranks(engine: Engine) -> dict[str, int]:
+    """Assign each trainable parameter to the rank that writes or reads its state: adapters to rank 0, all weights
+    evenly to all ranks. The same on every rank."""
+    if not engine.runtime.trains_base_weights:
+        return dict.fromkeys(engine.trainable_params, 0)
+    held = [0] * engine.world.world_size
+    ranks: dict[str, int] = {}
+    for name, parameter in engine.trainable_params.items():
+        ranks[name] = held.index(min(held))
+        held[ranks[name]] += compat.whole_numel(parameter)
+    return ranks
+
+
+def gather_state(engine: Engine, ranks: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Gather masters and moments of the trainable parameters, whole, fp32 on the CPU: each on one rank.
+
+    Args:
+        engine: of the state.
+        ranks: which, by parameter (:func:`assign_ranks`); ``None``: rank 0 gets all, and the others an empty dict.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     out: dict[str, Tensor] = {}
@@ -35,31 +54,31 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
             else:
                 held = safe_get_full_optimizer_state(parameter, kind)
             assert held is not None, f"{kind} of {name} is not to be had under stage {engine.zero_stage}"
-            if engine.world.is_main:
+            if engine.world.rank == (ranks[name] if ranks else 0):
                 # the clone gives safetensors a tensor that shares memory with no other
                 out[f"{kind}/{name}"] = held.detach().to("cpu", torch.float32, copy=True).contiguous()
     return out
 
 
-def restore_state(engine: Engine, tensors: dict[str, Tensor], step: int) -> None:
+def restore_state(engine: Engine, read: Callable[[str], Tensor | None], step: int) -> None:
     """Restore a gathered state, at any world size and ZeRO stage.
 
     Args:
         engine: freshly built.
-        tensors: what :func:`gather_state` gave; read on rank 0 only.
+        read: returns a tensor of the checkpoint by its name, ``None`` where there is none; each name is read on one
+            rank (:func:`assign_ranks`).
         step: optimizer steps that were taken.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing or has another shape; on every rank alike.
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    if engine.world.is_main:
-        _check(engine, tensors)
     _make_moments(engine, step)
+    ranks = assign_ranks(engine)
     for name, parameter in engine.trainable_params.items():
         for kind in ("weight", *MOMENTS):
-            value = _from_main(engine, tensors.get(f"{kind}/{name}"), whole_shape(parameter))
+            value = _from_rank(engine, ranks[name], f"{kind}/{name}", read, whole_shape(parameter))
             if kind == "weight":
                 _set_weight(engine, parameter, value)
             elif engine.zero_stage == 0:
@@ -162,25 +181,25 @@ def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value.reshape(parameter.shape))
 
 
-def _from_main(engine: Engine, value: Tensor | None, shape: torch.Size) -> Tensor:
-    """Broadcast rank 0's tensor: the checkpoint's disk may be rank 0's own."""
-    device = engine.world.device
+def _from_rank(engine: Engine, rank: int, name: str, read: Callable[[str], Tensor | None], shape: torch.Size) -> Tensor:
+    """Broadcast the tensor that one rank reads: the checkpoint's disk may be its own, and each byte is read once.
+
+    What is wrong with it goes ahead of it, so that no rank waits for a tensor that does not come.
+    """
+    device, reason, value = engine.world.device, "", None
+    if engine.world.rank == rank:
+        value = read(name)
+        if value is None or value.shape != shape:
+            reason = "is not in the checkpoint" if value is None else f"has shape {tuple(value.shape)}"
+    reason = from_rank(reason, rank)
+    if reason:
+        raise CheckpointError(
+            name,
+            reason=f"{reason}; this run needs {tuple(shape)}",
+            hint="resume with the method it was saved with, or checkpoint.resume=never",
+        )
     held = torch.empty(shape, dtype=torch.float32, device=device)
-    if engine.world.is_main:
-        assert value is not None
+    if value is not None:
         held.copy_(value)
-    dist.broadcast(held, src=0)
+    dist.broadcast(held, src=rank)
     return held
-
-
-def _check(engine: Engine, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in engine.trainable_params.items():
-        for kind in ("weight", *MOMENTS):
-            found = tensors.get(f"{kind}/{name}")
-            if found is None or found.shape != whole_shape(parameter):
-                what = "is not in the checkpoint" if found is None else f"has shape {tuple(found.shape)}"
-                raise CheckpointError(
-                    f"{kind}/{name}",
-                    reason=f"{what}; this run needs {tuple(whole_shape(parameter))}",
-                    hint="resume with the method it was saved with, or checkpoint.resume=never",
-                )

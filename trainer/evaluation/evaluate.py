@@ -56,6 +56,8 @@ def evaluate(
     data: Data,
     config: TrainConfig,
     world: World,
+    *,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Score the held-out rows by ``eval.metrics``. A collective: every rank calls it and gets the same metrics.
 
@@ -66,6 +68,7 @@ def evaluate(
         data: whose ``validation`` rows are scored, at most ``eval.max_rows``.
         config: the whole configuration.
         world: this process.
+        between_batches: called before each, as often on every rank; it may raise, which ends the evaluation.
     """
     rows = data.validation
     if config.eval.max_rows is not None:
@@ -75,13 +78,15 @@ def evaluate(
     answers: list[tuple[int, str, str]] = []
     with torch.no_grad():
         if "loss" in config.eval.metrics:
-            metrics |= _eval_loss(scorer.loss_sum, packing, rows, world)
+            metrics |= _eval_loss(scorer.loss_sum, packing, rows, world, between_batches)
         if "choice_accuracy" in config.eval.metrics:
             letters = letter_tokens(data.validation)  # of all rows: those that are scored may not have every letter
             limits, pad_id = packing.limits, packing.pad_id
-            metrics["choice_accuracy"] = choice_accuracy(scorer.label_logits, rows, letters, limits, pad_id, world)
+            metrics["choice_accuracy"] = choice_accuracy(
+                scorer.label_logits, rows, letters, limits, pad_id, world, between_batches
+            )
         if written := [name for name in config.eval.metrics if name in TEXT_METRICS]:
-            answers = generate_answers(generator, rows, config, world)
+            answers = generate_answers(generator, rows, config, world, between_batches)
         if answers:
             texts, references = [a for _, a, _ in answers], [r for _, _, r in answers]
             metrics |= {name: TEXT_METRICS[name](texts, references) for name in written}
@@ -95,20 +100,31 @@ def evaluate(
 
 
 def _eval_loss(
-    loss_sum: Callable[[MicroBatch], Tensor], packing: Packing, rows: Rows, world: World
+    loss_sum: Callable[[MicroBatch], Tensor],
+    packing: Packing,
+    rows: Rows,
+    world: World,
+    between_batches: Callable[[], None],
 ) -> dict[str, float]:
     """Return the cross-entropy a label token, over all labels of all rows (nats), and its exponential."""
     examples = rows.tokens(range(len(rows)))
     total = 0.0
     layout = packing.split(examples, world.world_size)
     for batch in packing.batches(examples, layout, world.rank, range(len(rows))):
+        between_batches()
         total += float(loss_sum(batch.to(world.device)))
     (total,) = sum_over_ranks([total], world.device)
     mean = total / rows.label_tokens(np.arange(len(rows)))
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
 
 
-def generate_answers(generator: Generator, rows: Rows, config: TrainConfig, world: World) -> list[tuple[int, str, str]]:
+def generate_answers(
+    generator: Generator,
+    rows: Rows,
+    config: TrainConfig,
+    world: World,
+    between_batches: Callable[[], None] = lambda: None,
+) -> list[tuple[int, str, str]]:
     """Generate an answer to each row that has a prompt (plain text has none). A collective.
 
     Returns:
@@ -122,6 +138,7 @@ def generate_answers(generator: Generator, rows: Rows, config: TrainConfig, worl
     for micro in split_padded(prompt_lengths[with_prompt], world.world_size, Limits(config.eval.batch_size, 0))[
         world.rank
     ]:
+        between_batches()
         records = rows.examples(with_prompt[micro] if micro else [])  # a few at a time: as Python objects, rows are big
         prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
         # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.

@@ -22,6 +22,7 @@ def choice_accuracy(
     limits: Limits,
     pad_id: int,
     world: World,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the share of rows whose right letter has the largest logit among the letters of the row's options.
 
@@ -34,6 +35,7 @@ def choice_accuracy(
         limits: of a forward.
         pad_id: fills padding.
         world: this process.
+        between_batches: called before each micro-batch.
 
     Raises:
         DataError: none is multiple choice.
@@ -51,6 +53,7 @@ def choice_accuracy(
     layout = packing.split(prompts, world.world_size)
     micros = layout.micros[world.rank]
     for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, with_choices), strict=True):
+        between_batches()
         logits = label_logits(batch.to(world.device))
         for place, row in enumerate(micro):
             letters = choices[with_choices[row]]

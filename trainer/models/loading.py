@@ -127,17 +127,20 @@ def load_model(
         head.register_forward_pre_hook(_make_input_contiguous)
     if model.attention in ("auto", "sdpa"):
         use_trie_kernel(loaded)
-    is_selective = model.gradient_checkpointing == "selective"
-    if is_selective and not keep_linears(loaded):
+    if model.gradient_checkpointing:
+        _checkpoint_gradients(loaded, selective=model.gradient_checkpointing == "selective")
+    return loaded
+
+
+def _checkpoint_gradients(model: Any, selective: bool) -> None:
+    if selective and not keep_linears(model):
         raise ConfigError(
             "model.gradient_checkpointing",
             value="selective",
             reason="it keeps the results of dense linear layers, and this model has none (quantised are not dense)",
             hint="model.gradient_checkpointing=true",
         )
-    if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(checkpoint_arguments(is_selective))
-    return loaded
+    model.gradient_checkpointing_enable(checkpoint_arguments(selective))
 
 
 def _make_input_contiguous(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ SUMMARY_KEYS = (
     "metrics",
     "best_step",
     "stopped_early",
+    "data_fingerprint",
     "error",
 )
 STATUSES = ("finished", "preempted", "failed")
@@ -150,6 +151,7 @@ def build_summary(
     metrics: Mapping[str, float] | None = None,
     best_step: int | None = None,
     stopped_early: str | None = None,
+    data_fingerprint: str | None = None,
     error: Mapping[str, Any] | None = None,
 ) -> Record:
     """Build the content of `summary.json`: the same keys however a run ends; ``None`` is what a run does not have.
@@ -157,12 +159,13 @@ def build_summary(
     Args:
         status: one of ``STATUSES``.
         steps: updates taken.
-        wall_seconds: of this start of the run.
+        wall_seconds: of all its lives, as far as they have logged.
         trainable_parameters, total_parameters: numbers of weights.
         train_loss: mean loss a label token of the last step.
         metrics: flat, of the weights that the run ends with; ``*_before`` are those before training.
         best_step: the step that these weights are of, where the best ones were kept.
         stopped_early: why the run ended before its last step.
+        data_fingerprint: of the prepared rows that it was trained on.
         error: as :func:`describe_error` gives it.
     """
     assert status in STATUSES, f"unknown status {status!r}"
@@ -176,6 +179,7 @@ def build_summary(
         "metrics": dict(metrics or {}),
         "best_step": best_step,
         "stopped_early": stopped_early,
+        "data_fingerprint": data_fingerprint,
         "error": None if error is None else dict(error),
     }
 
@@ -199,7 +203,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         folder: the run folder.
         summary: what :func:`build_summary` gives, and whatever else.
     """
-    complete = {"best_step": None, "stopped_early": None, "error": None, **summary}
+    complete = {"best_step": None, "stopped_early": None, "data_fingerprint": None, "error": None, **summary}
     missing = [key for key in SUMMARY_KEYS if key not in complete]
     assert not missing, f"summary without {missing}"
     assert complete["status"] in STATUSES, f"unknown status {complete['status']!r}"

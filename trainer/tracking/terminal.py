@@ -38,6 +38,8 @@ TRAINING_KEYS = frozenset(
         "reserved_memory_bytes",
         "model_flops_utilization",
         "useful_flops_utilization",
+        "loss_scale",
+        "elapsed_seconds",
     }
 )
 

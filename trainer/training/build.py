@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,15 @@ from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter
 from trainer.engine.verify_kernels import choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
+from trainer.errors import ConfigError
 from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, count_parameters, create_runtime
 from trainer.methods.targets import describe_unreached
 from trainer.models.loading import compute_dtype, load_model
+from trainer.models.positions import learned_positions, trained_positions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     method = config.method
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(base_dir, config.model, method, dtype, world.device, config.zero.stage)
+    _check_row_lengths(base, data)
     if "choice_accuracy" in config.eval.metrics:
         letter_tokens(data.validation)  # an error now, not after the first hours
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
@@ -92,6 +98,22 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
+
+
+def _check_row_lengths(base: nn.Module, data: Data) -> None:
+    """Refuse rows longer than a table of learned positions; warn of those longer than what a model was made for."""
+    limit, trained = learned_positions(base), trained_positions(base)
+    for rows in (data.train, data.validation):
+        if not len(rows) or trained is None or (longest := int(rows.lengths.max())) <= trained:
+            continue
+        (name,) = rows.names([int(rows.lengths.argmax())])
+        if limit is not None:
+            raise ConfigError(
+                name, reason=f"has {longest} tokens, and the model {limit} positions", hint=f"data.max_length={limit}"
+            )
+        logger.warning(
+            f"{name} has {longest} tokens, and the model was made for {trained}: what lies behind may be learned badly"
+        )
 
 
 def _describe_model(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live
 from trainer.errors import TrainingError
 from trainer.tracking.files import build_summary
-from trainer.training.loop import Outcome
+from trainer.training.outcome import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ def copy_rejected_rows(data: Data, run_dir: Path) -> None:
                     shutil.copyfileobj(rows, out)
 
 
-def summarize(outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: float) -> dict[str, Any]:
+def summarize(
+    outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: float, data_fingerprint: str
+) -> dict[str, Any]:
     """Build the summary of a run that ended well; its metrics are those of the weights that it ends with."""
     before = {f"{name}_before": value for name, value in run.scores_before().items()}
     return build_summary(
@@ -77,6 +79,7 @@ def summarize(outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: f
         metrics={**outcome.scores, **before},
         best_step=outcome.best_step,
         stopped_early=outcome.stopped_early,
+        data_fingerprint=data_fingerprint,
     )
 
 

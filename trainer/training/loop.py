@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,56 +31,14 @@ from trainer.evaluation.evaluate import EvalResult, evaluate
 from trainer.evaluation.generator import Generator
 from trainer.tracking.tracker import Tracker
 from trainer.training.monitor import Decision, EvalMonitor
+from trainer.training.outcome import Outcome, Progress, StepResult, StepStatus
+from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
-from trainer.training.stop_request import StopRequest
+from trainer.training.stop_request import StopRequest, StopRequested
 
 NAMED_ROWS = 16  # in an error
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        status: ``finished`` or ``preempted``.
-        steps: updates taken.
-        train_loss: of the last one.
-        scores: of the weights that the run ends with.
-        best_step: the step that these weights are of, where ``eval.best_metric`` chooses.
-        stopped_early: why there were fewer updates than planned (early stopping).
-    """
-
-    status: str
-    steps: int
-    train_loss: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    stopped_early: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One update: its record for metrics.jsonl, and whether any rank was asked to stop."""
-
-    record: dict[str, Any]
-    stop_requested: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StepStatus:
-    """What the ranks tell each other in a step.
-
-    Attributes:
-        loss: mean over the label tokens of the global batch.
-        stop_requested: whether any rank was asked to stop.
-        computed_flops: what the devices computed, over all ranks.
-    """
-
-    loss: float
-    stop_requested: bool
-    computed_flops: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,33 +58,58 @@ class Loop:
     checkpointer: Checkpointer
     monitor: EvalMonitor
     schedule: Schedule
+    save_timer: SaveTimer
+    begin: float  # ``time.perf_counter()`` at the run's start, less what its earlier lives took
 
-    def train(self, first_step: int) -> Outcome:
-        """Train from ``first_step`` (updates already taken) to the end, or until asked to stop."""
-        outcome, saved = Outcome("finished", first_step), first_step
-        if first_step == 0 and self.config.eval.before and self.schedule.has_validation:
-            self._evaluate_before()
-        self.meter.start()
-        for step in range(first_step, self.schedule.total_steps):
-            result = self._step_or_save(step, saved)
-            done, due, decision = step + 1, self.schedule.due(step + 1), Decision()
-            outcome.steps, outcome.train_loss = done, result.record["loss"]
-            self.monitor.trained(result.record["loss"])
-            if due.evaluation:
-                outcome.scores = self.evaluate().metrics
-                decision = self.monitor.evaluated(done, outcome.scores)
-            self.tracker.log({**result.record, **(outcome.scores if due.evaluation else {})})
-            if decision.warning:
-                self.tracker.alert("overfitting", decision.warning)
-            if due.is_last or decision.stop:
-                outcome.stopped_early = None if due.is_last else decision.stop
-                break
-            if (result.stop_requested or due.checkpoint or decision.is_best) and self._save(done, decision):
-                saved = done
-            if result.stop_requested:
-                return Outcome("preempted", saved, outcome.train_loss)
+    def train(self, first_step: int, record: dict[str, Any] | None = None) -> Outcome:
+        """Train from ``first_step`` (updates already taken) to the end, or until asked to stop.
+
+        Args:
+            first_step: of the checkpoint that the run is resumed from; 0 at a start.
+            record: of that step. Checkpoints are from before the evaluation of their step, which is made now.
+        """
+        progress = Progress(Outcome("finished", first_step), first_step)
+        outcome = progress.outcome
+        try:
+            if first_step == 0 and self.config.eval.before and self.schedule.has_validation:
+                self._evaluate_before()
+            self.meter.start()
+            ends = record is not None and self._end_step(record, progress)
+            while not ends and outcome.steps < self.schedule.total_steps:
+                result = self._step_or_save(outcome.steps, progress)
+                outcome.steps += 1
+                self.monitor.trained(result.record["loss"])
+                due = self.schedule.due(outcome.steps)
+                is_due = due.checkpoint or due.evaluation or due.is_last or result.save_due
+                if result.stop_requested or is_due:
+                    self._save(progress, result.record)
+                if result.stop_requested:
+                    self.tracker.log(result.record)
+                    raise StopRequested
+                ends = self._end_step(result.record, progress)
+        except StopRequested:
+            return Outcome("preempted", progress.saved, outcome.train_loss)
         self._end_with_best(outcome)
         return outcome
+
+    def _end_step(self, record: dict[str, Any], progress: Progress) -> bool:
+        """Evaluate where it is due, log the step, and return whether the run ends with it."""
+        outcome, done = progress.outcome, record["step"]
+        outcome.train_loss = record["loss"]
+        due, decision = self.schedule.due(done), Decision()
+        if due.evaluation:
+            state_before = self.monitor.state()
+            outcome.scores = self.evaluate().metrics
+            decision = self.monitor.evaluated(done, outcome.scores)
+            # It was saved before its evaluation; where that failed, a new best is worth another try.
+            if decision.is_best and progress.saved < done and not self._save(progress, record, state_before):
+                self.monitor.not_saved()
+            record = {**record, **outcome.scores}
+        self.tracker.log(record)
+        if decision.warning:
+            self.tracker.alert("overfitting", decision.warning)
+        outcome.stopped_early = None if due.is_last else decision.stop
+        return due.is_last or decision.stop is not None
 
     def step(self, step: int) -> StepResult:
         """Make one update: the global batch, gradient accumulation over its micro-batches, the optimizer step.
@@ -155,14 +138,27 @@ class Loop:
             "label_tokens": made.label_tokens,
             **self.meter.measure(time.perf_counter() - begin, data_seconds, made, status.computed_flops),
         }
+        record["elapsed_seconds"] = time.perf_counter() - self.begin
         if self.engine.dtype == torch.float16:
             record["loss_scale"] = self.engine.loss_scale
-        return StepResult(record, status.stop_requested)
+        return StepResult(record, status.stop_requested, status.save_due)
 
     def evaluate(self) -> EvalResult:
-        """Score the held-out rows and show samples. A collective."""
+        """Score the held-out rows and show samples. A collective.
+
+        Raises:
+            StopRequested: a rank was asked to stop meanwhile.
+        """
         self.engine.eval()
-        scores = evaluate(self.engine, self.generator, self.packing, self.data, self.config, self.world)
+        scores = evaluate(
+            self.engine,
+            self.generator,
+            self.packing,
+            self.data,
+            self.config,
+            self.world,
+            between_batches=self._raise_if_stopping,
+        )
         self.engine.train()
         if scores.samples:
             rows = [{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples]
@@ -174,13 +170,13 @@ class Loop:
         self.monitor.evaluated(0, scores)
         self.tracker.log({"step": 0, "epoch": 0.0, **scores})
 
-    def _step_or_save(self, step: int, saved: int) -> StepResult:
+    def _step_or_save(self, step: int, progress: Progress) -> StepResult:
         """Make one update; where it fails, save what there is: it is from before the failure, and good."""
         try:
             return self.step(step)
         except TrainingError:
-            if step > saved:
-                self._save(step, Decision())
+            if step > progress.saved:
+                self._save(progress, None)
             raise
 
     def _update(self, step: int) -> Update:
@@ -200,15 +196,16 @@ class Loop:
         losses_finite = sums.isfinite().all()
         # In fp16 an overflowing gradient is the loss scaler's daily work, not a failure.
         failed = ~losses_finite if self.engine.dtype == torch.float16 else ~(losses_finite & gradients_finite)
-        mine = torch.zeros(3 + self.world.world_size, dtype=torch.float64, device=sums.device)
+        mine = torch.zeros(4 + self.world.world_size, dtype=torch.float64, device=sums.device)
         mine[0] = sums.double().sum().masked_fill(failed, 0)
         mine[1] = float(self.stop.wanted)
         mine[2] = self.meter.flops.of_batches(made.batches)
-        mine[3 + self.world.rank] = failed
-        total, stops, computed_flops, *failed_ranks = sum_over_ranks(mine, self.world.device)
+        mine[3] = float(self.world.is_main and self.save_timer.is_due())
+        mine[4 + self.world.rank] = failed
+        total, stops, computed_flops, saves, *failed_ranks = sum_over_ranks(mine, self.world.device)
         if any(failed_ranks):
             self._raise_not_finite(step, made.batches, sums.tolist(), failed_ranks[self.world.rank] > 0)
-        return StepStatus(total / made.label_tokens, stops > 0, computed_flops)
+        return StepStatus(total / made.label_tokens, stops > 0, computed_flops, saves > 0)
 
     def _raise_not_finite(self, step: int, batches: list[MicroBatch], sums: list[float], failed: bool) -> NoReturn:
         """Raise, on every rank alike, what the first rank that ``failed`` has met."""
@@ -229,13 +226,23 @@ class Loop:
         names = self.data.train.names(rows[:NAMED_ROWS])
         return ", ".join(names) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
 
-    def _save(self, done: int, decision: Decision) -> bool:
-        """Save a checkpoint; a new best that could not be saved is not the best."""
-        monitor = self.monitor
-        is_saved = self.checkpointer.save(done, monitor_state=monitor.state(), best_step=monitor.best_step)
-        if decision.is_best and not is_saved:
-            monitor.not_saved()
+    def _save(
+        self, progress: Progress, record: dict[str, Any] | None, monitor_state: dict[str, Any] | None = None
+    ) -> bool:
+        """Save a checkpoint of the steps so far; ``monitor_state``: of before an evaluation that was made already."""
+        monitor, step = self.monitor, progress.outcome.steps
+        state = monitor.state() if monitor_state is None else monitor_state
+        is_saved = self.checkpointer.save(step, monitor_state=state, best_step=monitor.best_step, record=record)
+        self.save_timer.restart()  # a disk that is full is not tried again at once
+        if is_saved:
+            progress.saved = step
         return is_saved
+
+    def _raise_if_stopping(self) -> None:
+        """Raise on every rank where any was asked to stop. A collective."""
+        (stops,) = sum_over_ranks([float(self.stop.wanted)], self.world.device)
+        if stops:
+            raise StopRequested
 
     def _end_with_best(self, outcome: Outcome) -> None:
         """Restore the weights of the best evaluation, where ``eval.best_metric`` asks for them. A collective."""
@@ -250,20 +257,6 @@ class Loop:
             return
         self.checkpointer.restore(folder)
         outcome.best_step, outcome.scores = best["step"], best["scores"]
-
-
-def open_monitor(config: TrainConfig, state: dict[str, Any] | None, checkpointer: Checkpointer) -> EvalMonitor:
-    """Resume the monitor of evaluations from a checkpoint's state (``None``: fresh). A collective.
-
-    A run that resumes from an older checkpoint may have lost what was the best then: it is given up.
-    """
-    monitor = EvalMonitor(config.eval, state)
-    if monitor.best_step is not None:
-        _, corruption = checkpointer.inspect(monitor.best_step)
-        if corruption is not None:
-            logger.warning(f"the best evaluation so far, of step {monitor.best_step}, is given up: {corruption}")
-            monitor.lose_best()
-    return monitor
 
 
 def _dropout_seed(seed: int, step: int, rank: int, micro: int) -> int:

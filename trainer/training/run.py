@@ -11,8 +11,9 @@ from typing import Any
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.commit import archive_after
+from trainer.checkpoint.config_history import write_config
 from trainer.checkpoint.run_folder import Run, open_run
-from trainer.config import TrainConfig, to_yaml
+from trainer.config import TrainConfig
 from trainer.config.identity import run_identity
 from trainer.data.batching.packing import Packing
 from trainer.data.describe import describe
@@ -32,8 +33,10 @@ from trainer.tracking.files import build_summary, describe_error, write_summary
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
 from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
-from trainer.training.loop import Loop, Outcome, open_monitor
+from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
+from trainer.training.outcome import Outcome
+from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
 
@@ -52,7 +55,7 @@ class Job:
         data: the prepared rows.
         run: the run folder, and where it resumes from.
         stop: set when the process is asked to stop.
-        begin: ``time.perf_counter()`` at the start of the process's work.
+        begin: ``time.perf_counter()`` at the start of the process's work, less what earlier lives of the run took.
     """
 
     config: TrainConfig
@@ -66,7 +69,7 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Wall time so far."""
+        """Wall time so far, of all lives."""
         return time.perf_counter() - self.begin
 
 
@@ -81,26 +84,26 @@ def train(config: TrainConfig, world: World) -> int:
     data = load_data(config, tokenizer)
     distributed.init(world)
     try:
-        run = open_run(config, world)
-        if run.finished is not None:
-            return 0
-        job = Job(
-            config=config,
-            world=world,
-            base_dir=base_dir,
-            tokenizer=tokenizer,
-            data=data,
-            run=run,
-            stop=stop,
-            begin=begin,
-        )
-        try:
-            outcome = run_job(job)
-            distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
-        except Exception as error:
-            _record_failure(job, error)
-            raise
-        return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
+        with open_run(config, world, data.total_steps(config.batch), data.fingerprint) as run:
+            if run.finished is not None:
+                return 0
+            job = Job(
+                config=config,
+                world=world,
+                base_dir=base_dir,
+                tokenizer=tokenizer,
+                data=data,
+                run=run,
+                stop=stop,
+                begin=begin - run.elapsed_before(),
+            )
+            try:
+                outcome = run_job(job)
+                distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
+            except Exception as error:
+                _record_failure(job, error)
+                raise
+            return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
     finally:
         distributed.shutdown()
 
@@ -110,24 +113,24 @@ def run_job(job: Job) -> Outcome:
     config, world, run = job.config, job.world, job.run
     built = build(config, world, job.base_dir, job.data, job.tokenizer)
     checkpointer = create_checkpointer(job, built)
-    first_step, monitor_state = checkpointer.restore(run.resume_from)
-    _write_run_files(job, first_step)
+    restored = checkpointer.restore(run.resume_from)
+    _write_run_files(job, restored.step)
     schedule = create_schedule(job)
     tracker = Tracker.open(
         config,
         run.folder,
         is_main=world.is_main,
         total_steps=schedule.total_steps,
-        resume_step=first_step,
+        resume_step=restored.step,
         model_info=built.model_info,
     )
     summary: dict[str, Any] = {}
     try:
-        _log_start(job, built.model_info, first_step)
-        monitor = open_monitor(config, monitor_state, checkpointer)
+        _log_start(job, built.model_info, restored.step)
+        monitor = open_monitor(config, restored.monitor_state, checkpointer)
         loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
         with closing(loop.loader):
-            outcome = loop.train(first_step)
+            outcome = loop.train(restored.step, restored.record)
         summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
@@ -145,6 +148,20 @@ def create_checkpointer(job: Job, built: Built) -> Checkpointer:
         run_identity=run_identity(job.config, job.data.fingerprint),
         config=job.config.checkpoint,
     )
+
+
+def open_monitor(config: TrainConfig, state: dict[str, Any] | None, checkpointer: Checkpointer) -> EvalMonitor:
+    """Resume the monitor of evaluations from a checkpoint's state (``None``: fresh). A collective.
+
+    A run that resumes from an older checkpoint may have lost what was the best then: it is given up.
+    """
+    monitor = EvalMonitor(config.eval, state)
+    if monitor.best_step is not None:
+        _, corruption = checkpointer.inspect(monitor.best_step)
+        if corruption is not None:
+            logger.warning(f"the best evaluation so far, of step {monitor.best_step}, is given up: {corruption}")
+            monitor.lose_best()
+    return monitor
 
 
 def create_schedule(job: Job) -> Schedule:
@@ -172,6 +189,8 @@ def create_loop(
         checkpointer=checkpointer,
         monitor=monitor,
         schedule=schedule,
+        save_timer=SaveTimer(job.config.checkpoint.every_minutes),
+        begin=job.begin,
     )
 
 
@@ -209,7 +228,7 @@ def _write_run_files(job: Job, first_step: int) -> None:
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
         archive_after(folder, first_step)
-        (folder / "config.yaml").write_text(to_yaml(job.config))
+        write_config(folder, job.config, first_step)
         copy_rejected_rows(job.data, folder)
         write_environment(folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
 
@@ -240,7 +259,7 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
         save_final(built.engine, job.run.folder, job.tokenizer, job.config)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
-    summary = summarize(outcome, built.model_info, job.run, job.seconds)
+    summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint)
     if job.world.is_main:
         write_summary(job.run.folder, summary)
     log_result(job.config, outcome, job.run, summary, total_steps)
@@ -258,5 +277,6 @@ def _failure(job: Job, error: Exception) -> dict[str, Any]:
         status="failed",
         steps=job.run.last_logged_step(),
         wall_seconds=job.seconds,
+        data_fingerprint=job.data.fingerprint,
         error=describe_error(error, job.world.rank),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.logged import logged_lines
 from trainer import files
-from trainer.checkpoint import checkpointer, commit
+from trainer.checkpoint import commit, tensors
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import find_resume_point, verify
 from trainer.config.schema import CheckpointConfig, MethodConfig
@@ -40,7 +42,12 @@ class Run:
         engine: Any = SimpleNamespace(model=self.model, runtime=self.runtime)
         config = CheckpointConfig(resume=self.resume)
         writer = Checkpointer(engine=engine, run_dir=self.folder, run_identity={}, config=config)
-        writer._write(partial, state, self.weights, {"step": step, "resume": self.resume})
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        failure = writer._write_adapter(partial, state, self.weights)
+        if failure is not None:
+            raise CheckpointError(str(partial), reason=failure)
+        (partial / "state.json").write_text(json.dumps({"step": step, "resume": self.resume}))
         commit.commit(partial, final)
         return final
 
@@ -51,8 +58,6 @@ def run(tmp_path: Path, model: Any) -> Run:
 
 
 def test_a_checkpoint_names_every_file_of_its_own(run: Run) -> None:
-    import json
-
     folder = run.write(3)
     marker = json.loads((folder / "COMPLETE").read_text())
     there = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {"COMPLETE"}
@@ -102,13 +107,18 @@ def test_a_broken_file_is_named_with_the_newest_good_checkpoint(run: Run, how: s
     first, good, worse, newest = (run.write(step) for step in (1, 2, 3, 4))
     broken("flipped", worse / "state.json")
     broken(how, newest / name)
-    for resume in ("auto", str(newest)):
+    for resume in ("strict", str(newest)):
         with pytest.raises(CheckpointError) as caught:
             find_resume_point(run.folder, resume)
         message = str(caught.value)
         assert str(newest / name) in message
         assert message.endswith(f"checkpoint.resume={good}")
     assert find_resume_point(run.folder, str(first)) == first
+    with logged_lines() as logged:
+        assert find_resume_point(run.folder, "auto") == good
+    assert any(str(newest / name) in line and "corrupt-0-step-00000004" in line for line in logged)
+    assert names(run) == ["corrupt-0-step-00000003", "corrupt-0-step-00000004", "step-00000001", "step-00000002"]
+    assert find_resume_point(run.folder, "strict") == good
 
 
 def test_without_a_good_one_the_way_to_start_afresh_is_named(run: Run) -> None:
@@ -192,7 +202,7 @@ def test_a_broken_newest_one_names_the_best_as_a_good_one(run: Run) -> None:
     commit.delete_old(run.checkpoints, 1, 1)
     broken("flipped", folders[3] / "state.json")
     with pytest.raises(CheckpointError) as caught:
-        find_resume_point(run.folder, "auto")
+        find_resume_point(run.folder, "strict")
     assert str(caught.value).endswith(f"checkpoint.resume={folders[1]}")
     commit.archive_after(run.folder, 1)
     assert find_resume_point(run.folder, "auto") == folders[1]
@@ -219,7 +229,7 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
         (files, "sync"),
         (files, "sha256"),
         (files, "write_atomically"),
-        (checkpointer, "save_file"),
+        (tensors, "save_file"),
         (runtime, "save_adapter"),
     ],
 )
@@ -259,8 +269,8 @@ def test_a_kill_while_writing_leaves_the_one_before(
 def test_state_that_does_not_read_back_is_not_published(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     good = run.write(1)
     with monkeypatch.context() as patch:
-        read = checkpointer.load_file
-        patch.setattr(checkpointer, "load_file", lambda f: {n: t + 1 for n, t in read(f).items()})
+        write = tensors.save_file
+        patch.setattr(tensors, "save_file", lambda state, file: write({n: t + 1 for n, t in state.items()}, file))
         with pytest.raises(CheckpointError, match=r"state\.safetensors: does not read back"):
             run.write(2)
     assert find_resume_point(run.folder, "auto") == good

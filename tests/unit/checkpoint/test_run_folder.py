@@ -10,9 +10,11 @@ import pytest
 
 from tests.helpers.tokenizers import write_rows
 from trainer.checkpoint import run_folder as runs
+from trainer.checkpoint.commit import checkpoint_dir, commit
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load, to_yaml
 from trainer.errors import ConfigError
+from trainer.files import partial_path
 
 SUMMARY = {"status": "finished", "steps": 4, "metrics": {"eval_loss": 1.5}, "error": None}
 
@@ -26,8 +28,8 @@ class Folder:
     def config(self, *overrides: str) -> TrainConfig:
         return load(["model=tiny", f"data.path={self.data}", "run.name=one", f"run.dir={self.where}", *overrides])
 
-    def decide(self, *overrides: str) -> Run:
-        return runs._decide(self.config(*overrides))
+    def decide(self, *overrides: str, total_steps: int = 4, fingerprint: str = "the rows") -> Run:
+        return runs._decide(self.config(*overrides), total_steps, fingerprint)
 
     def leave(self, status: str, *overrides: str) -> Path:
         """A run as one that ended so would leave it."""
@@ -90,6 +92,50 @@ def test_a_finished_run_of_other_settings_is_not_passed_off(folder: Folder, chan
         folder.decide(*common, change)
     assert told in str(caught.value)
     assert "run.overwrite=true" in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["batch.epochs=2", "batch.max_steps=9"])
+def test_a_finished_run_goes_on_when_its_steps_are_raised(folder: Folder, change: str) -> None:
+    left = folder.leave("finished", "batch.epochs=1")
+    last = write_checkpoint(left, 4)
+    assert folder.decide(change, total_steps=9) == Run(left, resume_from=last)
+    assert json.loads((left / "summary-00000004.json").read_text()) == SUMMARY
+    assert "goes on to 9" in folder.logged[-1]
+    # killed there, it is an unfinished run
+    assert folder.decide(change, total_steps=9) == Run(left, resume_from=last)
+
+
+@pytest.mark.parametrize(
+    ("change", "total_steps"), [("batch.max_steps=3", 3), ("optim.learning_rate=0.1", 9), ("batch.epochs=2", 4)]
+)
+def test_other_changes_of_a_finished_run_stay_an_error(folder: Folder, change: str, total_steps: int) -> None:
+    write_checkpoint(folder.leave("finished", "batch.epochs=1"), 4)
+    with pytest.raises(ConfigError, match="finished run with other settings"):
+        folder.decide(change, total_steps=total_steps)
+
+
+def test_a_finished_run_without_a_checkpoint_cannot_go_on(folder: Folder) -> None:
+    folder.leave("finished", "batch.epochs=1")
+    with pytest.raises(ConfigError, match="finished run with other settings"):
+        folder.decide("batch.epochs=2", total_steps=8)
+
+
+def test_a_finished_run_says_that_its_rows_have_changed(folder: Folder) -> None:
+    left = folder.leave("finished")
+    (left / "summary.json").write_text(json.dumps({**SUMMARY, "data_fingerprint": "the rows"}))
+    folder.decide()
+    assert not any("rows have changed" in line for line in folder.logged)
+    folder.decide(fingerprint="other rows")
+    assert any("rows have changed" in line for line in folder.logged)
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    folder = checkpoint_dir(run, step)
+    partial = partial_path(folder)
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text(json.dumps({"step": step, "resume": "auto"}))
+    commit(partial, folder)
+    return folder
 
 
 def test_moved_data_leaves_the_summary_standing(folder: Folder) -> None:

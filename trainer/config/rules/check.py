@@ -247,11 +247,13 @@ def _run(config: TrainConfig) -> None:
         raise config_error("run.name", name if name else "''", reason, f"run.name={plain or 'my-run'}")
     if not config.run.dir.strip():
         raise config_error("run.dir", "''", "must be a folder", "run.dir=runs")
-    if resume not in ("auto", "never") and not Path(resume).expanduser().is_dir():
+    if resume not in ("auto", "strict", "never") and not Path(resume).expanduser().is_dir():
         raise _no_checkpoint(resume)
 
 
 def _no_checkpoint(resume: str) -> ConfigError:
-    near = nearest(resume, ("auto", "never"))
+    near = nearest(resume, ("auto", "strict", "never"))
     hint = f"checkpoint.resume={near}" if near else "checkpoint.resume=runs/NAME/checkpoints/step-NNNNNNNN"
-    return config_error("checkpoint.resume", resume, "must be auto, never or a checkpoint folder that exists", hint)
+    return config_error(
+        "checkpoint.resume", resume, "must be auto, strict, never or a checkpoint folder that exists", hint
+    )

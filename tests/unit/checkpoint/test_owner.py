@@ -1,0 +1,91 @@
+"""One owner a run: of many that start at once one goes on; a killed owner frees it; another host's is respected."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT
+from trainer.checkpoint.owner import OWNER_FILE, SILENT_SECONDS, own_run, show_owner
+from trainer.errors import LaunchError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer.checkpoint.owner import own_run, show_owner
+from trainer.errors import LaunchError
+folder = Path(sys.argv[1])
+try:
+    with own_run(folder), show_owner(folder):
+        print("owns", flush=True)
+        time.sleep(float(sys.argv[2]))
+except LaunchError as error:
+    print(error, flush=True)
+"""
+
+
+def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_the_second_comer_hears_who_owns_it(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    owner = start(folder, 60)
+    try:
+        assert first_line(owner) == "owns"
+        with (
+            pytest.raises(LaunchError, match=rf"is being trained by process {owner.pid} on ") as caught,
+            own_run(folder),
+        ):
+            pass
+        assert caught.value.exit_code == 4
+    finally:
+        owner.kill()
+        owner.wait()
+    with own_run(folder):  # the kernel has freed it
+        pass
+    assert (folder / OWNER_FILE).exists(), "a killed owner leaves its name"
+
+
+def test_of_ten_at_once_one_owns_it(tmp_path: Path) -> None:
+    processes = [start(tmp_path / "one", 3) for _ in range(10)]
+    said = [first_line(process) for process in processes]
+    for process in processes:
+        process.wait()
+    assert said.count("owns") == 1
+    assert all("is being trained by" in line for line in said if line != "owns")
+
+
+def test_an_owner_that_leaves_takes_its_name_along(tmp_path: Path) -> None:
+    with own_run(tmp_path / "one"), show_owner(tmp_path / "one"):
+        owner = json.loads((tmp_path / "one" / OWNER_FILE).read_text())
+        assert owner["pid"] == os.getpid()
+    assert not (tmp_path / "one" / OWNER_FILE).exists()
+
+
+@pytest.mark.parametrize(("silent_seconds", "is_free"), [(0, False), (SILENT_SECONDS + 5, True)])
+def test_an_owner_on_another_host_counts_while_it_lives(tmp_path: Path, silent_seconds: int, is_free: bool) -> None:
+    """A filesystem may keep locks to one host."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    file = folder / OWNER_FILE
+    file.write_text(json.dumps({"host": "node-7", "pid": 12, "job": "345", "since": "yesterday"}))
+    long_ago = time.time() - silent_seconds
+    os.utime(file, (long_ago, long_ago))
+    if is_free:
+        with own_run(folder):
+            return
+    with pytest.raises(LaunchError, match="process 12 on node-7, job 345, since yesterday"), own_run(folder):
+        pass

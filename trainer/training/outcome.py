@@ -1,0 +1,61 @@
+"""Say how a step ended, how far a run is, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: ``finished`` or ``preempted``.
+        steps: updates taken.
+        train_loss: of the last one.
+        scores: of the weights that the run ends with.
+        best_step: the step that these weights are of, where ``eval.best_metric`` chooses.
+        stopped_early: why there were fewer updates than planned (early stopping).
+    """
+
+    status: str
+    steps: int
+    train_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    stopped_early: str | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: its outcome so far, and the last step that is saved."""
+
+    outcome: Outcome
+    saved: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One update: its record for metrics.jsonl, whether any rank was asked to stop, and whether it is time to save."""
+
+    record: dict[str, Any]
+    stop_requested: bool
+    save_due: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatus:
+    """What the ranks tell each other in a step.
+
+    Attributes:
+        loss: mean over the label tokens of the global batch.
+        stop_requested: whether any rank was asked to stop.
+        computed_flops: what the devices computed, over all ranks.
+        save_due: whether ``checkpoint.every_minutes`` have passed, by rank 0's clock.
+    """
+
+    loss: float
+    stop_requested: bool
+    computed_flops: float
+    save_due: bool
