@@ -49,7 +49,7 @@ def test_two_nodes_train_one_run(slurm: Sandbox, tmp_path: Path, tiny_model: Pat
     fields, log = submit(slurm, tmp_path, "--nodes=2", overrides=overrides)
     assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), log
 
-    runs = list((tmp_path / "runs").iterdir())
+    runs = [folder for folder in (tmp_path / "runs").iterdir() if folder.is_dir()]
     assert len(runs) == 1, runs
     assert json.loads((runs[0] / "summary.json").read_text())["status"] == "finished"
     assert json.loads((runs[0] / "environment.json").read_text())["world_size"] == 2
