@@ -108,7 +108,7 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int
 
 
 def _gentle(number: int) -> int:
-    """The signal that asks a run to save and leave: a SIGINT or SIGHUP would end it where it stands."""
+    """The signal that asks a run to save and leave, by which torchrun's agent waits for its workers, too."""
     return number if number == signal.SIGUSR1 else signal.SIGTERM
 
 
