@@ -11,13 +11,11 @@ from pathlib import Path
 
 from trainer.config import load
 from trainer.distributed import process_group as distributed
-from trainer.errors import AfinaError
+from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries
 from trainer.tracking.logs import configure_logging
 from trainer.training.run import train
-
-INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that SIGINT has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.config import TrainConfig, changed_fields, load, to_yaml
 from trainer.errors import AfinaError
+from trainer.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 
@@ -22,18 +23,19 @@ def write_config(folder: Path, config: TrainConfig, step: int) -> None:
         step: that it is resumed from.
     """
     file, text = folder / CONFIG_FILE, to_yaml(config)
-    before = file.read_text() if file.exists() else None
-    if step and before is not None and before != text:
-        file.rename(folder / f"config-until-step-{step:08d}.yaml")
-        for line in _changes(folder / f"config-until-step-{step:08d}.yaml", config):
-            logger.info(line)
-    file.write_text(text)
+    before = file.read_text() if file.exists() else text
+    if step and before != text:
+        write_atomically(folder / f"config-until-step-{step:08d}.yaml", before.encode())
+        was = read_config(folder)
+        for key, old, new in changed_fields(was, config) if was is not None else ():
+            logger.info(f"changed since the run was stopped: {key} was {old}, is {new}")
+    write_atomically(file, text.encode())
 
 
-def _changes(before: Path, config: TrainConfig) -> list[str]:
-    """Name each key that has another value now; one a line."""
+def read_config(folder: Path) -> TrainConfig | None:
+    """Read the configuration that a run was made with; ``None`` where that cannot be read any more (moved data, a key
+    of an older version)."""
     try:
-        changed = changed_fields(load([], before), config)
+        return load([], folder / CONFIG_FILE)
     except AfinaError:
-        return []  # moved data, or a key of an older version
-    return [f"changed since the run was stopped: {key} was {was}, is {now}" for key, was, now in changed]
+        return None

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.config_history import read_config
 from trainer.checkpoint.owner import own_run, show_owner
 from trainer.checkpoint.resume import find_resume_point
-from trainer.config import TrainConfig, changed_result_fields, load, run_folder
+from trainer.config import TrainConfig, changed_result_fields, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
 from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, read_metrics, read_summary
@@ -139,11 +140,9 @@ def _unused(path: Path) -> Path:
 
 def _changed(config: TrainConfig, folder: Path) -> list[tuple[str, Any, Any]] | None:
     """Compare with the configuration that a run was made with, by what changes the result; ``None`` where that cannot
-    be read any more (moved data, a key of an older version)."""
-    try:
-        return changed_result_fields(load([], folder / "config.yaml"), config)
-    except AfinaError:
-        return None
+    be read any more."""
+    before = read_config(folder)
+    return None if before is None else changed_result_fields(before, config)
 
 
 def _same_result(config: TrainConfig, folder: Path) -> None:

@@ -35,13 +35,16 @@ def changed_result_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[s
         ``(dotted key, value before, value now)`` of each key that differs. A key below a mapping (``zero.extra.…``)
         stands for itself; ``None`` is the value where it is not there.
     """
-    was, is_now = _flatten(result_fields(before)), _flatten(result_fields(now))
-    return [(key, was.get(key), is_now.get(key)) for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
+    return _differences(result_fields(before), result_fields(now))
 
 
 def changed_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Compare two configurations in full, as :func:`changed_result_fields` does."""
-    was, is_now = _flatten(_values(before)), _flatten(_values(now))
+    return _differences(_values(before), _values(now))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    was, is_now = _flatten(before), _flatten(now)
     return [(key, was.get(key), is_now.get(key)) for key in {**is_now, **was} if was.get(key) != is_now.get(key)]
 
 

@@ -47,7 +47,7 @@ class ModelConfig:
     gradient_checkpointing: Any = key(
         False,
         "recompute activations in the backward; true: all of a layer, about 30 % slower, far less memory; selective: "
-        "all but matrix products, whose results are kept",
+        "all but dense linear layers, whose results are kept",
         changes_result=False,
     )
     kernels: Any = key(
