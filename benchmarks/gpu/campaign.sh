@@ -119,6 +119,7 @@ if wants speed; then
   ON="model.gradient_checkpointing=true"; OFF="model.gradient_checkpointing=false"
   SELECTIVE="model.gradient_checkpointing=selective"; NONE="model.kernels=none"
   afina 8b_trie_nockpt         8b   unshared "" $U $OFF
+  afina 8b_trie_nockpt_12k     8b   unshared "" ${U/8192/12288} $OFF
   trl   8b8_trl_free           8b8  unshared "--padding-free --liger" $U $ON
   afina 8b8_trie               8b8  unshared 1  $U $ON
   afina 8b8_trie_none          8b8  unshared 1  $U $ON $NONE
