@@ -39,6 +39,19 @@ class CheckpointConfig:
 
 
 @dataclass(slots=True)
+class FaultConfig:
+    """What is done when something fails."""
+
+    timeout_seconds: int = key(
+        1800,
+        "a rank whose stage of a step (data, forward and backward, reduce, update, evaluate) lasts longer ends the run "
+        "and names the rank that is waited for; saving is not counted",
+        ge=10,
+        changes_result=False,
+    )
+
+
+@dataclass(slots=True)
 class GenerateConfig:
     """How answers are sampled, after training and for scores: no weight depends on it."""
 

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.dataset_spec import FORMATS
-from trainer.config.execution import CheckpointConfig, CompareConfig, GenerateConfig, LaunchConfig, LogConfig
+from trainer.config.execution import (
+    CheckpointConfig,
+    CompareConfig,
+    FaultConfig,
+    GenerateConfig,
+    LaunchConfig,
+    LogConfig,
+)
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
 
@@ -276,6 +283,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     log: LogConfig = field(default_factory=LogConfig)

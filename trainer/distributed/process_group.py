@@ -54,12 +54,14 @@ def from_environment() -> World:
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
 
 
-def init(world: World, timeout_seconds: int = 1800) -> None:
+def init(world: World) -> None:
     """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed.
+
+    Its collectives wait for a day: how long a rank may keep the others waiting depends on what it does, and heartbeats
+    tell (``trainer.distributed.heartbeat``).
 
     Args:
         world: this process.
-        timeout_seconds: after which a collective that waits for another rank is an error.
 
     Raises:
         LaunchError: DeepSpeed is not a version that this program was tried with.
@@ -70,7 +72,7 @@ def init(world: World, timeout_seconds: int = 1800) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(days=1)
     if world.world_size == 1 and "RANK" not in os.environ:
         # A world of one needs no port. DeepSpeed reads these variables even then.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -112,6 +114,13 @@ def sum_over_ranks(values: Sequence[float] | Tensor, device: torch.device) -> li
         total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective has failed because another rank is gone: gloo has no class of its own for that."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "Connection closed by peer"))
 
 
 def gather_objects(value: Any) -> list[Any]:

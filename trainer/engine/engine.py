@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,13 @@ class Engine:
         wanted = self.zero_stage == 0 and self.dtype != torch.float32
         return torch.autocast(self.world.device.type, self.dtype, enabled=wanted)
 
-    def accumulate(self, batches: Sequence[MicroBatch], scale: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self,
+        batches: Sequence[MicroBatch],
+        scale: float,
+        seeds: Sequence[int],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, Tensor]:
         """Accumulate gradients over this rank's micro-batches (forward and backward), then reduce them over the ranks.
 
         Args:
@@ -127,6 +133,7 @@ class Engine:
             scale: the loss sums are multiplied by it before the backward. DeepSpeed averages gradients over ranks, so
                 ``world_size / label_tokens_of_the_global_batch`` gives the gradient of the global batch's mean.
             seeds: one a micro-batch, for dropout.
+            on_progress: called after each micro-batch.
 
         Returns:
             The unscaled loss sum of each micro-batch, float32 of shape (micro-batches,), and whether this rank's own
@@ -147,6 +154,7 @@ class Engine:
                     loss = self.loss_sum(batch)
                     self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())
+                on_progress()
             are_local = self.reduces_once or self.zero_stage == 0
             all_finite = gradients_are_finite(self.trainable_params.values() if are_local else (), self.world.device)
         self.deepspeed.set_gradient_accumulation_boundary(True)

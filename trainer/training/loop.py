@@ -10,7 +10,9 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -59,6 +61,7 @@ class Loop:
     monitor: EvalMonitor
     schedule: Schedule
     save_timer: SaveTimer
+    stage: Callable[..., None]  # told what the loop does, by ``Heartbeat.stage``
     begin: float  # ``time.perf_counter()`` at the run's start, less what its earlier lives took
 
     def train(self, first_step: int, record: dict[str, Any] | None = None) -> Outcome:
@@ -121,11 +124,17 @@ class Loop:
             TrainingError: a loss or gradient is not finite; on every rank alike, and before the optimizer has seen it.
         """
         begin = time.perf_counter()
+        self.stage("data", step + 1)
         made = self.loader.load(step)
         data_seconds = time.perf_counter() - begin
         seeds = [_dropout_seed(self.config.run.seed, step, self.world.rank, k) for k in range(len(made.batches))]
-        sums, gradients_finite = self.engine.accumulate(made.batches, self.world.world_size / made.label_tokens, seeds)
+        on_progress = partial(self.stage, "forward and backward")
+        on_progress()
+        scale = self.world.world_size / made.label_tokens
+        sums, gradients_finite = self.engine.accumulate(made.batches, scale, seeds, on_progress)
+        self.stage("reduce")
         status = self._reduce_step_status(step, made, sums, gradients_finite)
+        self.stage("update")
         update = self._update(step)
         self._check_update(step, update, made.chosen)
 
@@ -149,6 +158,7 @@ class Loop:
         Raises:
             StopRequested: a rank was asked to stop meanwhile.
         """
+        self.stage("evaluate")
         self.engine.eval()
         scores = evaluate(
             self.engine,
@@ -231,6 +241,7 @@ class Loop:
     ) -> bool:
         """Save a checkpoint of the steps so far; ``monitor_state``: of before an evaluation that was made already."""
         monitor, step = self.monitor, progress.outcome.steps
+        self.stage("save")
         state = monitor.state() if monitor_state is None else monitor_state
         is_saved = self.checkpointer.save(step, monitor_state=state, best_step=monitor.best_step, record=record)
         self.save_timer.restart()  # a disk that is full is not tried again at once
@@ -240,6 +251,7 @@ class Loop:
 
     def _raise_if_stopping(self) -> None:
         """Raise on every rank where any was asked to stop. A collective."""
+        self.stage("evaluate")
         (stops,) = sum_over_ranks([float(self.stop.wanted)], self.world.device)
         if stops:
             raise StopRequested

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from trainer.checkpoint.checkpointer import Checkpointer
@@ -32,6 +34,7 @@ from trainer.tracking.environment import write_environment
 from trainer.tracking.files import build_summary, describe_error, write_summary
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
+from trainer.training.faults import watched
 from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
@@ -41,6 +44,10 @@ from trainer.training.schedule import Schedule
 from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
+
+
+def _told_nobody(*_: Any) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,7 @@ class Job:
         run: the run folder, and where it resumes from.
         stop: set when the process is asked to stop.
         begin: ``time.perf_counter()`` at the start of the process's work, less what earlier lives of the run took.
+        stage: told what this rank does (``Heartbeat.stage``).
     """
 
     config: TrainConfig
@@ -66,6 +74,7 @@ class Job:
     run: Run
     stop: StopRequest
     begin: float
+    stage: Callable[..., None] = _told_nobody
 
     @property
     def seconds(self) -> float:
@@ -97,12 +106,9 @@ def train(config: TrainConfig, world: World) -> int:
                 stop=stop,
                 begin=begin - run.elapsed_before(),
             )
-            try:
-                outcome = run_job(job)
+            with watched(run.folder, world, config.fault.timeout_seconds, partial(_record_failure, job)) as heartbeat:
+                outcome = run_job(replace(job, stage=heartbeat.stage))
                 distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
-            except Exception as error:
-                _record_failure(job, error)
-                raise
             return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
     finally:
         distributed.shutdown()
@@ -131,6 +137,7 @@ def run_job(job: Job) -> Outcome:
         loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
         with closing(loop.loader):
             outcome = loop.train(restored.step, restored.record)
+        job.stage("end")
         summary = _finish(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
@@ -190,6 +197,7 @@ def create_loop(
         monitor=monitor,
         schedule=schedule,
         save_timer=SaveTimer(job.config.checkpoint.every_minutes),
+        stage=job.stage,
         begin=job.begin,
     )
 
