@@ -1,12 +1,16 @@
 """Kill a training again and again, start it again by the same command, and compare its end with the undisturbed one's.
 
-python benchmarks/chaos.py [--kills 200] [--seed 0]
+python benchmarks/chaos.py [--kills 200] [--seed 0] [--cases 8] [--minutes 5] [--verdicts 20]
+                           [--out benchmarks/chaos.md]
 
-The tiny model on two ranks, LoRA and all weights, ZeRO 0 to 3 in turn. One rank or both are killed (SIGKILL) at a drawn
-point: while importing, at a stage of a drawn step, in a save before and after its hashes and its marker, in an
-evaluation, at the end. A run that was killed is started again, and killed again, until it ends; then every trained
-tensor must have the undisturbed run's bits. Goodput is the time of the steps that count over the whole time. Writes
-chaos.md.
+The tiny model on two ranks, LoRA and all weights, ZeRO 0 to 3 in turn. One rank or both are killed (SIGKILL): while the
+model is built, at a stage of a drawn step, in a save before and after its hashes and its marker, in an evaluation, at
+the end, or at any moment by the clock. A run that was killed is started again, and killed again, until it ends; then
+every trained tensor must have the undisturbed run's bits, and no process may be left. Each tenth start is torchrun's;
+the other ranks are forked from this process, which has imported the libraries: that saves most of the time.
+
+Goodput is the time of the steps that count over the whole time, of one more run that is killed once a minute. Verdicts:
+rank 1 is killed, stopped or fails at a drawn stage, and one line must name it, with its step and stage.
 """
 
 from __future__ import annotations
@@ -16,51 +20,43 @@ import hashlib
 import json
 import os
 import random
-import subprocess
+import re
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+sys.path[:0] = [str(HERE.parent)]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from benchmarks._chaos_start import Chaos, Starter  # noqa: E402
+
 POINTS = (
-    *("import", "start", "data", "forward and backward", "reduce", "update", "save"),
-    *("written", "hashed", "committed", "evaluate", "end"),
+    *("import", "built", "resumed", "data", "forward and backward", "reduce", "update", "save", "written", "hashed"),
+    *("committed", "evaluate", "end", "final written", "any moment"),
 )
+EVERY_STEP = ("data", "forward and backward", "reduce", "update")
 RANKS = ("0", "1", "0,1")
 STEPS = 24
-LIMIT_SECONDS = 300  # of one start
 KEYS = (
-    *("debug=tiny", "log=off", "batch.epochs=50", f"batch.max_steps={STEPS}", "checkpoint.every_steps=3"),
-    *("eval.every_steps=8", "eval.before=false", "eval.metrics=[loss]", "generate.max_new_tokens=4"),
+    *("debug=tiny", "log=off", "batch.epochs=5000", "eval.every_steps=8", "eval.before=false", "eval.metrics=[loss]"),
+    *("checkpoint.every_steps=3", "fault.timeout_seconds=10"),
 )
 CASES = tuple((method, zero) for zero in ("stage0", "stage1", "stage2", "stage3") for method in ("lora", "full"))
+Case = tuple[str, str]
 
 
 @dataclass
 class Found:
-    """What came of one case.
-
-    Attributes:
-        name: method and ZeRO stage.
-        runs: disturbed runs that came to their end.
-        equal: of them, those with the undisturbed run's bits.
-        kills: over all of them.
-        step_seconds, seconds: of the steps that count, and altogether.
-        points: how often each was met.
-    """
+    """What came of one case: disturbed runs that ended, those of them with the undisturbed run's bits, kills, and how
+    often each point was met."""
 
     name: str
     runs: int = 0
     equal: int = 0
     kills: int = 0
-    step_seconds: float = 0.0
-    seconds: float = 0.0
     points: dict[str, int] = field(default_factory=dict)
 
 
@@ -69,87 +65,126 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=len(CASES))
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the run that goodput is measured by; 0: none")
+    parser.add_argument("--verdicts", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=HERE / "chaos.md")
     asked = parser.parse_args()
-    draw, found = random.Random(asked.seed), {case: Found(" ".join(case)) for case in CASES}
+    cases = CASES[: asked.cases]
+    draw, found = random.Random(asked.seed), {case: Found(" ".join(case)) for case in cases}
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        expected: dict[tuple[str, str], str] = {}
+        starter, expected = Starter(Path(folder)), {}
         while (killed := sum(f.kills for f in found.values())) < asked.kills:
-            case = min(CASES, key=lambda c: found[c].kills)
+            case = min(cases, key=lambda c: found[c].kills)
             if case not in expected:
-                start(Path(folder), case, "straight", "none:0:")
+                start(starter, case, "straight", Chaos())
                 expected[case] = digest(Path(folder) / "straight" / "-".join(case))
-            disturb(Path(folder), case, expected[case], found[case], draw, asked.kills - killed)
-            print(found[case], flush=True)
-    text = table(list(found.values()))
+            disturb(starter, case, expected[case], found[case], draw, asked.kills - killed)
+            print(f"{time.monotonic() - begin:.0f} s: {found[case]}", flush=True)
+        minutes = (time.monotonic() - begin) / 60
+        goodput = measure_goodput(starter, asked.minutes, draw) if asked.minutes else ""
+        right = sum(is_named(Path(folder), k, draw) for k in range(asked.verdicts))
+    text = table(list(found.values()), minutes) + goodput
+    text += f"\nThe rank that was lost, its step and its stage were named in {right} of {asked.verdicts} cases.\n"
     print(text)
-    (HERE / "chaos.md").write_text(text)
-    return int(any(f.equal != f.runs for f in found.values()))
+    asked.out.write_text(text)
+    return int(right != asked.verdicts or any(f.equal != f.runs for f in found.values()))
 
 
-def disturb(folder: Path, case: tuple[str, str], expected: str, found: Found, draw: random.Random, kills: int) -> None:
+def disturb(starter: Starter, case: Case, expected: str, found: Found, draw: random.Random, kills: int) -> None:
     """Train once to the end, through some kills, and compare."""
     name = f"disturbed-{found.runs}"
+    run = starter.folder / name / "-".join(case)
     wanted = min(kills, draw.randint(3, 8))
-    begin, killed, code = time.monotonic(), 0, -1
-    while code != 0:
-        point = draw.choice(POINTS) if killed < wanted else "none"
-        chaos = f"{point}:{draw.randint(1, STEPS)}:{draw.choice(RANKS)}"
-        code = start(folder, case, name, chaos)
-        if code:
-            killed += 1
-            found.points[point] = found.points.get(point, 0) + 1
-            assert point != "none", f"{case} fails by itself"
-    run = folder / name / "-".join(case)
-    found.seconds += time.monotonic() - begin
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found.step_seconds += sum(record["step_seconds"] for record in records if "step_seconds" in record)
+    killed = 0
+    while True:
+        chaos = drawn(draw, newest(run)) if killed < wanted else Chaos()
+        ended = start(starter, case, name, chaos)
+        if ended == 0:
+            break
+        killed += 1
+        found.points[chaos.point] = found.points.get(chaos.point, 0) + 1
     found.runs, found.kills, found.equal = found.runs + 1, found.kills + killed, found.equal + (digest(run) == expected)
 
 
-def start(folder: Path, case: tuple[str, str], name: str, chaos: str) -> int:
-    """Start the training on two ranks, once; return its exit code."""
+def drawn(draw: random.Random, done: int) -> Chaos:
+    """Draw an end that is still to come after ``done`` saved steps."""
+    point = draw.choice(POINTS)
+    if done >= STEPS and point in EVERY_STEP:
+        point = "end"
+    return Chaos(point, min(STEPS, draw.randint(done + 1, STEPS + 1)), draw.choice(RANKS), draw.uniform(0.2, 8.0))
+
+
+def newest(run: Path) -> int:
+    """Return the step of a run's newest checkpoint; 0 without one."""
+    return max((int(f.parent.name.split("-")[1]) for f in run.glob("checkpoints/step-*/COMPLETE")), default=0)
+
+
+def start(starter: Starter, case: Case, name: str, chaos: Chaos, steps: int = STEPS) -> int:
+    """Start the training once; return 0 where it came to its end."""
     method, zero = case
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [str(HERE / "_chaos_rank.py"), *KEYS, f"method={method}", f"zero={zero}"]
-    command += [f"run.dir={folder / name}", f"run.name={method}-{zero}", *(["rank=null"] if method == "full" else [])]
-    environment = {**os.environ, "AFINA_CHAOS": chaos, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (folder / "log.txt").open("a") as log:
-        done = subprocess.run(
-            command, env=environment, stdout=log, stderr=log, check=False, cwd=folder, timeout=LIMIT_SECONDS
-        )
-    if chaos.startswith("none") and done.returncode:
-        raise SystemExit(f"an undisturbed start fails:\n{(folder / 'log.txt').read_text()[-4000:]}")
-    return done.returncode
+    keys = [*KEYS, f"method={method}", f"zero={zero}", *(["rank=null"] if method == "full" else [])]
+    keys += [f"batch.max_steps={steps}", f"run.dir={starter.folder / name}", f"run.name={method}-{zero}"]
+    return starter.start(keys, chaos)
+
+
+def measure_goodput(starter: Starter, minutes: float, draw: random.Random) -> str:
+    """Train once under ZeRO-2 while a rank is killed each minute; return the line of the table."""
+    case, begin, kills = ("lora", "stage2"), time.monotonic(), 0
+    steps = 200 * int(60 * minutes / 10)
+    while start(starter, case, "minutely", Chaos("any moment", 0, draw.choice(RANKS), 60.0), steps):
+        kills += 1
+    seconds = time.monotonic() - begin
+    run = starter.folder / "minutely" / "-".join(case)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    useful = sum(record.get("step_seconds", 0.0) for record in records)
+    return (
+        f"\nGoodput at one kill a minute: {useful / seconds:.1%} ({useful:.0f} s of steps that count in "
+        f"{seconds:.0f} s,\n"
+        f"{kills} kills, {steps} steps of {1000 * useful / steps:.0f} ms, a checkpoint every 3 steps);\n"
+        "what is lost is the start-up after each kill, evaluations and saves.\n"
+    )
+
+
+def is_named(folder: Path, number: int, draw: random.Random) -> bool:
+    """Lose rank 1, and return whether one line and the summary name it, with its step and stage."""
+    starter = Starter(folder / f"verdict-{number}", term_seconds=3.0)
+    action = ("kill", "stop", "raise")[number % 3]
+    chaos = Chaos(draw.choice(("data", "forward and backward", "update")), draw.randint(2, STEPS - 1), "1", 0, action)
+    start(starter, ("lora", draw.choice(("stage0", "stage2", "stage3"))), "lost", chaos)
+    log = (starter.folder / "log.txt").read_text()
+    named = re.findall(r"rank (\d) \(process \d+ on [^)]+\), step (\d+), ([a-z ]+):", log)
+    (run,) = (starter.folder / "lost").glob("*/summary.json")
+    summary = json.loads(run.read_text())
+    says = str(summary["error"]["rank"]) if action == "raise" else summary["error"]["message"]
+    is_right = named == [("1", str(chaos.step), chaos.point)] and summary["status"] == "failed" and "1" in says
+    if not is_right:
+        print(f"verdict {number}: {chaos}: {named}, {summary['error']}\n{log[-3000:]}")
+    return is_right
 
 
 def digest(run: Path) -> str:
     """Return the hash of every trained tensor of a finished run."""
+    from safetensors.numpy import load_file
+
     files = sorted([*run.glob("adapter/adapter_model.safetensors"), *run.glob("model/*.safetensors")])
     assert files, f"{run} has nothing that was trained"
     out = hashlib.sha256()
     for file in files:
         for name, tensor in sorted(load_file(file).items()):
-            out.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            out.update(name.encode() + tensor.tobytes())
     return out.hexdigest()
 
 
-def table(found: list[Found]) -> str:
+def table(found: list[Found], minutes: float) -> str:
     """Return the table as Markdown."""
     kills, runs, equal = (sum(getattr(f, name) for f in found) for name in ("kills", "runs", "equal"))
-    goodput = sum(f.step_seconds for f in found) / max(sum(f.seconds for f in found), 1e-9)
-    minutes = sum(f.seconds for f in found) / 60
     lines = [
         *("# Killed and started again", ""),
-        f"{kills} kills in {runs} runs of the tiny model on two ranks; {equal} of {runs} ended with the undisturbed",
-        f"run's bits. Goodput {goodput:.1%} at {kills / minutes:.1f} kills a minute: a start takes longer than the",
-        f"{STEPS} steps.",
+        f"{kills} kills in {runs} runs of {STEPS} steps of the tiny model, on two ranks: **{equal} of {runs} runs have",
+        f"the undisturbed run's bits**. It took {minutes:.0f} minutes; no process was left after any start. The points",
+        "are explained in [chaos.py](chaos.py).",
         *("", "| case | kills | runs | equal | points |", "|---|---|---|---|---|"),
     ]
     for f in found:

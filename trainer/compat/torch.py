@@ -72,3 +72,17 @@ def uncompile_module(module: Any) -> None:
     """Take a module's own ``compile()`` back; its next call runs eagerly."""
     need("torch", module, "_compiled_call_impl")
     module._compiled_call_impl = None
+
+
+@reach(
+    "torch._C._distributed_c10d._dump_nccl_trace, ._dump_fr_trace",
+    until="torch.distributed can dump its flight recorder without waiting for a timeout of its own",
+)
+def dump_collectives() -> bytes:
+    """Return what the flight recorder has of this process's last collectives (NCCL's; gloo's on a CPU), as torch's
+    ``torchfrtrace`` reads it; empty where this torch has no recorder."""
+    import torch
+
+    c10d = torch._C._distributed_c10d
+    dump = getattr(c10d, "_dump_nccl_trace", None) or getattr(c10d, "_dump_fr_trace", None)
+    return b"" if dump is None else bytes(dump())

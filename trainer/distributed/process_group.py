@@ -17,6 +17,8 @@ from torch import Tensor
 from trainer.compat.deepspeed import skip_shm_build
 from trainer.compat.torch import run_exit_handlers
 
+# Read when a process group is made: the last collectives of a rank, for whoever looks why it hangs.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 if not torch.cuda.is_available():
     # Read when DeepSpeed is first imported, by whichever library does it; unset, it warns about a missing GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

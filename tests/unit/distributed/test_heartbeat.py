@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.distributed.heartbeat import FOLDER, SILENT_SECONDS, Beat, Heartbeat, verdict
+from trainer.distributed.heartbeat import FOLDER, Heartbeat
 from trainer.distributed.process_group import World
+from trainer.distributed.verdict import SILENT_SECONDS, Beat, process_space, process_state, verdict
 
 WAITS = """
 import sys, time
@@ -21,7 +24,7 @@ from pathlib import Path
 import torch
 from trainer.distributed import heartbeat
 from trainer.distributed.process_group import World
-heartbeat.INTERVAL_SECONDS = 0.05
+heartbeat.INTERVAL_SECONDS, heartbeat.GRACE_SECONDS = 0.05, 1.0
 world = World(int(sys.argv[2]), 2, 0, torch.device("cpu"))
 with heartbeat.Heartbeat(Path(sys.argv[1]), world, 0.5, print) as beat:
     beat.stage(sys.argv[3], 7)
@@ -29,8 +32,8 @@ with heartbeat.Heartbeat(Path(sys.argv[1]), world, 0.5, print) as beat:
 """
 
 
-def beat(rank: int, stage: str, *, step: int = 12, seconds: float = 40.0, age: float = 0.5) -> Beat:
-    return Beat(rank, f"node{rank}", 100 + rank, step, stage, seconds, age)
+def beat(rank: int, stage: str, *, step: int = 12, seconds: float = 40.0, age: float = 0.5, **more: str) -> Beat:
+    return Beat(rank, f"node{rank}", 100 + rank, "elsewhere", step, stage, seconds, age=age, **more)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +44,30 @@ def beat(rank: int, stage: str, *, step: int = 12, seconds: float = 40.0, age: f
         ([beat(0, "data", step=13), beat(1, "update")], "rank 1 .*step 12, update: hangs"),
         ([beat(0, "reduce"), beat(1, "reduce")], "all ranks wait in step 12, reduce"),
         ([beat(0, "reduce")], "rank 1 has never written"),
+        (
+            [beat(0, "reduce", age=20), beat(1, "data", failure="OSError: gone")],
+            "rank 1 .*step 12, data: OSError: gone",
+        ),
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(beats: list[Beat], named: str) -> None:
     assert re.match(named.replace("(process 101 on node1)", r"\(process 101 on node1\)"), verdict(beats, 2))
+
+
+def test_a_process_of_this_host_is_seen_to_be_stopped_or_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    here = replace(beat(1, "data", age=0.0), pid=process.pid, processes=process_space())
+    assert here.lost() is None
+    process.send_signal(signal.SIGSTOP)
+    while process_state(process.pid) is None:
+        time.sleep(0.01)
+    assert here.lost() == "its process is stopped"
+    process.kill()
+    while process_state(process.pid) == "is stopped":
+        time.sleep(0.01)
+    assert here.lost() == "its process was killed, or ended without a word"  # not yet waited for
+    process.wait()
+    assert here.lost() == "its process was killed, or ended without a word"
 
 
 def waiting(folder: Path, rank: int, stage: str, seconds: float) -> subprocess.Popen[str]:
