@@ -77,3 +77,7 @@ class TrainingError(AfinaError):
 
     kind = "training"
     exit_code = 5
+
+
+class NotFiniteError(TrainingError):
+    """A loss or gradient of a step is not finite; every rank raises it alike, and nothing of the step is left."""

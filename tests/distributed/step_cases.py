@@ -15,6 +15,7 @@ from torch import Tensor
 import trainer.kernels.label_loss
 from tests.distributed.bench import Bench, reference_batches
 from tests.helpers.reference import mean_loss, reference_model
+from trainer.config import TrainConfig
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import TrainingError
@@ -22,8 +23,15 @@ from trainer.evaluation.evaluate import generate_answers
 from trainer.methods import save_adapter
 from trainer.models.embedded import resolve
 from trainer.training.loop import Loop
+from trainer.training.outcome import Outcome, Progress
 
 ZERO = ("stage0", "stage1", "stage2", "stage3")
+SKIPPED = (
+    *((zero, "loss", "lora") for zero in ZERO),
+    ("stage2", "gradient", "lora"),
+    ("stage2", "loss", "full"),
+    ("stage3", "gradient", "full"),
+)
 QUANTIZED = (("qlora", "stage2"), ("qlora", "stage3"), ("qlora_8bit", "stage2"))
 
 
@@ -151,6 +159,59 @@ def not_finite_is_named(bench: Bench, zero: str, what: str) -> dict[str, Any]:
     return {"messages": messages, "unchanged": all(torch.equal(before[n], after[n]) for n in before)}
 
 
+def skipped_step_is_as_if_it_were_not_there(bench: Bench, zero: str, what: str, method: str) -> dict[str, Any]:
+    """Steps 1 to 4 with a NaN on rank 1 in the second, left out, against the others alone."""
+    config = bench.config(f"zero={zero}", f"method={method}", "rank=null", "fault.non_finite=skip")
+    loop = bench.loop(config, bench.shared_folder())
+    records = _steps_with_a_nan(loop, 4, at=1, what=what)
+    return {"records": records, "equal": _same_state(loop, _steps_alone(bench, config, (0, 2, 3)))}
+
+
+def rewound_run_goes_on_from_the_checkpoint(bench: Bench, zero: str) -> dict[str, Any]:
+    """A checkpoint after 2 steps, a NaN in the 4th: the 3rd and 4th are left out; and again from there."""
+    config = bench.config(f"zero={zero}", "fault.non_finite=rewind")
+    folder = bench.shared_folder()
+    loop = bench.loop(config, folder)
+    for step in range(2):
+        loop.step(step)
+    loop.checkpointer.save(2, monitor_state=loop.monitor.state())
+    loop.step(2)
+    loop.checkpointer.save(3, monitor_state=loop.monitor.state())
+    records = _steps_with_a_nan(loop, 2, at=3, what="loss", start=3)
+    alone = _steps_alone(bench, config, (0, 1, 4))
+    resumed = bench.loop(config, folder)
+    restored = resumed.checkpointer.restore(folder / "checkpoints" / "step-00000002")
+    more = _steps_with_a_nan(resumed, 2, at=-1, what="loss", start=restored.step)
+    folders = sorted(f.name for f in (folder / "checkpoints").iterdir())
+    equal = [_same_state(loop, alone), _same_state(resumed, alone)]
+    return {"records": [*records, *more], "equal": equal, "folders": folders}
+
+
+def _steps_with_a_nan(loop: Loop, count: int, *, at: int, what: str, start: int = 0) -> list[list[int]]:
+    """Take the next steps as a run does; return of each its number, and how many were skipped so far."""
+    progress = Progress(Outcome("finished", start), start)
+    sound, found = loop.engine.loss, []
+    for _ in range(count):
+        is_bad = loop.world.rank == 1 and progress.outcome.steps == at
+        loop.engine.loss = _Poisoned(sound, what) if is_bad else sound
+        record = loop.next_step(progress).record
+        progress.outcome.steps += 1
+        found.append([record["step"], record.get("skipped_steps", 0)])
+    return found
+
+
+def _steps_alone(bench: Bench, config: TrainConfig, steps: tuple[int, ...]) -> Loop:
+    loop = bench.loop(config)
+    for step in steps:
+        loop.step(step)
+    return loop
+
+
+def _same_state(one: Loop, other: Loop) -> bool:
+    a, b = gather_state(one.engine), gather_state(other.engine)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
 class _Poisoned:
     def __init__(self, loss: Any, what: str) -> None:
         self.loss, self.what = loss, what
@@ -168,6 +229,13 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     **{f"adapter {zero}": partial(adapter_loads_in_stock_peft, zero=zero) for zero in ZERO},
     **{f"not finite loss {zero}": partial(not_finite_is_named, zero=zero, what="loss") for zero in ZERO},
     **{f"not finite gradient {zero}": partial(not_finite_is_named, zero=zero, what="gradient") for zero in ZERO},
+    **{
+        f"skipped {what} {zero} {method}": partial(
+            skipped_step_is_as_if_it_were_not_there, zero=zero, what=what, method=method
+        )
+        for zero, what, method in SKIPPED
+    },
+    **{f"rewound {zero}": partial(rewound_run_goes_on_from_the_checkpoint, zero=zero) for zero in ("stage0", "stage3")},
     **{f"chunks {zero}": partial(chunks_equal_one_call, zero=zero, overrides=[]) for zero in ZERO},
     **{
         f"chunks {zero} method=full": partial(chunks_equal_one_call, zero=zero, overrides=["method=full"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.step_cases import QUANTIZED, ZERO
+from tests.distributed.step_cases import QUANTIZED, SKIPPED, ZERO
 from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("step_cases.py")
@@ -41,6 +41,22 @@ def test_not_finite_names_step_rank_and_rows(seen: Cases, zero: str, what: str) 
     assert f"step 2, rank 1: the {what} is not finite" in first
     assert "headlines.jsonl:" in first
     assert seen[f"not finite {what} {zero}"]["unchanged"], "the adapter of the step before must survive"
+
+
+@pytest.mark.parametrize("case", map(" ".join, SKIPPED))
+def test_a_skipped_step_is_as_if_it_were_not_there(seen: Cases, case: str) -> None:
+    zero, what, method = case.split()
+    found = seen[f"skipped {what} {zero} {method}"]
+    assert found["records"] == [[1, 0], [2, 1], [3, 0], [4, 0]]
+    assert found["equal"]
+
+
+@pytest.mark.parametrize("zero", ["stage0", "stage3"])
+def test_a_rewound_run_goes_on_from_the_checkpoint(seen: Cases, zero: str) -> None:
+    found = seen[f"rewound {zero}"]
+    assert found["records"] == [[4, 2], [5, 0], [4, 2], [5, 0]]
+    assert found["equal"] == [True, True]
+    assert found["folders"] == ["step-00000002", "superseded-0-step-00000003"]
 
 
 def test_generation_in_lockstep_equals_one_process(seen: Cases) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trainer.checkpoint.commit import checkpoint_dir, commit, delete_old, find_corruption
+from trainer.checkpoint.commit import archive_after, checkpoint_dir, commit, complete, delete_old, find_corruption
 from trainer.checkpoint.sharded import open_parts, write_part
 from trainer.checkpoint.tensors import save_verified
 from trainer.config.schema import CheckpointConfig
@@ -135,6 +135,21 @@ class Checkpointer:
             engine.runtime.restore(from_main(read.method_state()))
         restore_loss_scaler(engine, metadata["loss_scaler"])
         return Restored(step, metadata.get("watch"), metadata.get("record"))
+
+    def go_back(self, step: int) -> Restored | None:
+        """Restore the newest good checkpoint of fewer than ``step`` updates; later ones are set aside. ``None``: there
+        is none, and nothing is changed."""
+        found: Path | None = None
+        if self.engine.world.is_main:
+            older = [c for c in complete(self.run_dir / "checkpoints") if c < checkpoint_dir(self.run_dir, step)]
+            found = next((c for c in reversed(older) if find_corruption(c) is None), None)
+        found = from_main(found)
+        if found is None:
+            return None
+        restored = self.restore(found)
+        if self.engine.world.is_main:
+            archive_after(self.run_dir, restored.step)
+        return restored
 
     def inspect(self, step: int) -> tuple[Path, str | None]:
         """Return the run's checkpoint of a step, and what is wrong with it: ``None`` when it can be used."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trainer.compat import has_changed, need, reach
@@ -94,6 +96,35 @@ def restore_loss_scaler(optimizer: Any, saved: dict[str, Any]) -> None:
 def step_was_skipped(optimizer: Any) -> bool:
     """Return whether a ZeRO optimizer left its last step out for gradients that are not finite: it tells nobody."""
     return bool(optimizer.overflow)
+
+
+@reach(
+    "optimizer.check_overflow, ._overflow_check_and_loss_scale_update",
+    until="DeepSpeedEngine can drop the gradients that it has accumulated",
+)
+@contextmanager
+def overflowing(optimizer: Any, zero_stage: int) -> Iterator[None]:
+    """Let a ZeRO optimizer find an overflow inside the ``with`` block: its step then drops all gradients, and no more.
+
+    Args:
+        optimizer: ZeRO's.
+        zero_stage: 1, 2 or 3.
+    """
+    name = "check_overflow" if zero_stage < 3 else "_overflow_check_and_loss_scale_update"
+    need(LIBRARY, optimizer, name, "check_grad_overflow" if zero_stage < 3 else "overflow")
+
+    def overflows(*_: Any, **__: Any) -> bool:
+        optimizer.overflow = True
+        return True
+
+    checks = getattr(optimizer, "check_grad_overflow", None)
+    setattr(optimizer, name, overflows)
+    optimizer.check_grad_overflow = True
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
+        optimizer.check_grad_overflow = checks
 
 
 @reach("parameter.ds_id", until="DeepSpeed has a public test for a partitioned parameter")

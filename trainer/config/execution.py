@@ -49,6 +49,14 @@ class FaultConfig:
         ge=10,
         changes_result=False,
     )
+    non_finite: str = key(
+        "stop",
+        "what a loss or gradient that is not finite does; stop: the run ends, saved as it was before; skip: the step's "
+        "update is left out, at most 8 in a row; rewind: also those since the newest checkpoint before it, whose state "
+        "is restored",
+        choices=("stop", "skip", "rewind"),
+        changes_result=False,
+    )
 
 
 @dataclass(slots=True)

@@ -182,6 +182,14 @@ class Engine:
         clipped = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         return Update(norm, applied, clipped / loss_scale)
 
+    def discard_gradients(self) -> None:
+        """Drop what was accumulated for an update that is not made."""
+        if self.zero_stage == 0:
+            self.deepspeed.zero_grad()
+        else:
+            with compat.overflowing(self.optimizer, self.zero_stage):
+                self.deepspeed.step()
+
     def _gather_adapters(self) -> None:
         """Gather adapters under ZeRO-3 for the kernel that reads them. A collective, where any is partitioned.
 

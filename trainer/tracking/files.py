@@ -28,6 +28,7 @@ SUMMARY_KEYS = (
     "train_loss",
     "metrics",
     "best_step",
+    "skipped_steps",
     "stopped_early",
     "data_fingerprint",
     "error",
@@ -150,6 +151,7 @@ def build_summary(
     train_loss: float | None = None,
     metrics: Mapping[str, float] | None = None,
     best_step: int | None = None,
+    skipped_steps: int = 0,
     stopped_early: str | None = None,
     data_fingerprint: str | None = None,
     error: Mapping[str, Any] | None = None,
@@ -164,6 +166,7 @@ def build_summary(
         train_loss: mean loss a label token of the last step.
         metrics: flat, of the weights that the run ends with; ``*_before`` are those before training.
         best_step: the step that these weights are of, where the best ones were kept.
+        skipped_steps: of ``steps``, those whose updates were left out.
         stopped_early: why the run ended before its last step.
         data_fingerprint: of the prepared rows that it was trained on.
         error: as :func:`describe_error` gives it.
@@ -178,6 +181,7 @@ def build_summary(
         "train_loss": train_loss,
         "metrics": dict(metrics or {}),
         "best_step": best_step,
+        "skipped_steps": skipped_steps,
         "stopped_early": stopped_early,
         "data_fingerprint": data_fingerprint,
         "error": None if error is None else dict(error),
@@ -203,7 +207,14 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         folder: the run folder.
         summary: what :func:`build_summary` gives, and whatever else.
     """
-    complete = {"best_step": None, "stopped_early": None, "data_fingerprint": None, "error": None, **summary}
+    complete = {
+        "best_step": None,
+        "skipped_steps": 0,
+        "stopped_early": None,
+        "data_fingerprint": None,
+        "error": None,
+        **summary,
+    }
     missing = [key for key in SUMMARY_KEYS if key not in complete]
     assert not missing, f"summary without {missing}"
     assert complete["status"] in STATUSES, f"unknown status {complete['status']!r}"

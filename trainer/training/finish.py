@@ -78,6 +78,7 @@ def summarize(
         train_loss=outcome.train_loss,
         metrics={**outcome.scores, **before},
         best_step=outcome.best_step,
+        skipped_steps=outcome.skipped_steps,
         stopped_early=outcome.stopped_early,
         data_fingerprint=data_fingerprint,
     )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +21,23 @@ from torch import Tensor
 
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.data.step_batches import StepBatches, StepLoader
-from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
+from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.engine.engine import Engine, Update
 from trainer.engine.meter import Meter
-from trainer.errors import TrainingError
+from trainer.errors import NotFiniteError
 from trainer.evaluation.evaluate import EvalResult, evaluate
 from trainer.evaluation.generator import Generator
 from trainer.tracking.tracker import Tracker
 from trainer.training.monitor import Decision, EvalMonitor
+from trainer.training.not_finite import first_not_finite, norm_not_finite
 from trainer.training.outcome import Outcome, Progress, StepResult, StepStatus
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
+from trainer.training.skipped_steps import SkippedSteps
 from trainer.training.stop_request import StopRequest, StopRequested
-
-NAMED_ROWS = 16  # in an error
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Loop:
     monitor: EvalMonitor
     schedule: Schedule
     save_timer: SaveTimer
+    skipped: SkippedSteps
     stage: Callable[..., None]  # told what the loop does, by ``Heartbeat.stage``
     begin: float  # ``time.perf_counter()`` at the run's start, less what its earlier lives took
 
@@ -79,9 +79,10 @@ class Loop:
             self.meter.start()
             ends = record is not None and self._end_step(record, progress)
             while not ends and outcome.steps < self.schedule.total_steps:
-                result = self._step_or_save(outcome.steps, progress)
+                result = self.next_step(progress)
                 outcome.steps += 1
-                self.monitor.trained(result.record["loss"])
+                if "loss" in result.record:
+                    self.monitor.trained(result.record["loss"])
                 due = self.schedule.due(outcome.steps)
                 is_due = due.checkpoint or due.evaluation or due.is_last or result.save_due
                 if result.stop_requested or is_due:
@@ -98,7 +99,7 @@ class Loop:
     def _end_step(self, record: dict[str, Any], progress: Progress) -> bool:
         """Evaluate where it is due, log the step, and return whether the run ends with it."""
         outcome, done = progress.outcome, record["step"]
-        outcome.train_loss = record["loss"]
+        outcome.train_loss = record.get("loss", outcome.train_loss)
         due, decision = self.schedule.due(done), Decision()
         if due.evaluation:
             state_before = self.monitor.state()
@@ -121,7 +122,7 @@ class Loop:
             step: updates taken before it.
 
         Raises:
-            TrainingError: a loss or gradient is not finite; on every rank alike, and before the optimizer has seen it.
+            NotFiniteError: a loss or gradient is not finite; on every rank alike, and before the optimizer has seen it.
         """
         begin = time.perf_counter()
         self.stage("data", step + 1)
@@ -180,14 +181,42 @@ class Loop:
         self.monitor.evaluated(0, scores)
         self.tracker.log({"step": 0, "epoch": 0.0, **scores})
 
-    def _step_or_save(self, step: int, progress: Progress) -> StepResult:
-        """Make one update; where it fails, save what there is: it is from before the failure, and good."""
+    def next_step(self, progress: Progress) -> StepResult:
+        """Make the next update, or leave it out as ``fault.non_finite`` says. Where the run ends with it, what there is
+        is saved: it is from before the failure, and good."""
+        outcome = progress.outcome
+        step = outcome.steps = self.skipped.after(outcome.steps)
+        if step in self.skipped.first:
+            return self._skipped_step(progress)
         try:
             return self.step(step)
-        except TrainingError:
-            if step > progress.saved:
-                self._save(progress, None)
-            raise
+        except NotFiniteError as error:
+            if self.config.fault.non_finite == "stop" or self.skipped.is_stuck(step):
+                if step > progress.saved:
+                    self._save(progress, None)
+                raise
+            first_step = self._rewind(progress) if self.config.fault.non_finite == "rewind" else step
+            self.skipped.add(first_step, step, error)
+            steps = f"step {step + 1}" if first_step == step else f"steps {first_step + 1} to {step + 1}"
+            logger.warning(f"{error}; the run goes on without {steps} (fault.non_finite)")
+            return self._skipped_step(progress)
+
+    def _rewind(self, progress: Progress) -> int:
+        """Restore the newest checkpoint from before this step's own start; return its step. A collective."""
+        step = progress.outcome.steps
+        self.stage("save")  # it may last
+        restored = self.checkpointer.go_back(step)
+        if restored is None:
+            return step
+        self.monitor.restore(restored.monitor_state)
+        progress.saved = restored.step
+        return restored.step
+
+    def _skipped_step(self, progress: Progress) -> StepResult:
+        done = progress.outcome.steps + 1
+        progress.outcome.skipped_steps = self.skipped.count(done)
+        record = {"step": done, "epoch": self.schedule.epoch(done), "skipped_steps": progress.outcome.skipped_steps}
+        return StepResult({**record, "elapsed_seconds": time.perf_counter() - self.begin}, False, False)
 
     def _update(self, step: int) -> Update:
         """Take the optimizer step with the method's own work around it."""
@@ -214,27 +243,16 @@ class Loop:
         mine[4 + self.world.rank] = failed
         total, stops, computed_flops, saves, *failed_ranks = sum_over_ranks(mine, self.world.device)
         if any(failed_ranks):
-            self._raise_not_finite(step, made.batches, sums.tolist(), failed_ranks[self.world.rank] > 0)
+            self.engine.discard_gradients()
+            failed_here = failed_ranks[self.world.rank] > 0
+            raise first_not_finite(step, made.batches, sums.tolist(), failed_here, self.data.train)
         return StepStatus(total / made.label_tokens, stops > 0, computed_flops, saves > 0)
 
-    def _raise_not_finite(self, step: int, batches: list[MicroBatch], sums: list[float], failed: bool) -> NoReturn:
-        """Raise, on every rank alike, what the first rank that ``failed`` has met."""
-        suspects = [batch for batch, value in zip(batches, sums, strict=True) if not math.isfinite(value)]
-        what = "loss" if suspects else "gradient"
-        mine = (what, self._row_names([r for b in suspects or batches for r in b.rows])) if failed else None
-        rank, (what, rows) = next((rank, r) for rank, r in enumerate(gather_objects(mine)) if r is not None)
-        raise _not_finite(what, step, rank, rows)
-
     def _check_update(self, step: int, update: Update, chosen: np.ndarray) -> None:
-        if update.applied:
-            return
-        if self.engine.dtype != torch.float16:
-            raise _not_finite("gradient norm", step, None, self._row_names([int(r) for r in chosen]))
-        logger.info(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}")
-
-    def _row_names(self, rows: list[int]) -> str:
-        names = self.data.train.names(rows[:NAMED_ROWS])
-        return ", ".join(names) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
+        if not math.isfinite(update.grad_norm) and (update.applied or self.engine.dtype != torch.float16):
+            raise norm_not_finite(step, [int(row) for row in chosen], self.data.train, was_applied=update.applied)
+        if not update.applied:
+            logger.info(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}")
 
     def _save(
         self, progress: Progress, record: dict[str, Any] | None, monitor_state: dict[str, Any] | None = None
@@ -275,13 +293,3 @@ def _dropout_seed(seed: int, step: int, rank: int, micro: int) -> int:
     """Return a 63-bit seed of its own for every forward, so that no random state need be saved."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _not_finite(what: str, step: int, rank: int | None, rows: str) -> TrainingError:
-    error = TrainingError(
-        f"step {step + 1}" + ("" if rank is None else f", rank {rank}"),
-        reason=f"the {what} is not finite; the update was not made; rows {rows}",
-        hint="look at these rows, lower optim.learning_rate, or model.dtype=fp32",
-    )
-    error.rank = rank or 0
-    return error

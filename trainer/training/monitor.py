@@ -45,6 +45,10 @@ class EvalMonitor:
         self.config = eval_config
         self.metric = eval_config.best_metric or ("eval_loss" if eval_config.patience is not None else None)
         self.monitored = [self.metric, eval_config.max_rows]
+        self.restore(state)
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a state; ``None``: as at the start."""
         state = state or {}
         # Of the steps since the evaluation before.
         self.losses, self.steps = float(state.get("losses", 0.0)), int(state.get("steps", 0))

@@ -17,6 +17,7 @@ class Outcome:
         scores: of the weights that the run ends with.
         best_step: the step that these weights are of, where ``eval.best_metric`` chooses.
         stopped_early: why there were fewer updates than planned (early stopping).
+        skipped_steps: of ``steps``, those whose updates were left out (``fault.non_finite``).
     """
 
     status: str
@@ -25,6 +26,7 @@ class Outcome:
     scores: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     stopped_early: str | None = None
+    skipped_steps: int = 0
 
 
 @dataclass(slots=True)

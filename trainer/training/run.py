@@ -41,6 +41,7 @@ from trainer.training.monitor import EvalMonitor
 from trainer.training.outcome import Outcome
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
+from trainer.training.skipped_steps import SkippedSteps
 from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -197,6 +198,7 @@ def create_loop(
         monitor=monitor,
         schedule=schedule,
         save_timer=SaveTimer(job.config.checkpoint.every_minutes),
+        skipped=SkippedSteps.read(job.run.folder, job.world),
         stage=job.stage,
         begin=job.begin,
     )
