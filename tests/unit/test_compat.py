@@ -342,6 +342,17 @@ def metadata_is_a_setting() -> None:
         settings(x_disable_metas=True)
 
 
+@check("wandb.parse_record")
+def records_have_a_history() -> None:
+    written = importlib.import_module("wandb.proto.wandb_internal_pb2").Record()
+    written.history.step.num = 7
+    written.history.item.add(nested_key=["loss"], value_json="0.5")
+    record = wandb.parse_record(written.SerializeToString())
+    assert (record.HasField("history"), record.history.HasField("step"), record.history.step.num) == (True, True, 7)
+    (item,) = record.history.item
+    assert (item.key, list(item.nested_key), item.value_json) == ("", ["loss"], "0.5")
+
+
 @check("datasets.table_fingerprint")
 def tables_have_a_fingerprint(tmp_path: Path) -> None:
     library = importlib.import_module("datasets")

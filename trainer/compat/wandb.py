@@ -1,6 +1,8 @@
-"""wandb: an internal setting that keeps the launch command out of a run's metadata."""
+"""wandb: an internal setting that keeps the launch command out of a run's metadata; the records of its files."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from trainer.compat import reach
 
@@ -17,3 +19,17 @@ def without_metadata(hidden: bool) -> dict[str, bool]:
         hidden: the command holds a secret.
     """
     return {"x_disable_meta": hidden}
+
+
+@reach("wandb.proto.wandb_internal_pb2.Record", until="wandb offers a reader of its `.wandb` files")
+def parse_record(content: bytes) -> Any:
+    """Parse one record of a `.wandb` file, a protobuf ``Record``: with it a resumed run finds what W&B has already.
+
+    Args:
+        content: the whole record, serialized.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(content)
+    return record

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import TrainConfig
-from trainer.tracking.files import MetricsFile
+from trainer.tracking.files import MetricsFile, read_metrics
 from trainer.tracking.terminal import Terminal, is_evaluation
 from trainer.tracking.wandb_run import WandbRun
 
@@ -71,7 +71,8 @@ class _MainTracker(Tracker):
         self._disk_failure_logged = False
         self._metrics = MetricsFile(folder, resume_step=resume_step)
         self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
-        self._wandb = WandbRun(config, folder, model_info)
+        # Read after MetricsFile has dropped the lines of steps that are done again.
+        self._wandb = WandbRun(config, folder, model_info, read_metrics(folder))
 
     def log(self, record: Mapping[str, Any]) -> None:
         record = dict(record)

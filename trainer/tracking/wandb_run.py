@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
 from trainer.tracking.environment import redact
 from trainer.tracking.files import strict
+from trainer.tracking.wandb_file import find_wandb_files, read_steps
 
 # wandb 0.31 waits 90 s for a server at the start and without end for uploads at the finish.
 INIT_TIMEOUT_SECONDS = 5.0
@@ -35,23 +36,43 @@ logger = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """Record a run in W&B. No method raises; the first problem is logged and ends W&B for this process."""
+    """Record a run in W&B. No method raises; the first problem is logged and ends W&B for this process.
 
-    def __init__(self, config: TrainConfig, folder: Path, model_info: Mapping[str, Any]) -> None:
+    Args:
+        config: the resolved configuration.
+        folder: the run folder.
+        model_info: what is recorded beside the config.
+        records: what earlier lives of the run logged before the step it is resumed after, in the order of steps. A
+            kill takes along what wandb's service process had not written or sent: that is logged once more, first.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        model_info: Mapping[str, Any],
+        records: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         self._run: Any = None
         self._module: Any = None
         self._folder = folder
+        self._delivered: Container[int] = ()
         mode = wanted_mode(config.log.wandb)
         if mode == "off":
             return
         try:
+            earlier_files = find_wandb_files(folder)
             self._start(config, model_info, mode)
         except Exception as error:
             logger.info(f"W&B is off for this run: {_first_line(error)}")
+            return
+        self._catch_up(records, earlier_files)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Log one record under its own step. Redone steps that W&B has already seen are left out there: they were
-        recorded by the run that was killed, with the same values."""
+        """Log one record under its own step. A step that an earlier life of the run delivered and that is done again
+        is left out: W&B would have it twice."""
+        if record["step"] in self._delivered:
+            return
         values = {key: value for key, value in record.items() if key != "step"}
         self._send(lambda run: run.log(values, step=record["step"]))
 
@@ -90,6 +111,18 @@ class WandbRun:
         except Exception as error:
             self._run = None
             logger.info(f"W&B stopped recording, training goes on: {_first_line(error)}")
+
+    def _catch_up(self, records: Iterable[Mapping[str, Any]], earlier_files: Iterable[Path]) -> None:
+        """Log what W&B lacks of ``records``. Offline, it has what the `.wandb` files of earlier lives hold."""
+        try:
+            # Online the run that the server resumes starts after the last step that it has, or at 0.
+            delivered = read_steps(earlier_files) if self._run.offline else range(self._run.starting_step)
+        except Exception as error:
+            logger.info(f"W&B does not get what a kill of this run may have lost: {_first_line(error)}")
+            return
+        self._delivered = delivered
+        for record in records:
+            self.log(record)
 
     def _start(self, config: TrainConfig, model_info: Mapping[str, Any], mode: str) -> None:
         # Set before the import, which reads them: wandb's console lines would tear the bar, and its telemetry holds

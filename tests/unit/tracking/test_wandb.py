@@ -1,8 +1,5 @@
 """W&B for real: what is logged is what its file and its server get, and a missing network costs seconds, once."""
 
-import contextlib
-import gzip
-import http.server
 import json
 import math
 import os
@@ -10,105 +7,17 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from trainer.config.schema import TrainConfig
-from trainer.tracking.files import read_metrics, write_summary
+from tests.helpers.wandb_runs import RECORDS, SUMMARY, history_of, key_of, offline_files, record_run, wandb_config
+from trainer.tracking.files import read_metrics
 from trainer.tracking.tracker import Tracker
+from trainer.tracking.wandb_file import read_records
 from trainer.tracking.wandb_run import api_key, wanted_mode
 
-ROOT = Path(__file__).parents[3]
-SUMMARY = {
-    "status": "finished",
-    "steps": 3,
-    "wall_seconds": 1.5,
-    "trainable_parameters": 10,
-    "total_parameters": 100,
-    "train_loss": 0.25,
-    "metrics": {"eval_loss": 0.375, "eval_loss_before": 2.5},
-}
-RECORDS = [
-    {"step": 0, "epoch": 0.0, "eval_loss": 2.5},
-    {"step": 1, "epoch": 0.5, "loss": 1 / 3, "label_tokens": 123456789},
-    {"step": 2, "epoch": 1.0, "loss": 0.1 + 0.2, "grad_norm": math.nan},
-    {"step": 3, "epoch": 1.5, "loss": 1e-30, "eval_loss": 0.375},
-]
-
-
-@pytest.fixture(autouse=True)
-def own_home(monkeypatch, tmp_path):
-    """No key and no setting of the machine the tests run on."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "home").mkdir()
-
-
-def wandb_config(mode: str = "offline") -> TrainConfig:
-    config = TrainConfig()
-    config.data.path = "train.jsonl"
-    log = config.log
-    log.wandb, log.project, log.group, log.name, log.tags = mode, "tests", "a group", "a name", ["one", "two"]
-    config.method.r = 8
-    config.optim.learning_rate = 4.9e-4
-    return config
-
-
-def record_run(folder: Path, records: list[dict], mode: str = "offline", resume_step: int = 0) -> None:
-    config = wandb_config(mode)
-    model_info = {"trainable_parameters": 10}
-    tracker = Tracker.open(config, folder, is_main=True, total_steps=3, resume_step=resume_step, model_info=model_info)
-    for record in records:
-        tracker.log(record)
-    write_summary(folder, SUMMARY)
-    tracker.close(SUMMARY)
-
-
-def read_records(path: Path) -> list:
-    """The records of a `.wandb` file: W&B's 7 bytes, then the LevelDB log format.
-
-    Blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last).
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    content = path.read_bytes()
-    assert content[:4] == b":W&B"
-    found, whole, position = [], b"", 7
-    while position + 7 <= len(content):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        length = int.from_bytes(content[position + 4 : position + 6], "little")
-        kind = content[position + 6]
-        assert kind in (1, 2, 3, 4)
-        whole += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            found.append(record)
-            whole = b""
-    return found
-
-
-def key_of(item) -> str:
-    return item.key or "/".join(item.nested_key)
-
-
-def history_of(records: list) -> dict[int, dict]:
-    steps = {}
-    for record in records:
-        if record.HasField("history"):
-            values = {key_of(item): json.loads(item.value_json) for item in record.history.item}
-            steps[record.history.step.num] = {key: value for key, value in values.items() if not key.startswith("_")}
-    return steps
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 def same(found: object, expected: object) -> bool:
@@ -117,15 +26,11 @@ def same(found: object, expected: object) -> bool:
     return found in ("NaN", None) or found != found if is_nan else found == expected
 
 
-def offline_files(folder: Path) -> list[Path]:
-    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-
-
 @pytest.mark.slow
 def test_an_offline_run_holds_exactly_what_was_logged(tmp_path, capfd):
     record_run(tmp_path / "run", RECORDS)
     (path,) = offline_files(tmp_path / "run")
-    records = read_records(path)
+    records = list(read_records(path))
     history = history_of(records)
     assert list(history) == [0, 1, 2, 3]
     for record in RECORDS:
@@ -224,84 +129,6 @@ def test_the_mode_and_the_key_that_count(monkeypatch, tmp_path):
     assert api_key("http://my.host:8080") == "a" * 40
 
 
-class FakeServer(http.server.ThreadingHTTPServer):
-    """As much of W&B's server as a run needs; ``silent`` stops all answers, as a lost network does."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.upserts: list[dict] = []
-        self.history: list[dict] = []
-        self.exit_codes: list[int] = []
-        self.alerts: list[dict] = []
-        self.silent = False
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def answer(self, path: str, body: bytes) -> dict:
-        if path.endswith("/file_stream"):
-            content = json.loads(body)
-            lines = content.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            self.history += [json.loads(line) for line in lines]
-            self.exit_codes += [content["exitcode"]] if "exitcode" in content else []
-            return {}
-        if not path.endswith("/graphql"):
-            return {}
-        request = json.loads(body)
-        asked = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
-        assert asked
-        variables = request.get("variables") or {}
-        if asked[1] == "UpsertBucket":
-            self.upserts.append(variables)
-            project = {"id": "p", "name": "tests", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "x", "name": variables["name"], "displayName": "", "config": "{}", "project": project}
-            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-        if asked[1] == "NotifyScriptableRunAlert":
-            self.alerts.append(variables)
-        if asked[1] == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables["files"]]
-            return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
-        return {"data": {"model": None}}
-
-
-class FakeHandler(http.server.BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        while self.server.silent:
-            time.sleep(0.1)
-        answer = json.dumps(self.server.answer(self.path, body)).encode()
-        # A client that has given up in the meantime is part of the test.
-        with contextlib.suppress(OSError):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-    do_GET = do_PUT = do_POST
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = FakeServer()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    yield server
-    server.silent = False
-    server.shutdown()
-    server.server_close()
-
-
 def test_with_a_key_and_a_server_the_run_is_online_and_goes_on_under_its_id(server, tmp_path):
     folder = tmp_path / "run"
     record_run(folder, RECORDS, mode="auto")
@@ -320,8 +147,7 @@ def test_with_a_key_and_a_server_the_run_is_online_and_goes_on_under_its_id(serv
 LOST_NETWORK_RUN = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_wandb import RECORDS, SUMMARY, wandb_config
+from tests.helpers.wandb_runs import RECORDS, SUMMARY, wandb_config
 from trainer.tracking.tracker import Tracker
 start = time.monotonic()
 config, folder = wandb_config("auto"), Path(sys.argv[1])
@@ -350,7 +176,7 @@ def test_without_a_network_nothing_waits_and_the_run_is_recorded_offline(tmp_pat
             "WANDB_BASE_URL": f"http://127.0.0.1:{hole.getsockname()[1]}",
         }
         start = time.monotonic()
-        command = [sys.executable, "-c", LOST_NETWORK_RUN, str(tmp_path / "run"), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", LOST_NETWORK_RUN, str(tmp_path / "run")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         wall_seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
