@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.distributed.heartbeat import Heartbeat
 from trainer.distributed.process_group import World, is_lost_connection
-from trainer.errors import LaunchError
+from trainer.errors import AfinaError, LaunchError
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def watched(
     run_dir: Path, world: World, timeout_seconds: float, record_failure: Callable[[Exception], None]
 ) -> Iterator[Heartbeat]:
     """Keep a heartbeat inside the ``with`` block. What fails inside is recorded; where another rank was lost, the error
-    names it, on one rank only.
+    names it, on one rank only, and not where that rank has said itself why it leaves.
 
     Args:
         run_dir: the run folder.
@@ -36,6 +36,8 @@ def watched(
             yield heartbeat
         except Exception as error:
             if not is_lost_connection(error):
+                if isinstance(error, AfinaError):
+                    heartbeat.gives_verdict()  # taken: the others will miss this rank, and it says why itself
                 record_failure(error)
                 raise
             verdict = heartbeat.explain()
