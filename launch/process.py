@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,9 +36,9 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
     Raises:
         LaunchError: the processes died without a word of why in the run folder.
     """
-    before = _written(folder)
+    before = summary_identity(folder)
     code, stopped_by = _wait(command, environment)
-    if _written(folder) == before:
+    if summary_identity(folder) == before:
         # nothing was written by this job: a finished run started again (code 0), or a death before the run folder
         return _without_summary(code, stopped_by, folder)
     # torchrun's own code is non-zero after a clean stop, so the run's word counts
@@ -51,13 +52,27 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
     return codes.get(kind, code if 0 < code < 128 else 1)
 
 
-def _written(folder: Path) -> tuple[int, int] | None:
-    """Identity of the summary file: it is replaced, never edited, so a new one differs in inode or time."""
+def summary_identity(folder: Path) -> tuple[int, int] | None:
+    """Return what tells one summary file from the next: it is replaced, never edited, so inode or time differ."""
     try:
         status = (folder / SUMMARY_FILE).stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def pause(seconds: float) -> int:
+    """Wait so long; return 0, or at once 128 + signal when it was asked to stop."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
+    try:
+        end = time.monotonic() + seconds
+        while not received and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else 0
 
 
 def _without_summary(code: int, stopped_by: int | None, folder: Path) -> int:

@@ -73,7 +73,7 @@ class LaunchError(AfinaError):
 
 
 class TrainingError(AfinaError):
-    """Training itself went wrong (a loss or gradient norm that is not finite). Exit code 5."""
+    """Training itself went wrong: a loss or gradient norm that is not finite, memory that has run out. Exit code 5."""
 
     kind = "training"
     exit_code = 5

@@ -1,4 +1,5 @@
-"""Files and folders on disk: sync, hash, atomic file, atomic folder with a marker, lock, cache root, full disk.
+"""Files and folders on disk: sync, hash, atomic file, atomic folder with a marker, lock, owner of a run, cache root,
+full disk.
 
 The one place that writes beside, renames and marks. Loads no torch.
 """
@@ -8,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. After a kill it stays, and the next writer removes it."""
+OWNER_FILE = "owner.json"
+"""In a run folder, who trains it; touched while they live, for hosts that do not see each other's locks."""
+# An owner on another host that has not touched its file for so long is dead: clocks of a cluster differ by less.
+SILENT_SECONDS = 120
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # What filesystems answer that cannot sync a folder, or do not let it be opened.
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
@@ -201,11 +209,11 @@ def lock(path: Path, on_wait: Callable[[], object] | None = None) -> Iterator[No
 
 
 @contextlib.contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Take the lock of :func:`lock` if nobody holds it; yield whether it was taken."""
+def try_lock(path: Path, patience_seconds: float = 0.0) -> Iterator[bool]:
+    """Take the lock of :func:`lock` if nobody holds it for longer than that; yield whether it was taken."""
     file_lock = _file_lock(path)
     try:
-        file_lock.acquire(blocking=False)
+        file_lock.acquire(timeout=patience_seconds)
     except TimeoutError:
         yield False
         return
@@ -218,6 +226,43 @@ def try_lock(path: Path) -> Iterator[bool]:
 def run_lock_path(folder: Path) -> Path:
     """Return the lock of a run folder: beside it, because the folder itself may be moved aside."""
     return folder.with_name(f".{folder.name}.lock")
+
+
+def find_owner(folder: Path) -> str | None:
+    """Return, in words, the living process that trains into a run folder; ``None`` where there is none."""
+    is_free = True
+    if (path := run_lock_path(folder)).exists():
+        with try_lock(path) as is_free:
+            pass
+    owner = read_owner(folder)
+    return describe_owner(owner) if not is_free or is_alive_elsewhere(folder, owner) else None
+
+
+def read_owner(folder: Path) -> dict[str, Any]:
+    """Read who has shown itself as the owner of a run, dead or alive; empty where nobody has."""
+    try:
+        found = json.loads((folder / OWNER_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_alive_elsewhere(folder: Path, owner: Mapping[str, Any]) -> bool:
+    """Return whether the owner of a run is of another host and has touched its file of late."""
+    if not owner or owner.get("host") == socket.gethostname():
+        return False
+    try:
+        return time.time() - (folder / OWNER_FILE).stat().st_mtime < SILENT_SECONDS
+    except OSError:
+        return False
+
+
+def describe_owner(owner: Mapping[str, Any]) -> str:
+    """Return an owner in words: process, host, Slurm job."""
+    if not owner:
+        return "another process, which has just begun"
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"
 
 
 def remove_stale_partials(folder: Path) -> None:

@@ -21,8 +21,8 @@ from trainer.training.run import train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code tells how it ended.
 
-    0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite, 75 stopped on request and saved, 130
-    stopped at once by a second Ctrl-C.
+    0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite or out of memory, 75 stopped on
+    request and saved, 130 stopped at once by a second Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")

@@ -15,7 +15,7 @@ import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
 from launch.compare.candidates import Candidate
-from launch.trials import Trial, default_run_name, digest_name, run_if_needed
+from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
 from trainer.config.method import METHODS
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
@@ -31,7 +31,8 @@ METHOD_KEYS = frozenset().union(*(method.keys for method in METHODS.values()))
 def run_comparison(typed: Sequence[str]) -> int:
     """Train every method of ``compare.methods`` and show the table, also written as CSV, Markdown and a picture.
 
-    A method that cannot be trained here is a line with the reason; a failed one is reported and the others go on.
+    A method that cannot be trained here is a line with the reason; a failed one is reported and the others go on. One
+    that another process is at is waited for at the end.
 
     Args:
         typed: Hydra overrides; a key of ``method`` counts for the methods that have it.
@@ -44,26 +45,31 @@ def run_comparison(typed: Sequence[str]) -> int:
     """
     folder, candidates = plan_comparison(typed)
     logger.info(f"comparison of {len(candidates)} methods in {folder}")
-    stopped, records = 0, list[comparison.Record]()
-    for number, candidate in enumerate(candidates, 1):
-        label = f"[{number}/{len(candidates)}] {candidate.name}"
-        if candidate.config is None:
-            logger.info(f"{label}: cannot be trained: {candidate.refused}")
-            continue
-        compare_config = candidate.config.compare
-        stopped = _tune_learning_rate(candidate, folder, label)
-        if not stopped and not candidate.error:
-            rows = [] if compare_config.rows is None else [f"data.max_rows={compare_config.rows}"]
-            candidate.trial = _build_trial(candidate, folder, folder_name(candidate.name), candidate.rate, rows)
-            code, error = run_if_needed(candidate.trial, label)
-            stopped = code if code in process.STOPPED else 0
-            candidate.error = error if code and not stopped else None
-        records = comparison.collect(candidates)
-        comparison.write(folder, records)  # there is something to look at from the first on
-        if stopped:
-            break
-    comparison.show(records)
+
+    def run(number: int, candidate: Candidate) -> Job:
+        stopped = yield from _run_candidate(candidate, folder, f"[{number}/{len(candidates)}] {candidate.name}")
+        comparison.write(folder, comparison.collect(candidates))  # there is something to look at from the first on
+        return stopped
+
+    stopped = take_turns([run(number, candidate) for number, candidate in enumerate(candidates, 1)])
+    comparison.show(comparison.collect(candidates))
     return stopped or int(any(candidate.error for candidate in candidates))
+
+
+def _run_candidate(candidate: Candidate, folder: Path, label: str) -> Job:
+    """Find a method's learning rate where that is asked for, and train it; return the exit code when it was stopped."""
+    if candidate.config is None:
+        logger.info(f"{label}: cannot be trained: {candidate.refused}")
+        return 0
+    compare_config = candidate.config.compare
+    stopped = yield from _tune_learning_rate(candidate, folder, label)
+    if not stopped and not candidate.error:
+        rows = [] if compare_config.rows is None else [f"data.max_rows={compare_config.rows}"]
+        candidate.trial = _build_trial(candidate, folder, folder_name(candidate.name), candidate.rate, rows)
+        code, error = yield from run_shared(candidate.trial, label)
+        stopped = code if code in process.STOPPED else 0
+        candidate.error = error if code and not stopped else None
+    return stopped
 
 
 def plan_comparison(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
@@ -121,7 +127,7 @@ def _build_candidate(name: str, typed: Sequence[str]) -> Candidate:
     return candidate
 
 
-def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> int:
+def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> Job:
     """Find the learning rate on fewer rows: the grid, then beyond its edge for as long as the edge is best.
 
     Returns:
@@ -138,7 +144,7 @@ def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> int:
         for rate in rates:
             name = f"{folder_name(candidate.name)}-{rate:g}"
             trial = _build_trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
-            code, error = run_if_needed(trial, f"{label}, learning rate {rate:g}")
+            code, error = yield from run_shared(trial, f"{label}, learning rate {rate:g}")
             if code in process.STOPPED:
                 return code
             loss = (find_summary(trial.folder).get("metrics") or {}).get("eval_loss")

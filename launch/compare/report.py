@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from launch import table
 from launch.table import Column, Record
 from trainer.config import METRICS
+from trainer.files import write_atomically
 from trainer.tracking.files import find_summary, read_metrics
 
 if TYPE_CHECKING:
@@ -147,5 +149,7 @@ def draw(picture: Path, records: Sequence[Record]) -> None:
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
-    figure.savefig(picture, dpi=120, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)
+    write_atomically(picture, drawn.getvalue())

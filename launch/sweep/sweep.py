@@ -15,7 +15,7 @@ from pathlib import Path
 import trainer.config
 from launch import process, torchrun
 from launch.sweep import report as ranking
-from launch.trials import Trial, default_run_name, digest_name, run_if_needed
+from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
 from trainer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ def plan_sweep(typed: Sequence[str], config_file: Path | None = None) -> tuple[P
 def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     """Run every combination and show the ranked table, also written to `sweep.csv` and `sweep.md` in its folder.
 
-    A failed trial is reported and the others go on; a finished one is not redone.
+    A failed trial is reported and the others go on; a finished one is not redone. One that another process trains is
+    waited for at the end, so that equal sweeps started together share the trials and show the same table.
 
     Returns:
         0 when all trials finished, 1 when any failed, 75 (or 128 + signal) when it was stopped.
@@ -76,14 +77,14 @@ def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     folder, trials = plan_sweep(overrides, config_file)
     logger.info(f"sweep of {len(trials)} runs in {folder}")
     errors: dict[str, str] = {}
-    stopped = 0
-    for number, trial in enumerate(trials, 1):
-        code, error = run_if_needed(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
-        if code in process.STOPPED:
-            stopped = code
-            break
-        if code:
+
+    def run(number: int, trial: Trial) -> Job:
+        code, error = yield from run_shared(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
+        if code and code not in process.STOPPED:
             errors[trial.name] = error
+        return code
+
+    stopped = take_turns([run(number, trial) for number, trial in enumerate(trials, 1)])
     records = ranking.rank(trials, errors)
     ranking.write(folder, records)
     ranking.show(records)

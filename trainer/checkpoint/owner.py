@@ -12,18 +12,24 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import LaunchError
-from trainer.files import run_lock_path, try_lock, write_atomically
+from trainer.files import (
+    OWNER_FILE,
+    describe_owner,
+    is_alive_elsewhere,
+    read_owner,
+    run_lock_path,
+    try_lock,
+    write_atomically,
+)
 
-OWNER_FILE = "owner.json"
 TOUCH_SECONDS = 20
-# An owner on another host that has not touched its file for so long is dead: clocks of a cluster differ by less.
-SILENT_SECONDS = 120
+# Who looks whether a run has an owner holds its lock for an instant (``trainer.files.find_owner``).
+PATIENCE_SECONDS = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +45,16 @@ def own_run(folder: Path) -> Iterator[None]:
         LaunchError: another process owns it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with try_lock(run_lock_path(folder)) as is_free:
-        before = _read(folder / OWNER_FILE)
-        if not is_free or _is_alive_elsewhere(folder / OWNER_FILE, before):
+    with try_lock(run_lock_path(folder), PATIENCE_SECONDS) as is_free:
+        before = read_owner(folder)
+        if not is_free or is_alive_elsewhere(folder, before):
             raise LaunchError(
                 str(folder),
-                reason=f"is being trained by {_describe(before)}",
+                reason=f"is being trained by {describe_owner(before)}",
                 hint="wait for it, stop it, or give another run.name",
             )
         if before:
-            logger.info(f"{folder}: its last owner, {_describe(before)}, was killed; this process takes over")
+            logger.info(f"{folder}: its last owner, {describe_owner(before)}, was killed; this process takes over")
         yield
 
 
@@ -78,27 +84,3 @@ def show_owner(folder: Path) -> Iterator[None]:
     finally:
         done.set()
         file.unlink(missing_ok=True)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _is_alive_elsewhere(file: Path, owner: Mapping[str, Any]) -> bool:
-    if not owner or owner.get("host") == socket.gethostname():
-        return False
-    try:
-        return time.time() - file.stat().st_mtime < SILENT_SECONDS
-    except OSError:
-        return False
-
-
-def _describe(owner: Mapping[str, Any]) -> str:
-    if not owner:
-        return "another process, which has just begun"
-    job = f", job {owner['job']}" if owner.get("job") else ""
-    return f"process {owner.get('pid')} on {owner.get('host')}{job}, since {owner.get('since')}"

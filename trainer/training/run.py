@@ -38,6 +38,7 @@ from trainer.training.faults import watched
 from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
+from trainer.training.out_of_memory import explain_out_of_memory, out_of_memory_explained
 from trainer.training.outcome import Outcome
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
@@ -107,7 +108,11 @@ def train(config: TrainConfig, world: World) -> int:
                 stop=stop,
                 begin=begin - run.elapsed_before(),
             )
-            with watched(run.folder, world, config.fault.timeout_seconds, partial(_record_failure, job)) as heartbeat:
+            record_failure = partial(_record_failure, job)
+            with (
+                watched(run.folder, world, config.fault.timeout_seconds, record_failure) as heartbeat,
+                out_of_memory_explained(config, world),
+            ):
                 outcome = run_job(replace(job, stage=heartbeat.stage))
                 distributed.barrier()  # rank 0 may still be writing: a node that leaves early would take it along
             return 0 if outcome.status == "finished" else PREEMPTED_EXIT_CODE
@@ -283,10 +288,11 @@ def _record_failure(job: Job, error: Exception) -> None:
 
 def _failure(job: Job, error: Exception) -> dict[str, Any]:
     """Build the summary of a run that failed."""
+    shown = explain_out_of_memory(error, job.config, job.world) or error
     return build_summary(
         status="failed",
         steps=job.run.last_logged_step(),
         wall_seconds=job.seconds,
         data_fingerprint=job.data.fingerprint,
-        error=describe_error(error, job.world.rank),
+        error=describe_error(shown, job.world.rank),
     )

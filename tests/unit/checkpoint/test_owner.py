@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.processes import ROOT
-from trainer.checkpoint.owner import OWNER_FILE, SILENT_SECONDS, own_run, show_owner
+from trainer.checkpoint.owner import PATIENCE_SECONDS, own_run, show_owner
 from trainer.errors import LaunchError
+from trainer.files import OWNER_FILE, SILENT_SECONDS, find_owner, run_lock_path, try_lock
 
 HOLD = """
 import sys, time
@@ -51,9 +54,13 @@ def test_the_second_comer_hears_who_owns_it(tmp_path: Path) -> None:
         ):
             pass
         assert caught.value.exit_code == 4
+        found = find_owner(folder)
+        assert found is not None
+        assert found.startswith(f"process {owner.pid} on ")
     finally:
         owner.kill()
         owner.wait()
+    assert find_owner(folder) is None
     with own_run(folder):  # the kernel has freed it
         pass
     assert (folder / OWNER_FILE).exists(), "a killed owner leaves its name"
@@ -84,8 +91,20 @@ def test_an_owner_on_another_host_counts_while_it_lives(tmp_path: Path, silent_s
     file.write_text(json.dumps({"host": "node-7", "pid": 12, "job": "345", "since": "yesterday"}))
     long_ago = time.time() - silent_seconds
     os.utime(file, (long_ago, long_ago))
+    assert (find_owner(folder) is None) == is_free
     if is_free:
         with own_run(folder):
             return
     with pytest.raises(LaunchError, match="process 12 on node-7, job 345, since yesterday"), own_run(folder):
         pass
+
+
+def test_who_only_looks_is_not_taken_for_an_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    assert find_owner(folder) is None
+    assert not run_lock_path(folder).exists(), "looking leaves nothing behind"
+    with ExitStack() as looking:
+        looking.enter_context(try_lock(run_lock_path(folder)))
+        threading.Timer(PATIENCE_SECONDS / 3, looking.close).start()
+        with own_run(folder):
+            assert find_owner(folder) == "another process, which has just begun"

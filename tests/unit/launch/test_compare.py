@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import launch.compare.compare
+import launch.trials
 from launch.compare.candidates import Candidate
 from launch.compare.compare import best_rate, next_rate, plan_comparison, run_comparison
 from launch.trials import Trial
@@ -65,7 +65,7 @@ class Runs:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.compare.compare, "run_if_needed", made.run_if_needed)
+    monkeypatch.setattr(launch.trials, "run_if_needed", made.run_if_needed)
     return made
 
 

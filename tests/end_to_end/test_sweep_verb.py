@@ -1,0 +1,48 @@
+"""``afina sweep`` for real: the same sweep started twice at once is one sweep that two processes work at."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.processes import stop_tree
+from trainer.tracking.files import read_metrics
+
+KEYS = ["sweep", "debug=tiny", "run.name=s", "method.r=4,8", "eval.metrics=[loss]", "eval.before=false"]
+
+
+def test_two_equal_sweeps_at_once_share_the_trials(tiny_model: Path, tmp_path: Path) -> None:
+    del tiny_model
+    script = Path(sys.executable).with_name("afina")
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    sweeps = []
+    try:
+        for name in ("one", "two"):
+            out, log = (tmp_path / f"{name}.{kind}" for kind in ("out", "log"))
+            with out.open("w") as stdout, log.open("w") as stderr:
+                command = [script, *KEYS]
+                sweeps.append(
+                    subprocess.Popen(
+                        command, cwd=tmp_path, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+                    )
+                )
+        codes = [sweep.wait(400) for sweep in sweeps]
+    finally:
+        for sweep in sweeps:
+            stop_tree(sweep)
+    logs = [(tmp_path / f"{name}.log").read_text() for name in ("one", "two")]
+    assert codes == [0, 0], logs
+    lines = "\n".join(logs).splitlines()
+    for trial in ("[1/2] r4", "[2/2] r8"):
+        assert len([line for line in lines if line.endswith(f"{trial}: starting")]) == 1, logs
+        assert len([line for line in lines if line.endswith(f"{trial}: finished before")]) == 1, logs
+    tables = [(tmp_path / f"{name}.out").read_text().splitlines()[-3:] for name in ("one", "two")]
+    assert tables[0] == tables[1]
+    assert ["finished" in row for row in tables[0]] == [False, True, True]
+    with (tmp_path / "runs" / "s" / "sweep.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished", "finished"]
+    for folder in ("r4", "r8"):
+        assert [r["step"] for r in read_metrics(tmp_path / "runs" / "s" / folder)] == list(range(1, 9))
