@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 RANK_COUNT = 2
 LIMIT_SECONDS = 300.0  # of one start
 IMPORT_SECONDS = 10.0
+ORPHAN_SECONDS = 20.0  # that ranks have whose torchrun was killed
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ class Starter:
         before = {process.pid for process in psutil.process_iter()}
         with (self.folder / "log.txt").open("ab") as log:
             code = self._torchrun(keys, chaos, log.fileno()) if by_torchrun else self._fork(keys, chaos, log.fileno())
-        left = [p for p in psutil.process_iter() if p.pid not in before and is_training(p)]
+        limit = time.monotonic() + ORPHAN_SECONDS
+        while left := [p for p in psutil.process_iter() if p.pid not in before and is_training(p)]:
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.1)
         if left or (code and chaos.point == "none"):
             text = (self.folder / "log.txt").read_text(errors="replace")[-6000:]
             raise SystemExit(f"{keys}, {chaos}: code {code}, processes left: {left}\n{text}")
@@ -71,7 +76,7 @@ class Starter:
 
     def _torchrun(self, keys: list[str], chaos: Chaos, log: int) -> int:
         """Start the ranks as a user does."""
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANK_COUNT}", "--standalone"]
+        command = [sys.executable, "-m", "trainer.torchrun", f"--nproc-per-node={RANK_COUNT}", "--standalone"]
         command += ["--local-addr=127.0.0.1", str(HERE / "_chaos_rank.py"), *keys]
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env=environment)
@@ -79,8 +84,11 @@ class Starter:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(chaos.after + IMPORT_SECONDS)
             ranks = psutil.Process(process.pid).children() if process.poll() is None else []
-            for rank in ranks if chaos.ranks == "0,1" else ranks[:1]:
-                rank.kill()
+            if chaos.ranks == "0" and ranks:
+                process.kill()  # torchrun itself, whose ranks must see that, save and end
+            else:
+                for rank in ranks if chaos.ranks == "0,1" else ranks[:1]:
+                    rank.kill()
         return process.wait(LIMIT_SECONDS)
 
     def _fork(self, keys: list[str], chaos: Chaos, log: int) -> int:

@@ -5,9 +5,10 @@ python benchmarks/chaos.py [--kills 200] [--seed 0] [--cases 8] [--minutes 5] [-
 
 The tiny model on two ranks, LoRA and all weights, ZeRO 0 to 3 in turn. One rank or both are killed (SIGKILL): while the
 model is built, at a stage of a drawn step, in a save before and after its hashes and its marker, in an evaluation, at
-the end, or at any moment by the clock. A run that was killed is started again, and killed again, until it ends; then
-every trained tensor must have the undisturbed run's bits, and no process may be left. Each tenth start is torchrun's;
-the other ranks are forked from this process, which has imported the libraries: that saves most of the time.
+the end, or at any moment by the clock; sometimes torchrun itself is. A run that was killed is started again, and killed
+again, until it ends; then every trained tensor must have the undisturbed run's bits, and no process may be left. Each
+tenth start is torchrun's; the other ranks are forked from this process, which has imported the libraries: that saves
+most of the time.
 
 Goodput is the time of the steps that count over the whole time, of one more run that is killed once a minute. Verdicts:
 rank 1 is killed, stopped or fails at a drawn stage, and one line must name it, with its step and stage.

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from trainer.errors import AfinaError, LaunchError
+from trainer.errors import LAUNCHER_PIDS, AfinaError, LaunchError
 from trainer.tracking.files import SUMMARY_FILE, find_summary
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -110,6 +110,8 @@ def _wait(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
+        # a run whose launcher is killed would go on with nobody to stop it
+        environment = {**environment, LAUNCHER_PIDS: str(os.getpid())}
         child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         if received:  # came while it was being started
             child.send_signal(_gentle(received[0]))

@@ -1,4 +1,4 @@
-"""Start a job as `torchrun` does: one process a device, on this node."""
+"""Start a job with torchrun's agent: one process a device, on this node."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import trainer.config
 from launch import process
 from launch.environment import child_environment, visible_gpus
 from trainer.config import TrainConfig
-
-# torchrun's own list plus USR1, which Slurm users send as an early warning and which otherwise kills the agent at once
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 _PLAIN_WORD = re.compile(r"[A-Za-z/][\w./-]*")
 _NOT_WORDS = {"null", "true", "false", "inf", "nan", "yes", "no", "on", "off"}
@@ -48,11 +45,10 @@ def train_arguments(config: TrainConfig, overrides: Sequence[str], config_file: 
 def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
     """Build the whole command line: torchrun's agent for this node and what each of its workers runs."""
     settings = config.launch
-    head = [sys.executable, "-m", "torch.distributed.run"]
+    head = [sys.executable, "-m", "trainer.torchrun"]
     head += [
         f"--nproc-per-node={ranks_per_node(config)}",
         f"--nnodes={settings.nodes}",
-        f"--signals-to-handle={SIGNALS}",
     ]
     if settings.nodes == 1:
         # --standalone takes a free port, so two jobs on a machine never collide; without a local address the workers

@@ -7,6 +7,7 @@ Each says four things: what was wrong, the value that was found, the reason and 
 from __future__ import annotations
 
 INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that SIGINT has ended
+LAUNCHER_PIDS = "AFINA_LAUNCHER_PIDS"  # variable of a process that is started for a run: who waits for it, by commas
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again resumes where this one was stopped
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.compat.deepspeed import skip_shm_build
 from trainer.compat.torch import run_exit_handlers
+from trainer.errors import LaunchError
 
 # Read when a process group is made: the last collectives of a rank, for whoever looks why it hangs.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -66,10 +67,13 @@ def init(world: World) -> None:
         world: this process.
 
     Raises:
-        LaunchError: DeepSpeed is not a version that this program was tried with.
+        LaunchError: DeepSpeed is not a version that this program was tried with; or the ranks cannot meet.
     """
     import deepspeed
 
+    if world.world_size > 1 and os.environ.get("MASTER_PORT") == "0":
+        # torchrun hands a static port 0 on as it is, and every rank would wait for ever
+        raise LaunchError("--master-port", value=0, reason="is no port that ranks can meet at", hint="--standalone")
     skip_shm_build(on_cpu=world.device.type == "cpu")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.distributed.heartbeat import Heartbeat, clear_heartbeats
 from trainer.distributed.process_group import World, is_lost_connection
-from trainer.errors import AfinaError, LaunchError
+from trainer.errors import LaunchError, NotFiniteError
 from trainer.tracking.files import describe_error
 
 
@@ -51,7 +51,7 @@ def watched(
 
 def _tell_others(heartbeat: Heartbeat, world: World, error: Exception) -> None:
     """Say where this rank was when it failed. What every rank raises alike is no rank's own failure."""
-    if world.world_size == 1 or (isinstance(error, AfinaError) and error.rank is not None):
+    if world.world_size == 1 or isinstance(error, NotFiniteError):
         return
     described = describe_error(error, world.rank)
     where = heartbeat.failed(f"{described['kind']}: {described['message']}")

@@ -74,6 +74,7 @@ class Loop:
         progress = Progress(Outcome("finished", first_step), first_step)
         outcome = progress.outcome
         try:
+            self._raise_if_stopping("start")
             if first_step == 0 and self.config.eval.before and self.schedule.has_validation:
                 self._evaluate_before()
             self.meter.start()
@@ -168,7 +169,7 @@ class Loop:
             self.data,
             self.config,
             self.world,
-            between_batches=self._raise_if_stopping,
+            between_batches=partial(self._raise_if_stopping, "evaluate"),
         )
         self.engine.train()
         if scores.samples:
@@ -267,9 +268,9 @@ class Loop:
             progress.saved = step
         return is_saved
 
-    def _raise_if_stopping(self) -> None:
+    def _raise_if_stopping(self, stage: str) -> None:
         """Raise on every rank where any was asked to stop. A collective."""
-        self.stage("evaluate")
+        self.stage(stage)
         (stops,) = sum_over_ranks([float(self.stop.wanted)], self.world.device)
         if stops:
             raise StopRequested

@@ -43,7 +43,7 @@ from trainer.training.outcome import Outcome
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
 from trainer.training.skipped_steps import SkippedSteps
-from trainer.training.stop_request import StopRequest
+from trainer.training.stop_request import STOP_FILE, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def train(config: TrainConfig, world: World) -> int:
                 stop=stop,
                 begin=begin - run.elapsed_before(),
             )
+            stop.begin(run.folder / STOP_FILE if world.is_main else None)
             record_failure = partial(_record_failure, job)
             with (
                 watched(run.folder, world, config.fault.timeout_seconds, record_failure) as heartbeat,

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from pathlib import Path
 from types import FrameType
 
+from trainer.errors import LAUNCHER_PIDS
+
+STOP_FILE = "STOP"
+LOOK_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -13,7 +21,8 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP (a closed terminal).
+    """Set by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), by a file ``STOP`` in the run folder, and
+    by the death of what has started this process: nobody would wait for it any more, nor could stop it.
 
     The loop shares it with all ranks in its own small all-reduce, so that all stop after the same step. torchrun sends
     SIGTERM twice, so a second one changes nothing; a second Ctrl-C means now.
@@ -21,12 +30,28 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._file: Path | None = None
+        self._looked = 0.0
+        self._is_training = False
+        # A shell that leaves a run behind is no launcher: torchrun's agent and ours say who they are.
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._launchers = [int(pid) for pid in os.environ.get(LAUNCHER_PIDS, "").split(",") if pid.isdigit()]
+
+    def begin(self, stop_file: Path | None) -> None:
+        """From now on there is something to save, and who looks at ``wanted``.
+
+        Args:
+            stop_file: asks to stop where it appears, and is taken away then; ``None``: another rank looks for it.
+        """
+        self._file, self._is_training = stop_file, True
 
     def install(self) -> StopRequest:
         """Take over the signals of this process (main thread only)."""
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background shells ignore some on purpose
                 signal.signal(number, self._handle)
+        if self._agent is not None or self._launchers:
+            threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
         return self
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -36,5 +61,35 @@ class StopRequest:
 
     @property
     def wanted(self) -> bool:
-        """Whether a signal has come."""
+        """Whether to stop."""
+        now = time.monotonic()
+        if self.name is None and now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._look()
         return self.name is not None
+
+    def _look(self) -> None:
+        if self._file is not None and self._file.exists():
+            self._file.unlink(missing_ok=True)
+            self.name = STOP_FILE
+
+    def _watch_launcher(self) -> None:
+        while self._has_launcher():
+            time.sleep(LOOK_SECONDS)
+        self.name = self.name or "the launcher has died"
+        if not self._is_training:  # perhaps waiting, for ever, to meet ranks that are gone
+            os._exit(128 + signal.SIGTERM)
+
+    def _has_launcher(self) -> bool:
+        is_orphan = self._agent is not None and os.getppid() != self._agent
+        return not is_orphan and all(map(_is_there, self._launchers))
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

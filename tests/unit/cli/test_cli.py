@@ -126,7 +126,7 @@ def test_a_dry_run_tells_all_and_starts_nothing(
     assert trainer.cli.app.main(["train", "--dry-run", *overrides]) == 0
     shown = capsys.readouterr().out
     assert f"# in folder: {run_folder(load(overrides))}" in shown.splitlines()
-    assert ("torch.distributed.run" in shown) == (launch == "torchrun")
+    assert ("trainer.torchrun" in shown) == (launch == "torchrun")
     assert "-m trainer.train debug=tiny" in shown
     assert yaml.safe_load(shown)["model"]["name_or_path"] == "tiny"
     assert list(tmp_path.iterdir()) == []

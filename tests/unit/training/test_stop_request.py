@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from trainer.errors import LAUNCHER_PIDS
+from trainer.training import stop_request
 from trainer.training.stop_request import StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -51,3 +56,42 @@ def test_what_nohup_ignores_stays_ignored() -> None:
     stop = StopRequest().install()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.wanted
+
+
+def test_a_file_in_the_run_folder_asks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_request, "LOOK_SECONDS", 0.0)
+    stop = StopRequest()
+    stop.begin(tmp_path / "STOP")
+    assert not stop.wanted
+    (tmp_path / "STOP").touch()
+    assert stop.wanted
+    assert not (tmp_path / "STOP").exists(), "or the next start would stop at once"
+
+
+WITHOUT_LAUNCHER = """
+import sys, time
+from trainer.training import stop_request
+stop_request.LOOK_SECONDS = 0.05
+stop = stop_request.StopRequest().install()
+if sys.argv[1] == "training":
+    stop.begin(None)
+print("ready", flush=True)
+while not stop.wanted:
+    time.sleep(0.01)
+time.sleep(0.5)
+print(stop.name)
+"""
+
+
+@pytest.mark.parametrize(("when", "said", "code"), [("starting", "", 143), ("training", "the launcher has died", 0)])
+def test_a_run_does_not_outlive_its_launcher(when: str, said: str, code: int) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    environment = {**os.environ, LAUNCHER_PIDS: str(launcher.pid)}
+    command = [sys.executable, "-c", WITHOUT_LAUNCHER, when]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    launcher.kill()
+    launcher.wait()
+    assert process.communicate(timeout=20)[0].strip() == said
+    assert process.returncode == code
