@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 RANK_COUNT = 2
 LIMIT_SECONDS = 300.0  # of one start
 IMPORT_SECONDS = 10.0
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 ORPHAN_SECONDS = 20.0  # that ranks have whose torchrun was killed
 
 
@@ -49,6 +51,7 @@ class Starter:
         import trainer.train  # noqa: F401
 
         folder.mkdir(parents=True, exist_ok=True)
+        adopt_orphans()
         self.folder, self.term_seconds = folder, term_seconds
         self._count = 0
 
@@ -61,11 +64,10 @@ class Starter:
         self._count += 1
         by_torchrun = chaos.point == "import" or self._count % 10 == 0
         os.environ["AFINA_CHAOS"] = f"{chaos.point}:{chaos.step}:{chaos.ranks}:{chaos.action}"
-        before = {process.pid for process in psutil.process_iter()}
         with (self.folder / "log.txt").open("ab") as log:
             code = self._torchrun(keys, chaos, log.fileno()) if by_torchrun else self._fork(keys, chaos, log.fileno())
         limit = time.monotonic() + ORPHAN_SECONDS
-        while left := [p for p in psutil.process_iter() if p.pid not in before and is_training(p)]:
+        while left := living_children():
             if time.monotonic() > limit:
                 break
             time.sleep(0.1)
@@ -73,6 +75,13 @@ class Starter:
             text = (self.folder / "log.txt").read_text(errors="replace")[-6000:]
             raise SystemExit(f"{keys}, {chaos}: code {code}, processes left: {left}\n{text}")
         return code
+
+    def run_one(self, keys: list[str], log: int) -> int:
+        """Train in one process with these overrides; return its exit code."""
+        pid = os.fork()
+        if not pid:
+            be_rank(0, 0, keys, log, self.folder, world_size=1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _torchrun(self, keys: list[str], chaos: Chaos, log: int) -> int:
         """Start the ranks as a user does."""
@@ -129,7 +138,7 @@ def wait(ranks: dict[int, int], chaos: Chaos, term_seconds: float) -> int:
     return max(abs(code) for code in codes.values())
 
 
-def be_rank(rank: int, port: int, keys: list[str], log: int, folder: Path) -> NoReturn:
+def be_rank(rank: int, port: int, keys: list[str], log: int, folder: Path, world_size: int = RANK_COUNT) -> NoReturn:
     """Be one rank of the training: this process is a fork, and ends here."""
     code = 1
     try:
@@ -137,8 +146,9 @@ def be_rank(rank: int, port: int, keys: list[str], log: int, folder: Path) -> No
         os.chdir(folder)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANK_COUNT), MASTER_PORT=str(port))
-        os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+        if world_size > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+            os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
         from benchmarks._chaos_rank import main
 
         code = main(keys)
@@ -160,9 +170,19 @@ def send(number: signal.Signals, processes: list[int]) -> None:
             os.kill(pid, number)
 
 
-def is_training(process: psutil.Process) -> bool:
-    """Return whether a process is one of a training."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and "chaos" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+def adopt_orphans() -> None:
+    """Become the parent of each process below this one whose own parent dies (Linux): what is left over is seen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def living_children() -> list[psutil.Process]:
+    """Return the processes below this one that run; those that have ended are waited for."""
+    left = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(process.pid, os.WNOHANG)
+            else:
+                left.append(process)
+    return left

@@ -1,7 +1,7 @@
 """Kill a training again and again, start it again by the same command, and compare its end with the undisturbed one's.
 
-python benchmarks/chaos.py [--kills 200] [--seed 0] [--cases 8] [--minutes 5] [--verdicts 20]
-                           [--out benchmarks/chaos.md]
+python benchmarks/chaos.py [--kills 200] [--seed 0] [--cases 8] [--minutes 5] [--verdicts 20] [--damaged 500]
+                           [--twice 20] [--out benchmarks/chaos.md]
 
 The tiny model on two ranks, LoRA and all weights, ZeRO 0 to 3 in turn. One rank or both are killed (SIGKILL): while the
 model is built, at a stage of a drawn step, in a save before and after its hashes and its marker, in an evaluation, at
@@ -11,7 +11,9 @@ tenth start is torchrun's; the other ranks are forked from this process, which h
 most of the time.
 
 Goodput is the time of the steps that count over the whole time, of one more run that is killed once a minute. Verdicts:
-rank 1 is killed, stopped or fails at a drawn stage, and one line must name it, with its step and stage.
+rank 1 is killed, stopped or fails at a drawn stage, and one line must name it, with its step and stage. Damaged: a byte
+of a checkpoint is changed, or a file is shortened or gone, and the checkpoint before it must be taken. Twice: two
+starts of one run at once, of which one must train and the other say so. Then the disk becomes full while a run trains.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from benchmarks._chaos_counts import (  # noqa: E402
+    damaged_files_found,
+    full_disk_is_survived,
+    one_of_two_trains,
+)
 from benchmarks._chaos_start import Chaos, Starter  # noqa: E402
 
 POINTS = (
@@ -69,6 +76,8 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=len(CASES))
     parser.add_argument("--minutes", type=float, default=5.0, help="of the run that goodput is measured by; 0: none")
     parser.add_argument("--verdicts", type=int, default=20)
+    parser.add_argument("--damaged", type=int, default=500)
+    parser.add_argument("--twice", type=int, default=20)
     parser.add_argument("--out", type=Path, default=HERE / "chaos.md")
     asked = parser.parse_args()
     cases = CASES[: asked.cases]
@@ -85,12 +94,29 @@ def main() -> int:
             print(f"{time.monotonic() - begin:.0f} s: {found[case]}", flush=True)
         minutes = (time.monotonic() - begin) / 60
         goodput = measure_goodput(starter, asked.minutes, draw) if asked.minutes else ""
+        keys = [*KEYS, f"batch.max_steps={STEPS}", f"run.dir={starter.folder / 'twice'}"]
+        alone = one_of_two_trains(starter, keys, asked.twice) if asked.twice else 0
+        runs = sorted((starter.folder / "twice").glob("two-*")) if asked.twice else []
+        sound = damaged_files_found(runs[0], asked.damaged, draw) if runs else asked.damaged
+        survived = None
+        if ("lora", "stage0") in expected:
+            first = ("lora", "stage0")
+            survived = full_disk_is_survived(
+                starter, lambda name, chaos: start(starter, first, name, chaos), digest, "-".join(first)
+            )
         right = sum(is_named(Path(folder), k, draw) for k in range(asked.verdicts))
     text = table(list(found.values()), minutes) + goodput
     text += f"\nThe rank that was lost, its step and its stage were named in {right} of {asked.verdicts} cases.\n"
+    text += (
+        f"Of {asked.damaged} damaged checkpoints none was loaded in {sound}, and the one before was taken. Of "
+        f"{asked.twice} pairs\nof starts at one moment, one trained and the other said so in {alone}.\n"
+    )
+    if survived is not None:
+        text += f"A run on a disk that became full ended, with room again, with the same bits: {survived}.\n"
     print(text)
     asked.out.write_text(text)
-    return int(right != asked.verdicts or any(f.equal != f.runs for f in found.values()))
+    is_good = (right, sound, alone) == (asked.verdicts, asked.damaged, asked.twice) and survived is not False
+    return int(not is_good or any(f.equal != f.runs for f in found.values()))
 
 
 def disturb(starter: Starter, case: Case, expected: str, found: Found, draw: random.Random, kills: int) -> None:
