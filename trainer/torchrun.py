@@ -6,6 +6,7 @@ their exit code.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: torchrun's; ``--signals-to-handle`` is ours where it is not given.
     """
     os.environ[LAUNCHER_PIDS] = f"{os.environ.get(LAUNCHER_PIDS, '')},{os.getpid()}"
-    os.environ.setdefault("LOGLEVEL", "ERROR")  # read at the import: of torchrun's agent, not of the processes
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not any(word.replace("_", "-").startswith("--signals-to-handle") for word in words):
         words.insert(0, f"--signals-to-handle={SIGNALS}")
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.ERROR)  # the agent's: it warns of each signal that it hands on
     try:
         torchrun(words)
     except SignalException as stopped:

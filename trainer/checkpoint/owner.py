@@ -6,6 +6,7 @@ locks to one host, ``owner.json`` in the run folder tells of an owner elsewhere:
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.errors import LaunchError
+from trainer.errors import ConfigError, LaunchError
 from trainer.files import (
     OWNER_FILE,
     describe_owner,
@@ -42,9 +43,10 @@ def own_run(folder: Path) -> Iterator[None]:
         folder: the run folder; made if it is missing.
 
     Raises:
+        ConfigError: the folder cannot be made.
         LaunchError: another process owns it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_place(folder)
     with try_lock(run_lock_path(folder), PATIENCE_SECONDS) as is_free:
         before = read_owner(folder)
         if not is_free or is_alive_elsewhere(folder, before):
@@ -56,6 +58,22 @@ def own_run(folder: Path) -> Iterator[None]:
         if before:
             logger.info(f"{folder}: its last owner, {describe_owner(before)}, was killed; this process takes over")
         yield
+
+
+def _make_place(folder: Path) -> None:
+    """Make the folder that run folders are in, and check that this one can be."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError("run.dir", value=folder.parent, reason="is a file", hint="another run.dir") from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ConfigError("run.dir", value=folder.parent, reason=f"{error.strerror}", hint="another run.dir") from None
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("run.name", value=folder.name, reason=f"{folder} is a file", hint="another run.name")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError("run.dir", value=folder.parent, reason="cannot be written", hint="another run.dir")
 
 
 @contextmanager
@@ -76,7 +94,12 @@ def show_owner(folder: Path) -> Iterator[None]:
             try:
                 os.utime(file)
             except OSError:
-                return  # the folder is gone: whoever took it away knows
+                if not done.is_set():
+                    logger.warning(
+                        f"{folder} was moved or deleted while the run goes on: checkpoints and the result are written "
+                        f"into a new folder of that name, metrics.jsonl so far is not there"
+                    )
+                return
 
     threading.Thread(target=touch, name="owner", daemon=True).start()
     try:

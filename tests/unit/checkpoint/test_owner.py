@@ -15,14 +15,14 @@ import pytest
 
 from tests.helpers.processes import ROOT
 from trainer.checkpoint.owner import PATIENCE_SECONDS, own_run, show_owner
-from trainer.errors import LaunchError
+from trainer.errors import ConfigError, LaunchError
 from trainer.files import OWNER_FILE, SILENT_SECONDS, find_owner, run_lock_path, try_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from trainer.checkpoint.owner import own_run, show_owner
-from trainer.errors import LaunchError
+from trainer.errors import ConfigError, LaunchError
 folder = Path(sys.argv[1])
 try:
     with own_run(folder), show_owner(folder):
@@ -108,3 +108,12 @@ def test_who_only_looks_is_not_taken_for_an_owner(tmp_path: Path) -> None:
         threading.Timer(PATIENCE_SECONDS / 3, looking.close).start()
         with own_run(folder):
             assert find_owner(folder) == "another process, which has just begun"
+
+
+@pytest.mark.parametrize(("file", "folder", "said"), [("runs", "runs/a", "run.dir"), ("runs/a", "runs/a", "run.name")])
+def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path, file: str, folder: str, said: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    with pytest.raises(ConfigError, match=f"^{said}=.* is a file → another {said}$"), own_run(tmp_path / folder):
+        pass
+    assert (tmp_path / file).read_text() == "mine"
