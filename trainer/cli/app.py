@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader (head, less) has what it wanted; without this Python complains again when it flushes at exit
