@@ -27,6 +27,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,7 @@ POINTS = (
 EVERY_STEP = ("data", "forward and backward", "reduce", "update")
 RANKS = ("0", "1", "0,1")
 STEPS = 24
+STEPS_PER_MINUTE = 900  # of the tiny model, kills included
 KEYS = (
     *("debug=tiny", "log=off", "batch.epochs=5000", "eval.every_steps=8", "eval.before=false", "eval.metrics=[loss]"),
     *("checkpoint.every_steps=3", "fault.timeout_seconds=10"),
@@ -93,6 +95,7 @@ def main() -> int:
             disturb(starter, case, expected[case], found[case], draw, asked.kills - killed)
             print(f"{time.monotonic() - begin:.0f} s: {found[case]}", flush=True)
         minutes = (time.monotonic() - begin) / 60
+        print(table(list(found.values()), minutes), flush=True)
         goodput = measure_goodput(starter, asked.minutes, draw) if asked.minutes else ""
         keys = [*KEYS, f"batch.max_steps={STEPS}", f"run.dir={starter.folder / 'twice'}"]
         alone = one_of_two_trains(starter, keys, asked.twice) if asked.twice else 0
@@ -148,19 +151,20 @@ def newest(run: Path) -> int:
     return max((int(f.parent.name.split("-")[1]) for f in run.glob("checkpoints/step-*/COMPLETE")), default=0)
 
 
-def start(starter: Starter, case: Case, name: str, chaos: Chaos, steps: int = STEPS) -> int:
+def start(starter: Starter, case: Case, name: str, chaos: Chaos, steps: int = STEPS, more: Sequence[str] = ()) -> int:
     """Start the training once; return 0 where it came to its end."""
     method, zero = case
     keys = [*KEYS, f"method={method}", f"zero={zero}", *(["rank=null"] if method == "full" else [])]
-    keys += [f"batch.max_steps={steps}", f"run.dir={starter.folder / name}", f"run.name={method}-{zero}"]
+    keys += [*more, f"batch.max_steps={steps}", f"run.dir={starter.folder / name}", f"run.name={method}-{zero}"]
     return starter.start(keys, chaos)
 
 
 def measure_goodput(starter: Starter, minutes: float, draw: random.Random) -> str:
     """Train once under ZeRO-2 while a rank is killed each minute; return the line of the table."""
     case, begin, kills = ("lora", "stage2"), time.monotonic(), 0
-    steps = 200 * int(60 * minutes / 10)
-    while start(starter, case, "minutely", Chaos("any moment", 0, draw.choice(RANKS), 60.0), steps):
+    steps = int(STEPS_PER_MINUTE * minutes)
+    more = ["eval.every_steps=0", "checkpoint.every_steps=50"]
+    while start(starter, case, "minutely", Chaos("any moment", 0, draw.choice(RANKS), 60.0), steps, more):
         kills += 1
     seconds = time.monotonic() - begin
     run = starter.folder / "minutely" / "-".join(case)
@@ -169,7 +173,7 @@ def measure_goodput(starter: Starter, minutes: float, draw: random.Random) -> st
     return (
         f"\nGoodput at one kill a minute: {useful / seconds:.1%} ({useful:.0f} s of steps that count in "
         f"{seconds:.0f} s,\n"
-        f"{kills} kills, {steps} steps of {1000 * useful / steps:.0f} ms, a checkpoint every 3 steps);\n"
+        f"{kills} kills, {steps} steps of {1000 * useful / steps:.0f} ms, a checkpoint every 50 steps);\n"
         "what is lost is the start-up after each kill, evaluations and saves.\n"
     )
 
