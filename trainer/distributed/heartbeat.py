@@ -133,8 +133,8 @@ class Heartbeat:
                     self.dump()
                     os._exit(HUNG_EXIT_CODE)
                 continue
-            if self._seconds() <= self._timeout or self._now[1] in UNBOUNDED:
-                continue
+            if self._world.world_size == 1 or self._now[1] in UNBOUNDED or self._seconds() <= self._timeout:
+                continue  # of one rank nobody waits
             beats = self._read()
             if any(beat.stage in UNBOUNDED and not beat.lost() for beat in beats):
                 continue  # somebody is at work

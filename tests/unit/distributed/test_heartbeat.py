@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.distributed import heartbeat
 from trainer.distributed.heartbeat import FOLDER, Heartbeat
 from trainer.distributed.process_group import World
 from trainer.distributed.verdict import SILENT_SECONDS, Beat, process_space, process_state, verdict
@@ -86,6 +87,13 @@ def test_one_verdict_and_every_waiting_rank_ends(tmp_path: Path) -> None:
 def test_nobody_ends_while_somebody_saves(tmp_path: Path) -> None:
     ranks = [waiting(tmp_path, 0, "save", 6), waiting(tmp_path, 1, "reduce", 5)]
     assert [process.wait(60) for process in ranks] == [0, 0]
+
+
+def test_a_rank_that_nobody_waits_for_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.01)
+    with Heartbeat(tmp_path, World(0, 1, 0, torch.device("cpu")), 0.05, print) as own:
+        own.stage("data", 1)
+        time.sleep(0.5)
 
 
 def test_a_good_end_leaves_no_files(tmp_path: Path) -> None:
