@@ -69,6 +69,23 @@ def step_was_skipped() -> None:
             assert torch.equal(master(weight), before) == skipped
 
 
+def overflowing() -> None:
+    """The gradients are dropped and nothing else: the next update is as if there had been none before it."""
+    for stage in STAGES:
+        engine, optimizer, weight = build(stage)
+        before = master(weight)
+        engine.backward(engine(X).float().sum())
+        with compat.overflowing(optimizer, stage):
+            engine.step()
+        assert torch.equal(master(weight), before)
+        update(engine, 2.0)
+        assert not compat.step_was_skipped(optimizer)
+        found = master(weight)
+        engine, _, weight = build(stage)
+        update(engine, 2.0)
+        assert torch.equal(found, master(weight))
+
+
 def moments_before_the_first_step() -> None:
     """What a resumed run does: moments made by hand are those that the API of DeepSpeed reads and writes."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
@@ -125,6 +142,7 @@ def partition_like() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "deepspeed.skip_shm_build": skip_shm_build,
     "deepspeed.step_was_skipped": step_was_skipped,
+    "deepspeed.overflowing": overflowing,
     **dict.fromkeys(
         ("deepspeed.base_optimizer", "deepspeed.fp32_shares", "deepspeed.link_moments"), moments_before_the_first_step
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import pkgutil
 import re
 import subprocess
@@ -154,6 +155,17 @@ def exit_handlers_run() -> None:
     code += "atexit.register(print, 'handled', flush=True); run(); os._exit(3)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "handled\n")
+
+
+@check("torch.dump_collectives")
+def the_last_collectives_are_recorded() -> None:
+    code = "import os, pickle, torch, torch.distributed as dist; os.environ['TORCH_FR_BUFFER_SIZE'] = '20'\n"
+    code += "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+    code += "dist.all_reduce(torch.ones(3)); from trainer.compat.torch import dump_collectives as dump\n"
+    code += "print([e['profiling_name'] for e in pickle.loads(dump())['entries']])"
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout == "['gloo:all_reduce']\n", done.stderr
 
 
 @check("torch.uncompile_module")
