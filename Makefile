@@ -22,8 +22,8 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARA
 
 help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
-	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (up to 40 minutes on 2 cores)"
-	@echo "make check   lint, types and unit tests (2 to 3 minutes)"
+	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (45 to 50 minutes on 2 cores)"
+	@echo "make check   lint, types and unit tests (3 to 4 minutes)"
 	@echo "make format  let ruff fix what it can"
 	@echo "make bench   the benchmarks, with the peers they compare with"
 	@echo "make gpu     on a machine with an NVIDIA card: its tests and measurements, into benchmarks/gpu.md (up to an hour)"

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.compat.torch import dump_collectives
@@ -28,7 +28,8 @@ VERDICT_FILE = "verdict.txt"
 INTERVAL_SECONDS = 2.0
 # What the main thread has, after the verdict of another rank, to end by itself; closing W&B may take half of it.
 GRACE_SECONDS = 40.0
-RECORD_BYTES = 1024  # of a beat, padded: it is written in place
+RECORD_BYTES = 4096  # of a beat, padded: it is written in place
+MAX_FAILURE = 500  # characters, of six bytes at most
 HUNG_EXIT_CODE = 4
 
 
@@ -77,8 +78,11 @@ class Heartbeat:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if exception[0] is None and self._world.is_main:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if exception[0] is None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()  # a rank that has ended well is not lost
+            if self._world.is_main:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def stage(self, name: str, step: int | None = None) -> None:
         """Say what this rank does from now on; the same again is progress, too. ``None``: it is the same step."""
@@ -89,7 +93,7 @@ class Heartbeat:
 
     def failed(self, failure: str) -> Beat:
         """Say what this rank fails with, for the others; returns where it was."""
-        self._failure = failure
+        self._failure = failure[:MAX_FAILURE]
         self._write()
         return self._beat()
 
@@ -133,11 +137,12 @@ class Heartbeat:
                     self.dump()
                     os._exit(HUNG_EXIT_CODE)
                 continue
-            if self._world.world_size == 1 or self._now[1] in UNBOUNDED or self._seconds() <= self._timeout:
+            if self._world.world_size == 1 or self._seconds() <= self._timeout:
                 continue  # of one rank nobody waits
             beats = self._read()
-            if any(beat.stage in UNBOUNDED and not beat.lost() for beat in beats):
-                continue  # somebody is at work
+            is_lost = any(beat.lost() for beat in beats)
+            if not is_lost and any(beat.stage in UNBOUNDED for beat in beats):
+                continue  # somebody is at work, perhaps this rank; not where it waits for one that is gone
             found = self.dump()
             if self.gives_verdict():
                 self._on_hang(verdict(beats, self._world.world_size) + found)
@@ -156,11 +161,7 @@ class Heartbeat:
         return self._folder / f"rank-{self._world.rank:05d}.json"
 
     def _record(self) -> bytes:
-        beat = self._beat()
-        room = RECORD_BYTES - 400  # a message may be long
-        if beat.failure is not None and len(beat.failure) > room:
-            beat = replace(beat, failure=beat.failure[:room])
-        return json.dumps(asdict(beat)).encode()[:RECORD_BYTES].ljust(RECORD_BYTES)
+        return json.dumps(asdict(self._beat())).encode().ljust(RECORD_BYTES)
 
     def _write(self) -> None:
         """Write, and close: that is when hosts that share the folder see it."""
@@ -175,7 +176,8 @@ class Heartbeat:
         found: list[tuple[float, dict[str, object]]] = []
         for file in sorted(self._folder.glob("rank-*.json")):
             try:
-                found.append((file.stat().st_mtime, json.loads(file.read_text())))
+                with file.open() as beat:  # opened first: that is when NFS asks its server how old the file is
+                    found.append((os.fstat(beat.fileno()).st_mtime, json.loads(beat.read())))
             except (OSError, ValueError):
                 continue
         newest = max((written for written, _ in found), default=0.0)

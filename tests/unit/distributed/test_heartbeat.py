@@ -84,6 +84,24 @@ def test_one_verdict_and_every_waiting_rank_ends(tmp_path: Path) -> None:
     assert "step 7, data: hangs" in line or "never written" in line
 
 
+def test_a_rank_that_saves_does_not_wait_for_one_that_is_gone(tmp_path: Path) -> None:
+    """Without gloo's word for it: NCCL has none."""
+    gone, saving = waiting(tmp_path, 1, "save", 60), waiting(tmp_path, 0, "save", 60)
+    while len(list((tmp_path / FOLDER).glob("rank-*.json"))) < 2:
+        time.sleep(0.05)
+    gone.kill()
+    said = saving.communicate(timeout=60)[0]
+    assert saving.returncode == 4
+    assert "rank 1 (process" in said
+    assert "was killed" in said
+
+
+def test_a_long_failure_is_read_whole(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, World(0, 1, 0, torch.device("cpu")), 60, print) as own:
+        own.failed("ü\n" * 5000)
+        assert own.explain().endswith("ü\n" * 250)
+
+
 def test_nobody_ends_while_somebody_saves(tmp_path: Path) -> None:
     ranks = [waiting(tmp_path, 0, "save", 6), waiting(tmp_path, 1, "reduce", 5)]
     assert [process.wait(60) for process in ranks] == [0, 0]

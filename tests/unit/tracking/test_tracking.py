@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.wandb_runs import SUMMARY
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError
 from trainer.tracking.environment import redact, write_environment
@@ -32,15 +33,6 @@ from trainer.tracking.terminal import clock, step_line
 from trainer.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[3]
-SUMMARY = {
-    "status": "finished",
-    "steps": 3,
-    "wall_seconds": 1.5,
-    "trainable_parameters": 10,
-    "total_parameters": 100,
-    "train_loss": 0.25,
-    "metrics": {"eval_loss": 0.5, "eval_loss_before": 1.0},
-}
 
 
 def silent_config(every_steps: int = 1) -> TrainConfig:
