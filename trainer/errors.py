@@ -6,6 +6,8 @@ Each says four things: what was wrong, the value that was found, the reason and 
 
 from __future__ import annotations
 
+from trainer.redaction import redact
+
 INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that SIGINT has ended
 LAUNCHER_PIDS = "AFINA_LAUNCHER_PIDS"  # variable of a process that is started for a run: who waits for it, by commas
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again resumes where this one was stopped
@@ -28,7 +30,7 @@ class AfinaError(Exception):
 
     def __init__(self, what: str, *, value: object = None, reason: str = "", hint: str = "") -> None:
         self.what, self.value, self.reason, self.hint = what, value, reason, hint
-        super().__init__(self._message())
+        super().__init__(redact(self._message()))
 
     def _message(self) -> str:
         head = self.what if self.value is None else f"{self.what}={self.value}"

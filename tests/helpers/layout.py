@@ -22,18 +22,25 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "evaluation"),
     ("data", "methods", "tracking"),
     ("config",),
-    ("files", "errors", "silence", "compat", "distributed"),
+    ("files", "errors", "redaction", "silence", "compat", "distributed"),
 )
 LEVEL = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Importer -> the rooms of its own floor that it may import; one way only.
 NEIGHBOURS = {
     "cli": {"train"},
+    "errors": {"redaction"},
     "files": {"errors"},
     "compat": {"errors"},
     "distributed": {"compat", "errors"},
 }
 # None of them loads torch.
-LAUNCH_MAY_IMPORT = ("trainer.config", "trainer.errors", "trainer.files", "trainer.tracking.files")
+LAUNCH_MAY_IMPORT = (
+    "trainer.config",
+    "trainer.errors",
+    "trainer.files",
+    "trainer.redaction",
+    "trainer.tracking.files",
+)
 
 
 def sources(*packages: str, root: Path = ROOT) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from trainer.config.compose import load, sources, to_yaml
 from trainer.config.identity import changed_fields, changed_result_fields, result_fields, run_identity
-from trainer.config.messages import redact
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
 from trainer.config.paths import find_adapter, find_data
@@ -24,7 +23,6 @@ __all__ = [
     "keys",
     "load",
     "method_label",
-    "redact",
     "result_fields",
     "run_folder",
     "run_identity",

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.compat.hydra import forget_initialization
 from trainer.config.dataset_spec import is_template_file
-from trainer.config.messages import HIDDEN, config_error, is_secret_key, nearest, one_line, redact
+from trainer.config.messages import config_error, nearest, one_line
 from trainer.config.overrides import split
 from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
 from trainer.config.rules import check as rules
@@ -34,6 +34,7 @@ from trainer.config.suggestions import (
     unknown_key,
 )
 from trainer.errors import ConfigError
+from trainer.redaction import redact_all
 
 PRIMARY = "train"
 
@@ -87,17 +88,7 @@ def sources(overrides: Sequence[str] = ()) -> dict[str, str]:
 
 def to_yaml(config: TrainConfig) -> str:
     """Return the complete configuration as YAML, secrets redacted. :func:`load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(_redacted(dataclasses.asdict(config))))
-
-
-def _redacted(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _redacted(child, str(key)) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_redacted(child, name) for child in value]
-    if isinstance(value, str):
-        return HIDDEN if value and is_secret_key(name) else redact(value)
-    return value
+    return OmegaConf.to_yaml(OmegaConf.create(redact_all(dataclasses.asdict(config))))
 
 
 def _compose(choices: Mapping[str, str | None], with_hydra: bool = False) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from trainer.config.messages import HIDDEN
-from trainer.config.messages import redact as redact_shapes
 from trainer.files import write_atomically
+from trainer.redaction import is_secret_name, redact
 from trainer.tracking.files import strict
 
 ENVIRONMENT_FILE = "environment.json"
@@ -38,21 +36,6 @@ PACKAGES = (
     "omegaconf",
     "wandb",
 )
-# The whole last word, so that `batch.micro_tokens=4096` is no secret.
-_SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """Hide secrets in ``text``: tokens and credentials by their shape (``trainer.config.messages``), the value of
-    ``api_key=…`` and the like, and wherever it occurs the value of an environment variable with such a name."""
-    for name, value in os.environ.items():
-        # A short value ("true", "1") of a variable such as HF_HUB_DISABLE_IMPLICIT_TOKEN is no secret.
-        if _SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, HIDDEN)
-    key, separator, _ = text.partition("=")
-    if separator and _SECRET_NAME.search(key):
-        return f"{key}={HIDDEN}"
-    return redact_shapes(text)
 
 
 def write_environment(folder: Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -65,7 +48,7 @@ def write_environment(folder: Path, extra: Mapping[str, Any] | None = None) -> N
     """
     content = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [redact(argument) for argument in [sys.executable, *sys.argv]],
+        "command": [_redact_argument(argument) for argument in [sys.executable, *sys.argv]],
         "working_directory": os.getcwd(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -78,6 +61,12 @@ def write_environment(folder: Path, extra: Mapping[str, Any] | None = None) -> N
     }
     text = json.dumps(strict(content), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(Path(folder) / ENVIRONMENT_FILE, text.encode() + b"\n")
+
+
+def _redact_argument(argument: str) -> str:
+    """Redact an argument; of ``key=value`` all of the value, where the key says so."""
+    key, separator, value = argument.partition("=")
+    return f"{key}={redact(value, key)}" if separator and is_secret_name(key) else redact(argument)
 
 
 def _package_versions() -> dict[str, str]:
@@ -109,4 +98,4 @@ def _is_recorded(name: str) -> bool:
     """Return whether a variable changes speed or placement, and cannot hold a user's private matters."""
     exact = {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     prefixes = ("NCCL_", "TORCHELASTIC_", "PYTORCH_", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
-    return (name in exact or name.startswith(prefixes)) and not _SECRET_NAME.search(name)
+    return (name in exact or name.startswith(prefixes)) and not is_secret_name(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.errors import AfinaError, CheckpointError
 from trainer.files import write_atomically
+from trainer.redaction import redact
 
 Record = dict[str, Any]
 
@@ -197,7 +198,7 @@ def describe_error(error: BaseException, rank: int) -> Record:
     """
     kind = error.kind if isinstance(error, AfinaError) else type(error).__name__
     met_by = error.rank if isinstance(error, AfinaError) else None
-    return {"kind": kind, "message": str(error), "rank": rank if met_by is None else met_by}
+    return {"kind": kind, "message": redact(str(error)), "rank": rank if met_by is None else met_by}
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from trainer.redaction import redact
+
 LOGGERS = ("trainer", "launch")
 PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
@@ -47,7 +49,7 @@ class LineHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the message, with its level in front where that is a warning or an error."""
-        text = super().format(record)
+        text = redact(super().format(record))
         prefix = PREFIXES.get(record.levelno, "")
         return text if text.startswith(prefix) else prefix + text
 

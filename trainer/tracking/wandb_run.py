@@ -21,7 +21,7 @@ from urllib.request import getproxies
 from trainer.compat.wandb import without_metadata
 from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
-from trainer.tracking.environment import redact
+from trainer.redaction import redact, redact_all
 from trainer.tracking.files import strict
 from trainer.tracking.wandb_file import find_wandb_files, read_steps
 
@@ -148,12 +148,16 @@ class WandbRun:
         }
         log = config.log
         arguments = {
-            "project": log.project,
-            "entity": log.entity,
-            "group": log.group,
-            "name": log.name or config.run.name or self._folder.name,
-            "tags": list(log.tags) or None,
-            "config": {**_redacted_config(config), "facts": strict(model_info)},
+            **redact_all(
+                {
+                    "project": log.project,
+                    "entity": log.entity,
+                    "group": log.group,
+                    "name": log.name or config.run.name or self._folder.name,
+                    "tags": list(log.tags) or None,
+                    "config": {**_redacted_config(config), "facts": strict(model_info)},
+                }
+            ),
             "dir": str(self._folder),
             "id": _run_id(self._folder),
             "resume": "allow",

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.helpers.wandb_runs import SUMMARY
 from trainer.config.schema import TrainConfig
 from trainer.errors import CheckpointError
-from trainer.tracking.environment import redact, write_environment
+from trainer.redaction import redact
+from trainer.tracking.environment import write_environment
 from trainer.tracking.files import (
     SUMMARY_KEYS,
     MetricsFile,

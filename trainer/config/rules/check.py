@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
-from trainer.config.messages import config_error, listing, nearest, one_line, redact
+from trainer.config.messages import config_error, listing, nearest, one_line
 from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
 from trainer.config.rules.matrix import Cell, check_cell
@@ -23,6 +23,7 @@ from trainer.config.rules.model import check_model
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.suggestions import ConfigField, config_fields, default_value, slurm_by_hand
 from trainer.errors import ConfigError
+from trainer.redaction import redact
 
 MAX_NAME_LENGTH = 128
 
