@@ -1,6 +1,26 @@
 """afina: fine-tunes causal language models under DeepSpeed. The rooms and their order are in CONTRIBUTING.md."""
 
-import logging
+# Both are loaded before any file of the working folder could be.
+import os
+import sys
+
+
+def keep_working_folder_out() -> None:
+    """Keep Python from importing out of the working folder, here and in every process that is started from here: a
+    ``json.py`` or ``torch.py`` beside somebody's data is not meant for us.
+
+    ``python -m`` puts that folder first, before any module of ours can be asked; the checkout is left where it is.
+    """
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    here, home = os.path.realpath(os.getcwd()), os.path.realpath(os.path.join(os.path.dirname(__file__), ".."))
+    if here != home:
+        sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
+
+
+if any(word == "-m" and name.partition(".")[0] == __name__ for word, name in zip(sys.orig_argv, sys.orig_argv[1:])):
+    keep_working_folder_out()
+
+import logging  # noqa: E402
 
 # Said at import, by whichever library imports bitsandbytes first, about a kernel that afina does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
