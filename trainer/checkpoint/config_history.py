@@ -36,6 +36,6 @@ def read_config(folder: Path) -> TrainConfig | None:
     """Read the configuration that a run was made with; ``None`` where that cannot be read any more (moved data, a key
     of an older version)."""
     try:
-        return load([], folder / CONFIG_FILE)
+        return load([], folder / CONFIG_FILE, only_to_compare=True)
     except AfinaError:
         return None

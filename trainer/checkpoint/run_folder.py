@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.config_history import read_config
+from trainer.checkpoint.config_history import CONFIG_FILE, read_config
 from trainer.checkpoint.owner import own_run, show_owner
 from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, changed_result_fields, run_folder
@@ -95,6 +95,7 @@ def open_run(config: TrainConfig, world: World, total_steps: int, data_fingerpri
 def _decide(config: TrainConfig, total_steps: int, data_fingerprint: str) -> Run:
     folder = run_folder(config)
     if config.run.overwrite and folder.exists():
+        _check_is_run(folder)
         aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
         folder.rename(aside)
         logger.info(f"run.overwrite: the old run was moved to {aside}")
@@ -130,6 +131,15 @@ def _extend(config: TrainConfig, folder: Path, summary: dict[str, Any], total_st
         f"follows the schedule of {total_steps} steps"
     )
     return Run(folder, resume_from=resume_from)
+
+
+def _check_is_run(folder: Path) -> None:
+    """Refuse to move aside what no run has made."""
+    if any(folder.iterdir()) and not any(
+        (folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+    ):
+        reason = f"{folder} is no run: it is left where it is"
+        raise ConfigError("run.overwrite", value="true", reason=reason, hint="another run.name or run.dir")
 
 
 def _unused(path: Path) -> Path:

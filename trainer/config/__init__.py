@@ -1,6 +1,6 @@
 """The configuration: typed keys (``schema``), Hydra composition (``load``), checks (``rules``), identity and names."""
 
-from trainer.config.compose import load, sources, to_yaml
+from trainer.config.compose import load, read_values, sources, to_yaml
 from trainer.config.identity import changed_fields, changed_result_fields, result_fields, run_identity
 from trainer.config.naming import method_label, run_folder, run_name
 from trainer.config.overrides import expand_sweep, is_sweep
@@ -23,6 +23,7 @@ __all__ = [
     "keys",
     "load",
     "method_label",
+    "read_values",
     "result_fields",
     "run_folder",
     "run_identity",

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.compat.hydra import forget_initialization
 from trainer.config.dataset_spec import is_template_file
+from trainer.config.file_trust import refuse_calls, take_no_grants
 from trainer.config.messages import config_error, nearest, one_line
 from trainer.config.overrides import split
 from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
@@ -39,13 +40,19 @@ from trainer.redaction import redact_all
 PRIMARY = "train"
 
 
-def load(overrides: Sequence[str] = (), config_file: Path | None = None, with_data: bool = True) -> TrainConfig:
+def load(
+    overrides: Sequence[str] = (),
+    config_file: Path | None = None,
+    with_data: bool = True,
+    only_to_compare: bool = False,
+) -> TrainConfig:
     """Compose, convert and check the configuration that ``overrides`` ask for.
 
     Args:
         overrides: Hydra overrides as typed. They win over every file.
         config_file: a run's ``config.yaml``; it takes the place of ``conf/``, so groups cannot be chosen on top of it.
         with_data: ``False`` does not look up ``data.path`` and ``.validation``: no row will be read.
+        only_to_compare: nothing is done with it: what the file would grant is kept as it stands there.
 
     Returns:
         the resolved configuration; the paths of ``data.path``, ``.validation``, ``.template`` and ``method.adapter``
@@ -60,6 +67,9 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None, with_da
     else:
         _refuse_groups(choices, config_file)
         tree = _read(config_file)
+        refuse_calls(tree, config_file)
+        if not only_to_compare:
+            take_no_grants(tree, config_file, {name for name, _ in values})
     cfg = copy.deepcopy(_schema())
     for name, value in [*_flatten(tree), *values]:
         _assign(cfg, name, value)
@@ -74,6 +84,16 @@ def load(overrides: Sequence[str] = (), config_file: Path | None = None, with_da
     if is_template_file(config.data.template):
         config.data.template = find_template(config.data.template)
     return config
+
+
+def read_values(config_file: Path) -> dict[str, Any]:
+    """Read a config file as ``{dotted key: value}``, just as it stands there: nothing is resolved or checked.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    sections = ((name, body) for name, body in _read(config_file).items() if isinstance(body, Mapping))
+    return {f"{section}.{key}": value for section, body in sections for key, value in body.items()}
 
 
 def sources(overrides: Sequence[str] = ()) -> dict[str, str]:

@@ -6,7 +6,15 @@ from dataclasses import field
 from typing import Any
 
 
-def key(default: Any, help: str, *, changes_result: bool = True, resume_may_change: bool = False, **limits: Any) -> Any:
+def key(
+    default: Any,
+    help: str,
+    *,
+    changes_result: bool = True,
+    resume_may_change: bool = False,
+    grants: bool = False,
+    **limits: Any,
+) -> Any:
     """Return a documented dataclass field.
 
     The two marks are all that ``identity.py`` knows: a run's default name, "is this finished run the same" and what a
@@ -20,12 +28,15 @@ def key(default: Any, help: str, *, changes_result: bool = True, resume_may_chan
         resume_may_change: of a field that changes the result, whether a run may be resumed from a checkpoint that was
             written with another value (a longer run, another learning rate): the state that was saved keeps its
             meaning. ``False`` binds the checkpoint to the value.
+        grants: whether it lets something happen to this machine that a file from somebody else must not ask for: it
+            counts where it is typed, or in one's own ``conf/``.
         **limits: any of ``choices`` (tuple of allowed values), ``ge``, ``gt``, ``le``, ``lt`` (numeric bounds).
     """
     unknown = set(limits) - {"choices", "ge", "gt", "le", "lt"}
     assert not unknown, f"unknown limits {unknown}"
     assert changes_result or not resume_may_change, "what does not change the result may always change at a resume"
-    metadata = {"help": help, "changes_result": changes_result, "resume_may_change": resume_may_change, **limits}
+    marks = {"changes_result": changes_result, "resume_may_change": resume_may_change, "grants": grants}
+    metadata = {"help": help, **marks, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -69,7 +69,10 @@ class ModelConfig:
         changes_result=False,
     )
     trust_remote_code: bool = key(
-        False, "run Python code that comes with the model; only for sources you trust", changes_result=False
+        False,
+        "run Python code that comes with the model; only for sources you trust; counts when typed",
+        changes_result=False,
+        grants=True,
     )
 
 
@@ -267,7 +270,7 @@ class RunConfig:
         changes_result=False,
     )
     overwrite: bool = key(
-        False, "start from step 0; the old folder is moved aside, never deleted", changes_result=False
+        False, "start from step 0; the old folder is moved aside; counts when typed", changes_result=False, grants=True
     )
 
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from trainer.config import TrainConfig, find_adapter, load
+from trainer.config import TrainConfig, find_adapter, load, read_values
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
 from trainer.distributed import process_group as distributed
@@ -168,14 +166,14 @@ def _describe_differences(config: TrainConfig, given: Sequence[str]) -> list[str
         config_file = find_adapter("--adapter", folder).parent / "config.yaml" if folder else None
         if config_file is None or not config_file.is_file():
             continue
-        adapter_config = OmegaConf.load(config_file)
+        trained_with = read_values(config_file)
         for key, own in (
             ("model.name_or_path", config.model.name_or_path),
             ("model.revision", config.model.revision),
             ("data.template", config.data.template),
             ("data.alpaca_role", config.data.alpaca_role),
         ):
-            other = OmegaConf.select(adapter_config, key)
+            other = trained_with.get(key)
             if other != own and not is_template_file(str(other)):
                 notes.append(f"{name} was trained with {key}={other}; here it is {own}")
     return notes
@@ -207,6 +205,6 @@ def _resolve_base(config: TrainConfig) -> str:
 def _saved_template_override(run: Path) -> list[str]:
     """Return what to override when a finished run was trained with a chat template from a file: the tokenizer that it
     saved carries that template, so the file may be gone by now."""
-    config = OmegaConf.load(run / "config.yaml")
+    template = read_values(run / "config.yaml").get("data.template")
     saved = any((run / name / "tokenizer_config.json").exists() for name in ("adapter", "model"))
-    return ["data.template=chat"] if saved and is_template_file(OmegaConf.select(config, "data.template")) else []
+    return ["data.template=chat"] if saved and is_template_file(str(template)) else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from trainer.errors import ConfigError, ModelError
 from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
 
+logger = logging.getLogger(__name__)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -66,6 +69,8 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if model.trust_remote_code:
+        _tell_of_remote_code(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -75,6 +80,11 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@cache
+def _tell_of_remote_code(folder: str) -> None:
+    logger.warning(f"model.trust_remote_code: Python code that comes with {folder} is run")
 
 
 def load_model(
