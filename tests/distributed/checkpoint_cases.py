@@ -15,12 +15,13 @@ from torch import Tensor
 from tests.distributed.bench import Bench
 from tests.helpers.logged import logged_lines
 from trainer.checkpoint.resume import find_resume_point
-from trainer.distributed.process_group import gather_objects
+from trainer.distributed.process_group import barrier, gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import CheckpointError
 from trainer.training.loop import Loop
 
 NO_DROPOUT = ("full", "ia3", "prompt", "prefix", "bottleneck")
+OLDER = ("stage0", "stage2", "stage3")
 OTHER_STAGES = ("stage0", "stage1", "stage3", "stage2_offload", "stage3_offload")
 RESUMED = [
     *([zero] for zero in ("stage0", "stage1", "stage2", "stage3")),
@@ -102,12 +103,47 @@ def one_rank_cannot_write(bench: Bench) -> list[dict[str, Any]]:
     return gather_objects({"saved": [lost, kept], "logged": logged, "there": there})
 
 
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('code of a checkpoint was run')",)
+
+
+def older_full_checkpoint_is_read_as_data(bench: Bench, zero: str) -> dict[str, Any]:
+    """What 0.1 saved of all weights, DeepSpeed's own files: with a word of trust, as data, and else not."""
+    folder = bench.shared_folder()
+    overrides = ("method=full", "rank=null", f"zero={zero}")
+    old = bench.loop(bench.config(*overrides), folder)
+    for step in range(2):
+        old.step(step)
+    old.checkpointer.save(2)
+    expected = gather_state(old.engine)
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    old.engine.deepspeed.save_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    said = []
+    with_trust = bench.loop(bench.config(*overrides, "checkpoint.trust_pickle=true"), folder)
+    with_trust.checkpointer.restore(checkpoint)
+    found = gather_state(with_trust.engine)
+    without = bench.loop(bench.config(*overrides), folder)
+    barrier()
+    if bench.world.is_main:
+        for file in (checkpoint / "deepspeed" / "state").glob("*.pt"):
+            torch.save({"module": _Bomb()}, file)
+    barrier()
+    for loop in (without, with_trust):
+        try:
+            loop.checkpointer.restore(checkpoint)
+        except CheckpointError as error:
+            said.append(str(error))
+    return {"equal": all(torch.equal(found[n], expected[n]) for n in expected), "said": gather_objects(said)}
+
+
 CASES: dict[str, Callable[[Bench], Any]] = {
     **{
         f"resume {' '.join(each)}": partial(resume_is_bit_identical, zero=each[0], overrides=each[1:])
         for each in RESUMED
     },
     "other stages": resume_at_other_stages,
+    **{f"older {zero}": partial(older_full_checkpoint_is_read_as_data, zero=zero) for zero in OLDER},
     "full disk on rank 1": one_rank_cannot_write,
 }
 

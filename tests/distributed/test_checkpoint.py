@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint_cases import OTHER_STAGES, RESUMED
+from tests.distributed.checkpoint_cases import OLDER, OTHER_STAGES, RESUMED
 from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("checkpoint_cases.py")
@@ -30,6 +30,16 @@ def test_resume_is_bit_identical(seen: Cases, name: str) -> None:
 @pytest.mark.parametrize("zero", OTHER_STAGES)
 def test_state_moves_to_another_stage_to_the_bit(seen: Cases, zero: str) -> None:
     assert seen["other stages"][zero]
+
+
+@pytest.mark.parametrize("zero", OLDER)
+def test_an_older_checkpoint_of_all_weights_is_read_as_data(seen: Cases, zero: str) -> None:
+    found = seen[f"older {zero}"]
+    assert found["equal"]
+    for without, with_trust in found["said"]:
+        assert "is of version 0.1, in pickles" in without
+        assert "checkpoint.trust_pickle=true" in without
+        assert "asks for more than data, and was not read" in with_trust
 
 
 def test_another_seed_is_refused(seen: Cases) -> None:

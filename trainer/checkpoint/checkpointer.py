@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from trainer.checkpoint.commit import archive_after, checkpoint_dir, commit, complete, delete_old, find_corruption
 from trainer.checkpoint.sharded import open_parts, write_part
 from trainer.checkpoint.tensors import save_verified
+from trainer.compat.deepspeed import load_checkpoint
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.process_group import from_main
 from trainer.engine.engine import Engine
@@ -199,6 +201,12 @@ class Checkpointer:
     def _restore_deepspeed(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Restore what an older version saved with DeepSpeed: at the world size and stage that it was saved at."""
         engine = self.engine
+        if not self.config.trust_pickle:
+            raise CheckpointError(
+                str(folder),
+                reason="is of version 0.1, in pickles, which can hold code of whoever wrote them",
+                hint="checkpoint.trust_pickle=true where that was you",
+            )
         was, now = (metadata["world_size"], metadata["zero_stage"]), (engine.world.world_size, engine.zero_stage)
         if was != now:
             raise CheckpointError(
@@ -207,7 +215,11 @@ class Checkpointer:
                 f"{was[1]} alone; this run has {now[0]} under stage {now[1]}",
                 hint=f"zero.stage={was[1]} on {was[0]} ranks; what it saves from there on fits any",
             )
-        engine.deepspeed.load_checkpoint(str(folder / DEEPSPEED), tag="state")
+        try:
+            load_checkpoint(engine.deepspeed, str(folder / DEEPSPEED), tag="state")
+        except UnpicklingError as error:
+            reason = f"asks for more than data, and was not read: {str(error).splitlines()[0]}"
+            raise CheckpointError(str(folder / DEEPSPEED), reason=reason) from error
 
     def _metadata(
         self, step: int, monitor_state: dict[str, Any] | None, record: dict[str, Any] | None

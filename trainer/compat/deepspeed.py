@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from trainer.compat import has_changed, need, reach
 
 LIBRARY = "deepspeed"
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 SHM_OP = "deepspeed_shm_comm"
 # The fp32 shares of a rank, flat, by ZeRO stage.
 FLAT_GROUPS = {
@@ -125,6 +127,34 @@ def overflowing(optimizer: Any, zero_stage: int) -> Iterator[None]:
     finally:
         delattr(optimizer, name)
         optimizer.check_grad_overflow = checks
+
+
+@reach(
+    "deepspeed.runtime.fp16.loss_scaler, .zero.config.ZeroStageEnum, deepspeed.utils.tensor_fragment.fragment_address",
+    until="no checkpoint of version 0.1 is left, or DeepSpeed reads its own with weights_only",
+)
+def load_checkpoint(engine: Any, folder: str, tag: str) -> None:
+    """Load a checkpoint that DeepSpeed has saved, as data: a pickle that asks for more than tensors, plain values and
+    the classes that DeepSpeed itself puts there is refused.
+
+    Raises:
+        pickle.UnpicklingError: a file asks for more.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    forced = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"  # DeepSpeed asks for the opposite
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            engine.load_checkpoint(folder, tag=tag)
+    finally:
+        if forced is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = forced
 
 
 @reach("parameter.ds_id", until="DeepSpeed has a public test for a partitioned parameter")

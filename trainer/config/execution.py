@@ -36,6 +36,12 @@ class CheckpointConfig:
         "or a checkpoint folder",
         changes_result=False,
     )
+    trust_pickle: bool = key(
+        False,
+        "read checkpoints of method=full by version 0.1, which are pickles; only your own; counts when typed",
+        changes_result=False,
+        grants=True,
+    )
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def test_a_file_may_refer_to_itself_and_what_is_typed_to_the_machine(
 
 def test_remote_code_is_granted_where_it_is_typed(tmp_path: Path) -> None:
     file = written(tmp_path, "model", "trust_remote_code", True)
-    with pytest.raises(ConfigError, match="cannot grant that: run Python code.* → type model.trust_remote_code=true"):
+    with pytest.raises(ConfigError, match=r"cannot grant that: run Python code.* → type model.trust_remote_code=true"):
         load([], file, with_data=False)
     assert load(["model.trust_remote_code=true"], file, with_data=False).model.trust_remote_code
     assert not load(["model.trust_remote_code=false"], file, with_data=False).model.trust_remote_code
@@ -82,4 +82,4 @@ def test_a_file_overwrites_nothing(tmp_path: Path) -> None:
 
 def test_what_grants_is_marked() -> None:
     granting = {name for name, spec in config_fields().items() if spec.field.metadata["grants"]}
-    assert granting == {"model.trust_remote_code", "run.overwrite"}
+    assert granting == {"model.trust_remote_code", "run.overwrite", "checkpoint.trust_pickle"}
