@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -218,7 +219,8 @@ class Checkpointer:
         try:
             load_checkpoint(engine.deepspeed, str(folder / DEEPSPEED), tag="state")
         except UnpicklingError as error:
-            reason = f"asks for more than data, and was not read: {str(error).splitlines()[0]}"
+            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"asks for more than data ({asked[1] if asked else 'code'}), and was not read"
             raise CheckpointError(str(folder / DEEPSPEED), reason=reason) from error
 
     def _metadata(
