@@ -17,6 +17,11 @@ def keep_working_folder_out() -> None:
         sys.path[:] = [folder for folder in sys.path if folder and os.path.realpath(folder) != here]
 
 
+def deny_others_writing() -> None:
+    """Let nobody but the user and their group write what is made from here on, whatever the umask was."""
+    os.umask(os.umask(0o022) | 0o002)
+
+
 if any(word == "-m" and name.partition(".")[0] == __name__ for word, name in zip(sys.orig_argv, sys.orig_argv[1:])):
     keep_working_folder_out()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer import deny_others_writing
 from trainer.config import load
 from trainer.distributed import process_group as distributed
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 finished, 2 config, data or model, 3 checkpoint, 4 launch, 5 loss not finite or out of memory, 75 stopped on
     request and saved, 130 stopped at once by a second Ctrl-C.
     """
+    deny_others_writing()
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import run
+from tests.helpers.processes import ROOT, run
 
 NAMES = ("json", "logging", "torch", "datasets", "numpy", "transformers", "pickle", "random")
 
@@ -31,3 +31,13 @@ def test_train_started_by_hand(work: Path, tiny_model: Path) -> None:
     done = run([sys.executable, "-m", "trainer.train", "method.r=0"], cwd=work, check=False)
     assert done.returncode == 2, done.tail()
     assert not (work / "EXECUTED").exists()
+
+
+def test_nobody_else_may_write_what_a_run_makes(tmp_path: Path, tiny_model: Path) -> None:
+    """Whatever the umask was. Its cache is a new one: the tables in it are made by this run."""
+    keys = "debug=tiny log=off run.name=x batch.max_steps=2 eval.metrics=[loss]"
+    script = f"umask 000; exec {sys.executable} -m trainer.cli train {keys} data.cache_dir=tables"
+    run(["sh", "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, timeout_seconds=200)
+    made = [path for path in tmp_path.rglob("*") if not path.is_symlink()]
+    assert len(made) > 20
+    assert [path for path in made if path.stat().st_mode & 0o002] == []

@@ -72,6 +72,9 @@ def _make_place(folder: Path) -> None:
         raise ConfigError("run.dir", value=folder.parent, reason=f"{error.strerror}", hint="another run.dir") from None
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.name", value=folder.name, reason=f"{folder} is a file", hint="another run.name")
+    if (path := run_lock_path(folder)).is_symlink():
+        reason = f"its lock {path} is a link, and a lock is a file of its own"
+        raise ConfigError("run.name", value=folder.name, reason=reason, hint="remove it, or another run.name")
     if not os.access(folder.parent, os.W_OK):
         raise ConfigError("run.dir", value=folder.parent, reason="cannot be written", hint="another run.dir")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from trainer import keep_working_folder_out
+from trainer import deny_others_writing, keep_working_folder_out
 from trainer.cli import finished_run, inspection, training
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
@@ -48,6 +48,7 @@ for verb_name, verb in VERBS.items():
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code. What a user can fix is one line on stderr, without a traceback."""
     keep_working_folder_out()
+    deny_others_writing()
     configure_logging(stream=sys.stderr)  # stdout is for what was asked for
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

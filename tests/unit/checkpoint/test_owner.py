@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.processes import ROOT
 from trainer.checkpoint.owner import PATIENCE_SECONDS, own_run, show_owner
 from trainer.errors import ConfigError, LaunchError
-from trainer.files import OWNER_FILE, SILENT_SECONDS, find_owner, run_lock_path, try_lock
+from trainer.files import OWNER_FILE, SILENT_SECONDS, find_owner, lock, run_lock_path, try_lock
 
 HOLD = """
 import sys, time
@@ -117,3 +117,13 @@ def test_a_file_where_the_folder_should_be_is_said(tmp_path: Path, file: str, fo
     with pytest.raises(ConfigError, match=f"^{said}=.* is a file → another {said}$"), own_run(tmp_path / folder):
         pass
     assert (tmp_path / file).read_text() == "mine"
+
+
+def test_a_lock_that_is_a_link_leaves_its_target_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    run_lock_path(tmp_path / "run").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match="is a link"), own_run(tmp_path / "run"):
+        pass
+    with pytest.raises(OSError, match="symbolic links"), lock(run_lock_path(tmp_path / "run")):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from trainer.data.templates.template import Template
 from trainer.errors import DataError
 from trainer.files import cache_root, commit_folder, lock, partial_folder, remove_stale_partials
 
+logger = logging.getLogger(__name__)
 VERSION = 6  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 
 
@@ -77,10 +79,14 @@ def _lock_table(cache: Path, fingerprint: str) -> Iterator[None]:
     with ExitStack() as held:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(cache / f"{fingerprint}.lock"))
+            held.enter_context(lock(cache / f"{fingerprint}.lock", _log_waiting))
         except OSError as error:
             raise _no_cache(cache, error) from error
         yield
+
+
+def _log_waiting() -> None:
+    logger.info("another process is preparing these rows; waiting for it")
 
 
 def _no_cache(cache: Path, error: OSError) -> DataError:
