@@ -17,6 +17,9 @@ from trainer.methods.bottleneck import BOTTLENECK_TYPE, attach_bottleneck, parse
 from trainer.methods.parameters import trainable_parameters
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 10_000_000  # a rank and an alpha pattern for each of thousands of layers are below
+# What PEFT allocates by, as an adapter_config.json names it.
+SIZES = ("r", "init_r", "num_virtual_tokens", "encoder_hidden_size", "token_dim", "bottleneck_size")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -29,12 +32,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read the tensors of one safetensors file, on the CPU.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or holds values that are not finite.
     """
     try:
-        return load_file(str(file))
+        tensors = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            reason = f"{name} holds values that are not finite, and would answer with nothing"
+            raise CheckpointError(str(file), reason=reason, hint="use an older checkpoint")
+    return tensors
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -47,9 +55,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(str(folder), reason="holds no adapter_config.json", hint="name a run's folder")
     file = folder / "adapter_config.json"
     try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"of more than {MAX_CONFIG_BYTES} bytes")
         metadata = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(str(file), reason=f"cannot be read ({reason})", hint="use an older checkpoint") from error
     if not isinstance(metadata, dict) or "peft_type" not in metadata:
         raise CheckpointError(str(file), reason="names no peft_type, so it is no adapter's", hint="name a run's folder")
     return metadata
@@ -70,17 +81,32 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     metadata = read_adapter_config(folder)
     saved = read_tensors(folder / ADAPTER_FILE)
+    _check_sizes(folder, metadata, saved)
     if metadata["peft_type"] == BOTTLENECK_TYPE:
         return _load_bottleneck(base, folder, metadata, saved)
     try:
         model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
+    except Exception as error:  # whatever PEFT makes of a file that is anybody's
+        raise _does_not_fit(folder, next(iter(str(error).splitlines()), type(error).__name__)) from error
     # PEFT fills what is missing with untrained adapters and passes over what has no place.
     odd = sorted(set(saved) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     if odd:
         raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
     return model
+
+
+def _check_sizes(folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> None:
+    """Refuse sizes that no saved tensor has, before anything is allocated for them: the base is in memory by now."""
+    if metadata.get("megatron_config"):
+        raise _does_not_fit(folder, "megatron_core names a module that PEFT would import")
+    largest = max((size for tensor in saved.values() for size in tensor.shape), default=0)
+    named = {name: metadata.get(name) for name in SIZES}
+    patterns = metadata.get("rank_pattern")
+    if isinstance(patterns, dict):
+        named |= {f"rank_pattern.{name}": rank for name, rank in patterns.items()}
+    for name, size in named.items():
+        if isinstance(size, (int, float)) and not isinstance(size, bool) and size > largest:
+            raise _does_not_fit(folder, f"{name} is {size}, and no saved tensor has a size above {largest}")
 
 
 def _load_bottleneck(base: nn.Module, folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
