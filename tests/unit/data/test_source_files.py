@@ -17,6 +17,7 @@ import pytest
 
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.sources import hf_datasets as hub
+from trainer.data.sources import readers
 from trainer.data.sources.file_hashes import hash_files
 from trainer.data.sources.open import Source, open_source
 from trainer.data.sources.rows import CHUNK_LINES, RejectedRow, Row, parse_rows
@@ -245,3 +246,16 @@ def test_many_processes_share_a_memory(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0] * 4
     hash_files(paths, memory)
     assert set(json.loads(memory.read_text())) == {str(path) for path in paths}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_small_file_that_is_one_endless_line_is_refused_in_bounded_memory(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"bomb.{kind}.gz"
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        for _ in range(300):
+            out.write(b"a" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"bomb\.{kind}\.gz:1: is longer than 64 MiB"):
+        list(readers.read_chunks(file, 0, file.name))
+    assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    tracemalloc.stop()

@@ -19,6 +19,7 @@ from trainer.data.sources.rows import BOM, CHUNK_LINES, Chunk, ParsedRow, reject
 from trainer.errors import DataError
 
 CHUNK_BYTES = 8 << 20
+MAX_LINE_BYTES = 64 << 20  # of decompressed text: a small file could otherwise ask for all memory there is
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
 TABLE_KINDS = (".parquet", ".arrow")
@@ -66,9 +67,24 @@ def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str)
     elif kind in (".csv", ".tsv"):
         yield from chunk_rows(read_csv(stream, "," if kind == ".csv" else "\t", name), file, name)
     elif kind in (".txt", ".text"):
-        yield from chunk_rows(_read_text_lines(stream, name), file, name)
+        yield from chunk_rows(_read_text_lines(bounded_lines(stream, name), name), file, name)
     else:
-        yield from chunk_lines(stream, file, name)
+        yield from chunk_lines(bounded_lines(stream, name), file, name)
+
+
+def bounded_lines(stream: io.BufferedReader[Any], name: str) -> Iterator[bytes]:
+    """Read lines one by one.
+
+    Raises:
+        DataError: one is longer than ``MAX_LINE_BYTES``.
+    """
+    number = 1
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            reason = f"is longer than {MAX_LINE_BYTES >> 20} MiB, and a row is a line"
+            raise DataError(f"{name}:{number}", reason=reason, hint="is it the right file?")
+        yield line
+        number += 1
 
 
 @contextmanager
