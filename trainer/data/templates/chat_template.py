@@ -18,12 +18,15 @@ from jinja2 import TemplateSyntaxError
 from trainer.data.formats.fields import strings_in
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer, Span
+from trainer.data.templates.time_limit import TimeLimit, TimeLimitExceeded
 from trainer.errors import DataError
 
 Message = dict[str, Any]
 # What the template of an assistant's message writes besides its text, so the place of the text alone is too little.
 EXTRA_TEXT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 MAX_SKELETONS = 1000
+MAX_RENDERED = 64 << 20  # characters of one conversation
+_TIME_LIMIT = TimeLimit(10.0)  # a rendering takes milliseconds
 _LEAVE_OUT = "data.template=FILE.jinja, one that writes tools, or leave `tools` out"
 
 
@@ -70,7 +73,7 @@ class ChatTemplate:
         Args:
             messages: as ``apply_chat_template`` takes them; a message's ``content`` is a string.
             tools: tool definitions.
-            add_generation_prompt: it aadd_generation_prompt its answer.
+            add_generation_prompt: open the assistant's turn at the end.
             wanted: the assistant messages whose places are wanted (by index), the last one closed by an end token if
                 the template closes it by none.
             where: the row, for messages.
@@ -185,15 +188,22 @@ class ChatTemplate:
         self, messages: list[Message], tools: Sequence[Any] | None, add_generation_prompt: bool, where: str
     ) -> str:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=list(tools) if tools else None,
-                    chat_template=self._source,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
+            with _TIME_LIMIT.limited():
+                text = str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=list(tools) if tools else None,
+                        chat_template=self._source,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                    )
                 )
-            )
+            if len(text) > MAX_RENDERED:
+                raise ValueError(f"it writes {len(text)} characters")
+            return text
+        except TimeLimitExceeded as error:
+            reason = f"does not end within {_TIME_LIMIT.seconds:.0f} s on {where}"
+            raise DataError(self._called, reason=reason, hint="data.template=alpaca, or FILE.jinja") from error
         except TemplateSyntaxError as error:
             raise DataError(
                 self._called, reason=f"is no chat template: line {error.lineno}: {error.message}", hint="fix it"
