@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from tests.helpers.processes import ROOT
-from trainer import files
 from trainer.data.prepare.prepare import default_cache
+from trainer.files import atomic as files
 from trainer.files import (
     cache_root,
     commit_folder,
     explain_full_disk,
     file_manifest,
+    find_change,
     find_damage,
     lock,
     partial_folder,
@@ -30,6 +31,7 @@ from trainer.files import (
     try_lock,
     write_atomically,
 )
+from trainer.files import manifest as files_manifest
 
 
 class Killed(BaseException):
@@ -246,3 +248,21 @@ def test_a_full_disk_is_one_line(error: BaseException, named: str | None) -> Non
     told = explain_full_disk(error)
     assert (told is None) == (named is None)
     assert named is None or (named in str(told) and "the disk takes no more" in str(told))
+
+
+def test_a_file_is_read_again_once_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, memo = tmp_path / "model", tmp_path / ".compared"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"good" * 1000)
+    manifest = file_manifest(folder)
+    read: list[Path] = []
+    monkeypatch.setattr(files_manifest, "sha256", lambda file: read.append(file) or sha256(file))
+    assert find_change(folder, manifest, memo) is None
+    assert find_change(folder, manifest, memo) is None
+    assert len(read) == 1
+    times = (folder / "weights").stat()
+    (folder / "weights").write_bytes(b"evil" * 1000)  # of the same size
+    os.utime(folder / "weights", ns=(times.st_atime_ns, times.st_mtime_ns))  # and, it seems, as old
+    assert (
+        find_change(folder, manifest, memo) == f"{folder / 'weights'} is not what was written (size or SHA-256 differ)"
+    )

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.logged import logged_lines
-from trainer import files
 from trainer.checkpoint import commit, tensors
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.resume import find_resume_point, verify
 from trainer.config.schema import CheckpointConfig, MethodConfig
 from trainer.errors import CheckpointError
+from trainer.files import atomic as files
+from trainer.files import manifest
 from trainer.methods import attach, create_runtime, runtime, trainable_parameters
 
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "state.safetensors", "state.json")
@@ -227,7 +228,7 @@ def test_a_kill_while_deleting_leaves_nothing_that_looks_complete(run: Run, monk
     ("room", "killed_in"),
     [
         (files, "sync"),
-        (files, "sha256"),
+        (manifest, "sha256"),
         (files, "write_atomically"),
         (tensors, "save_file"),
         (runtime, "save_adapter"),

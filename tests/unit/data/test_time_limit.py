@@ -15,11 +15,16 @@ from trainer.data.templates.time_limit import TimeLimit, TimeLimitExceeded
 from trainer.errors import DataError
 
 
-def test_a_loop_is_ended_and_the_next_block_is_not() -> None:
-    limit = TimeLimit(0.2)
-    with pytest.raises(TimeLimitExceeded), limit.limited():
+def for_ever(limit: TimeLimit) -> None:
+    with limit.limited():
         while True:
             pass
+
+
+def test_a_loop_is_ended_and_the_next_block_is_not() -> None:
+    limit = TimeLimit(0.2)
+    with pytest.raises(TimeLimitExceeded):
+        for_ever(limit)
     for _ in range(20_000):
         with limit.limited():
             pass
@@ -31,18 +36,15 @@ def test_threads_are_bounded_one_by_one() -> None:
 
     def loop() -> None:
         try:
-            with limit.limited():
-                while True:
-                    pass
+            for_ever(limit)
         except TimeLimitExceeded:
             ended.append(threading.get_ident())
 
     threads = [threading.Thread(target=loop) for _ in range(2)]
     for thread in threads:
         thread.start()
-    with pytest.raises(TimeLimitExceeded), limit.limited():
-        while True:
-            pass
+    with pytest.raises(TimeLimitExceeded):
+        for_ever(limit)
     for thread in threads:
         thread.join(20)
     assert len(ended) == 2

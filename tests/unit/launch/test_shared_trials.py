@@ -76,7 +76,7 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Other]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "pause", made.pause)
     monkeypatch.setattr(launch.trials, "run_trial", made.run_trial)
-    monkeypatch.setattr("trainer.files.socket.gethostname", lambda: "here")
+    monkeypatch.setattr("trainer.files.locks.socket.gethostname", lambda: "here")
     yield made
     for held in made.owned.values():
         held.close()

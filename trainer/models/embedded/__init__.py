@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import ConfigError, ModelError
-from trainer.files import cache_root, commit_folder, file_manifest, find_damage, lock, new_file_mode, partial_folder
+from trainer.files import cache_root, commit_folder, file_manifest, find_change, lock, new_file_mode, partial_folder
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny
 
@@ -106,10 +106,15 @@ def _build(folder: Path, model: Embedded) -> None:
 
 
 def _is_complete(folder: Path, model: Embedded) -> bool:
-    """Check marker and sizes; the hashes in the marker are for people: 270 MB a start is too much to hash."""
+    """Compare the files with the marker's hashes, once after each change of them; a changed model is built anew."""
     try:
         marker = json.loads((folder / MARKER).read_text())
-        return marker["recipe"] == model.recipe and find_damage(folder, marker["files"], hashes=False) is None
+        if marker["recipe"] != model.recipe:
+            return False
+        memo = folder.with_name(f".{folder.name}.compared")
+        if (damage := find_change(folder, marker["files"], memo)) is not None:
+            logger.warning(f"{damage}; the model is built anew")
+        return damage is None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
