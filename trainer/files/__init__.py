@@ -10,6 +10,7 @@ from trainer.files.atomic import (
     partial_path,
     sync,
     sync_folder,
+    warn_if_others_may_write,
     write_atomically,
 )
 from trainer.files.locks import (
@@ -50,5 +51,6 @@ __all__ = [
     "sync",
     "sync_folder",
     "try_lock",
+    "warn_if_others_may_write",
     "write_atomically",
 ]

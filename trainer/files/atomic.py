@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from trainer.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. After a kill it stays, and the next writer removes it."""
@@ -141,3 +146,12 @@ def explain_full_disk(error: BaseException) -> CheckpointError | None:
 def files_below(folder: Path) -> list[Path]:
     """Return every file in a folder and below it, sorted."""
     return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+@cache
+def warn_if_others_may_write(folder: Path) -> None:
+    """Say once where somebody else than this user, or root, may change what is in a folder that is read again."""
+    with contextlib.suppress(OSError):
+        status = folder.stat()
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+            logger.warning(f"{folder} can be written by others, and is read as they leave it (AFINA_CACHE=FOLDER)")

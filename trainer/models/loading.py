@@ -7,6 +7,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -121,6 +122,8 @@ def load_model(
         extra["device_map"] = {"": str(device)}  # tensor by tensor: no rank holds a copy in host memory
     if device_map is not None:
         extra["device_map"] = device_map
+    if any(Path(folder).glob("*.bin")) and not any(Path(folder).glob("*.safetensors")):
+        logger.info(f"{folder}: the weights are pickles, read as data: what asks for more is refused")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -129,7 +132,7 @@ def load_model(
             dtype=dtype,
             **extra,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
     keep_4bit_layout(loaded)

@@ -25,7 +25,16 @@ from trainer.data.sources.open import Source, open_source
 from trainer.data.sources.rows import Row, parse_rows
 from trainer.data.templates.template import Template
 from trainer.errors import DataError
-from trainer.files import cache_root, commit_folder, lock, partial_folder, remove_stale_partials
+from trainer.files import (
+    cache_root,
+    commit_folder,
+    file_manifest,
+    find_change,
+    lock,
+    partial_folder,
+    remove_stale_partials,
+    warn_if_others_may_write,
+)
 
 logger = logging.getLogger(__name__)
 VERSION = 6  # of the table's layout and of everything that turns text into tokens: raise it when either changes
@@ -53,9 +62,23 @@ def prepare(
     fingerprint = _fingerprint(source, data_config, template, cache / "digests.json")
     folder = cache / fingerprint
     with _lock_table(cache, fingerprint):
-        if not (folder / MARKER).exists():
+        if not _is_whole(folder):
             _build(source, data_config, tokenizer, folder)
     return open_table(folder, source)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a table is complete and, compared once after each change of its files, what was written."""
+    try:
+        made = json.loads((folder / MARKER).read_text())
+        damage = find_change(folder, made.get("files", {}), folder.with_name(f".{folder.name}.compared"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        damage = f"{folder} has no readable marker"
+    if damage is not None:
+        logger.warning(f"{damage}; these rows are prepared anew")
+    return damage is None
 
 
 def default_cache() -> Path:
@@ -79,6 +102,7 @@ def _lock_table(cache: Path, fingerprint: str) -> Iterator[None]:
     with ExitStack() as held:
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            warn_if_others_may_write(cache)
             held.enter_context(lock(cache / f"{fingerprint}.lock", _log_waiting))
         except OSError as error:
             raise _no_cache(cache, error) from error
@@ -111,7 +135,7 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
     try:
         with partial_folder(folder) as partial:
             made = build(source, spec, data_config.workers, partial)
-            commit_folder(partial, folder, MARKER, json.dumps(made))
+            commit_folder(partial, folder, MARKER, json.dumps({**made, "files": file_manifest(partial)}))
     except OSError as error:
         raise _no_cache(folder.parent, error) from error
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import ConfigError, ModelError
-from trainer.files import cache_root, commit_folder, file_manifest, find_change, lock, new_file_mode, partial_folder
+from trainer.files import (
+    cache_root,
+    commit_folder,
+    file_manifest,
+    find_change,
+    lock,
+    new_file_mode,
+    partial_folder,
+    warn_if_others_may_write,
+)
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny
 
@@ -50,6 +59,7 @@ def fetch(name: str) -> Path:
         raise ModelError("model", value=name, reason="is not an embedded model", hint=f"one of {', '.join(EMBEDDED)}")
     model = EMBEDDED[name]
     folder = cache_root() / "models" / name
+    warn_if_others_may_write(folder.parent)
     if _is_complete(folder, model):
         return folder
     try:
