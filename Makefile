@@ -8,6 +8,9 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 GPU_PEERS := .venv/.gpu-peers
+# What comes with a CUDA build of torch.
+CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+  cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 # Seconds that `make gpu` may take.
 GPU_BUDGET ?= 3600
 # Child processes (ninja, torchrun, afina) are looked up on PATH even when nobody activated .venv.
@@ -18,24 +21,28 @@ TEST_THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n :
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format bench gpu clean distclean packages
+.PHONY: help demo test check lint audit lock format bench gpu clean distclean packages
 
 help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
 	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (45 to 50 minutes on 2 cores)"
-	@echo "make check   lint, types and unit tests (3 to 4 minutes)"
+	@echo "make check   lint, types, known vulnerabilities of what is installed, and unit tests (3 to 4 minutes)"
 	@echo "make format  let ruff fix what it can"
 	@echo "make bench   the benchmarks, with the peers they compare with"
 	@echo "make gpu     on a machine with an NVIDIA card: its tests and measurements, into benchmarks/gpu.md (up to an hour)"
 	@echo "make clean   caches and build outputs; never runs/. make distclean: .venv too"
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Every file that pip fetches must have a hash of requirements.lock; torch comes by its version alone, because the index
+# decides between its CPU and CUDA builds.
+$(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11 or missing: say make PYTHON=python3.11 (or newer)"; exit 1; }
 	@echo "environment: installing into .venv (a few minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; echo "$(PYTHON) -m venv failed: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
-	@$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -qq --no-deps --require-hashes -r requirements.lock
+	@$(PY) -m pip install -qq -c constraints.txt torch
+	@$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)
@@ -55,11 +62,26 @@ lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Online services say what is known; where none is reached, so does this, and nothing fails.
+audit: $(INSTALLED)
+	@found=$$(timeout 120 $(PY) -m pip_audit -r requirements.lock --no-deps --disable-pip --progress-spinner off -f json 2>&1); \
+	count=$$(grep -o '"vulns"' <<<"$$found" | wc -l); \
+	if grep -q '"fix_versions"' <<<"$$found"; then \
+	  $(PY) -m pip_audit -r requirements.lock --no-deps --disable-pip --progress-spinner off; exit 1; \
+	elif [ "$$count" = 0 ]; then echo "audit: no service that knows vulnerabilities is reached from here"; \
+	else echo "audit: $$count packages of requirements.lock, no known vulnerability"; fi
+
+# After a change of pyproject.toml or constraints.txt. Only what torch alone needs is left out, with it.
+lock: $(INSTALLED)
+	$(PY) -m pip install -qq uv
+	$(PY) -m uv pip compile pyproject.toml --extra dev -c constraints.txt --universal --generate-hashes --no-annotate \
+	  --custom-compile-command "make lock" -q $(addprefix --no-emit-package ,$(CUDA)) -o requirements.lock
+
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-check: lint
+check: lint audit
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
 
 # One pytest run, and nothing after it: its summary line is the last thing said.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,20 @@ def partition_like() -> None:
         assert all(torch.equal(p, value) for p, value in zip((first, second), values, strict=True))
 
 
+def load_checkpoint() -> None:
+    """What DeepSpeed saves is read back as data."""
+    for stage in STAGES:
+        engine, _, weight = build(stage)
+        update(engine, 1.0)
+        expected = master(weight)
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save_checkpoint(folder, tag="state")
+            update(engine, 1.0)
+            assert not torch.equal(master(weight), expected)
+            compat.load_checkpoint(engine, folder, "state")
+        assert torch.equal(master(weight), expected)
+
+
 # Reach -> what tries it.
 CASES: dict[str, Callable[[], None]] = {
     "deepspeed.skip_shm_build": skip_shm_build,
@@ -153,6 +168,7 @@ CASES: dict[str, Callable[[], None]] = {
         ("deepspeed.is_partitioned", "deepspeed.whole_shape", "deepspeed.whole_numel"), partitioned_parameters
     ),
     "deepspeed.partition_like": partition_like,
+    "deepspeed.load_checkpoint": load_checkpoint,
 }
 
 

@@ -105,3 +105,17 @@ def check_command(words: list[str]) -> None:
         trainer.config.load(words[words.index("trainer.train") + 1 :])
     elif words[0] == "sbatch":
         trainer.config.load(words[words.index("slurm/train.sbatch") + 1 :])
+
+
+def test_every_promise_of_security_names_its_test() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promised = text.split("## Not promised")[0]
+    rows = [line for line in promised.splitlines() if line.startswith("| ") and not line.startswith("| what |")]
+    bullets = re.split(r"^- ", promised.split("## What is kept out")[1].split("\n## ")[0], flags=re.MULTILINE)[1:]
+    installed = promised.split("## What is installed")[1]
+    assert len(rows) >= 8
+    assert len(bullets) >= 3
+    for promise in [*rows, *bullets, installed]:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", promise)
+        assert named, promise
+        assert [path for path in named if not (ROOT / path).is_file()] == []

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.logged import logged_lines
 from tests.helpers.processes import ROOT
 from trainer.data.prepare.prepare import default_cache
 from trainer.files import atomic as files
@@ -29,6 +30,7 @@ from trainer.files import (
     remove_stale_partials,
     sha256,
     try_lock,
+    warn_if_others_may_write,
     write_atomically,
 )
 from trainer.files import manifest as files_manifest
@@ -258,6 +260,11 @@ def test_a_file_is_read_again_once_it_was_written(tmp_path: Path, monkeypatch: p
     read: list[Path] = []
     monkeypatch.setattr(files_manifest, "sha256", lambda file: read.append(file) or sha256(file))
     assert find_change(folder, manifest, memo) is None
+    assert not memo.exists(), "it has just been written, and may be within the same tick"
+    monkeypatch.setattr(files_manifest, "TIMES_ARE_COARSE_SECONDS", 0.02)
+    time.sleep(0.03)
+    read.clear()
+    assert find_change(folder, manifest, memo) is None
     assert find_change(folder, manifest, memo) is None
     assert len(read) == 1
     times = (folder / "weights").stat()
@@ -266,3 +273,14 @@ def test_a_file_is_read_again_once_it_was_written(tmp_path: Path, monkeypatch: p
     assert (
         find_change(folder, manifest, memo) == f"{folder / 'weights'} is not what was written (size or SHA-256 differ)"
     )
+
+
+def test_a_cache_that_others_can_write_is_told(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    with logged_lines() as said:
+        for folder in (tmp_path, tmp_path / "missing", open_to_all, open_to_all):
+            warn_if_others_may_write(folder)
+    assert len(said) == 1
+    assert "can be written by others" in said[0]

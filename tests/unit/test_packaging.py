@@ -107,6 +107,24 @@ def test_environment_is_consistent() -> None:
     assert answer.returncode == 0, answer.stdout
 
 
+def test_the_lock_file_is_what_constraints_and_project_ask_for() -> None:
+    """After a change of either: ``make lock``. torch is not in it: each index has its own builds."""
+    locked = {}
+    for entry in re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text()):
+        if entry.startswith("#"):
+            continue
+        requirement = Requirement(entry.partition(" \\\n")[0])
+        locked[canonicalize_name(requirement.name)] = requirement
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), f"{requirement} has no hash"
+    for name, pinned in constraints().items():
+        if name in locked:
+            assert str(locked[name].specifier) == f"=={pinned}", name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {*map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]])}
+    assert {canonicalize_name(each.name) for each in wanted} - set(locked) == {"torch"}
+    assert [name for name in locked if name.startswith(("nvidia-", "cuda-", "triton"))] == []
+
+
 def constraints() -> dict[str, str]:
     """Canonical package name -> pinned version."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()

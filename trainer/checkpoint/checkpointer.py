@@ -37,7 +37,7 @@ from trainer.engine.whole_state import (
     restore_state,
 )
 from trainer.errors import AfinaError, CheckpointError
-from trainer.files import partial_path
+from trainer.files import parse_json, partial_path
 
 STATE_FILE = "state.safetensors"
 METHOD_STATE = "ranks/"  # prefix of what the method keeps in it; AdaLoRA's ranks were the first
@@ -127,9 +127,13 @@ class Checkpointer:
         if folder is None:
             return Restored()
         engine = self.engine
-        metadata = from_main(json.loads((folder / "state.json").read_text()) if engine.world.is_main else {})
+        metadata = from_main(_read_metadata(folder) if engine.world.is_main else {})
+        if not metadata:
+            raise CheckpointError(
+                str(folder / "state.json"), reason="is not what a run writes", hint="another checkpoint"
+            )
         self._check_identity(folder, metadata["identity"])
-        step = int(metadata["step"])
+        step = metadata["step"]
         if (folder / DEEPSPEED).exists():
             self._restore_deepspeed(folder, metadata)
         else:
@@ -264,6 +268,16 @@ class _State:
     def method_state(self) -> dict[str, torch.Tensor]:
         """Return what the method has saved."""
         return {n.removeprefix(METHOD_STATE): t for n, t in self.loaded.items() if n.startswith(METHOD_STATE)}
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Read ``state.json``; empty where it is not what a run writes."""
+    try:
+        found = parse_json((folder / "state.json").read_text())
+        whole = all(isinstance(found[name], dict) for name in ("identity", "loss_scaler"))
+        return found if whole and isinstance(found["step"], int) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _make_folder(partial: Path) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.files import PARTIAL, commit_folder, file_manifest, find_damage
+from trainer.files import PARTIAL, commit_folder, file_manifest, find_damage, parse_json
 
 MARKER = "COMPLETE"
 
@@ -47,7 +47,7 @@ def delete_old(checkpoints: Path, keep: int, best_step: int | None = None) -> No
 def find_corruption(folder: Path) -> str | None:
     """Verify a checkpoint's files against its marker; return what is wrong, naming the file, or ``None``."""
     try:
-        return find_damage(folder, json.loads((folder / MARKER).read_text()))
+        return find_damage(folder, parse_json((folder / MARKER).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{folder} has no readable {MARKER} marker"
 

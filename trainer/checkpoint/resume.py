@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from trainer.checkpoint.commit import complete, find_corruption, set_aside
 from trainer.errors import CheckpointError
+from trainer.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,6 @@ def verify(folder: Path, run_dir: Path) -> None:
 def _resumed_by(folder: Path) -> str | None:
     """Read ``checkpoint.resume`` of the run that wrote a checkpoint; ``None`` when it cannot be read."""
     try:
-        return str(json.loads((folder / "state.json").read_text())["resume"])
+        return str(parse_json((folder / "state.json").read_text())["resume"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -38,6 +38,8 @@ from trainer.errors import ConfigError
 from trainer.redaction import redact_all
 
 PRIMARY = "train"
+MAX_CONFIG_CHARACTERS = 1_000_000
+MAX_CONFIG_DEPTH = 50
 
 
 def load(
@@ -144,8 +146,9 @@ def _read(config_file: Path) -> dict[str, Any]:
     if not config_file.is_file():
         raise config_error("config file", config_file, "there is no such file", "--config runs/NAME/config.yaml")
     try:
+        _check_size(config_file.read_text(encoding="utf-8"))
         tree = OmegaConf.to_container(OmegaConf.load(config_file), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
         reason = one_line(error).split(", column")[0]
         raise config_error("config file", config_file, f"cannot be read as YAML ({reason})", "fix that line") from error
     if not isinstance(tree, dict) or not tree:
@@ -153,6 +156,23 @@ def _read(config_file: Path) -> dict[str, Any]:
             "config file", config_file, "must hold sections such as model and method", "`afina config > FILE`"
         )
     return cast(dict[str, Any], tree)
+
+
+def _check_size(text: str) -> None:
+    """Refuse what would grow: a few lines of aliases to aliases are gigabytes once they are read.
+
+    Raises:
+        ValueError: says why.
+    """
+    if len(text) > MAX_CONFIG_CHARACTERS:
+        raise ValueError(f"it is longer than {MAX_CONFIG_CHARACTERS} characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1} refers to another by *{event.anchor}: write it out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_CONFIG_DEPTH:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested too deep")
 
 
 def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

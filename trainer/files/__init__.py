@@ -26,6 +26,7 @@ from trainer.files.locks import (
     try_lock,
 )
 from trainer.files.manifest import file_manifest, find_change, find_damage, sha256
+from trainer.files.parse import parse_json
 
 __all__ = [
     "OWNER_FILE",
@@ -42,6 +43,7 @@ __all__ = [
     "is_alive_elsewhere",
     "lock",
     "new_file_mode",
+    "parse_json",
     "partial_folder",
     "partial_path",
     "read_owner",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import socket
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.files.atomic import PARTIAL, new_file_mode
+from trainer.files.parse import parse_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -87,7 +87,7 @@ def find_owner(folder: Path) -> str | None:
 def read_owner(folder: Path) -> dict[str, Any]:
     """Read who has shown itself as the owner of a run, dead or alive; empty where nobody has."""
     try:
-        found = json.loads((folder / OWNER_FILE).read_text())
+        found = parse_json((folder / OWNER_FILE).read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

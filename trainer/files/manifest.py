@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.files.atomic import files_below, write_atomically
+
+# Two changes within a tick of a filesystem's clock have the same time: what has just changed is compared once more.
+TIMES_ARE_COARSE_SECONDS = 2.0
 
 
 def sha256(file: Path) -> str:
@@ -45,8 +50,11 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = Tru
     """
     expected = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
     for file, size, digest in expected:
+        if ".." in file.parts or not file.is_relative_to(folder):
+            return f"{folder} names a file outside of it"
         try:
-            same = file.stat().st_size == size and (not hashes or sha256(file) == digest)
+            is_file = stat.S_ISREG((status := file.stat()).st_mode)  # a pipe or /dev/zero would be read for ever
+            same = is_file and status.st_size == size and (not hashes or sha256(file) == digest)
         except FileNotFoundError:
             return f"{file} is missing"
         except OSError as error:
@@ -80,8 +88,9 @@ def find_change(folder: Path, manifest: Mapping[str, Any], memo: Path) -> str | 
             return None
     except (OSError, ValueError):
         pass
+    newest = max(((folder / name).stat().st_ctime for name in manifest), default=0.0)
     damage = find_damage(folder, manifest)
-    if damage is None:
+    if damage is None and time.time() - newest > TIMES_ARE_COARSE_SECONDS:
         with contextlib.suppress(OSError):  # a cache of somebody else's: it is compared again the next time
             write_atomically(memo, seen.encode())
     return damage

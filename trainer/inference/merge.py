@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.merge.card import model_card
 from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
 from trainer.models.loading import load_model, load_tokenizer
+from trainer.tracking.files import find_summary
 
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 16, 256  # rows of the run's data that a merge is verified on, and how much of each
 
@@ -45,7 +45,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
         reference_logits = logits_at_positions(quantised.model, prompts)
         del quantised
         gc.collect()
-    summary = json.loads((run / "summary.json").read_text())
+    summary = find_summary(run)
     device = distributed.from_environment().device
 
     def reload(folder: Path, dtype: torch.dtype) -> Any:

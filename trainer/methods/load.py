@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
+from trainer.files import parse_json
 from trainer.methods.bottleneck import BOTTLENECK_TYPE, attach_bottleneck, parse_bottleneck_config
 from trainer.methods.parameters import trainable_parameters
 
@@ -57,10 +57,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"of more than {MAX_CONFIG_BYTES} bytes")
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(str(file), reason=f"cannot be read ({reason})", hint="use an older checkpoint") from error
+        metadata = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(file), reason=f"cannot be read ({error})", hint="use an older checkpoint") from error
     if not isinstance(metadata, dict) or "peft_type" not in metadata:
         raise CheckpointError(str(file), reason="names no peft_type, so it is no adapter's", hint="name a run's folder")
     return metadata

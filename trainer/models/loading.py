@@ -122,6 +122,8 @@ def load_model(
         extra["device_map"] = {"": str(device)}  # tensor by tensor: no rank holds a copy in host memory
     if device_map is not None:
         extra["device_map"] = device_map
+    if model.trust_remote_code:
+        _tell_of_remote_code(folder)
     if any(Path(folder).glob("*.bin")) and not any(Path(folder).glob("*.safetensors")):
         logger.info(f"{folder}: the weights are pickles, read as data: what asks for more is refused")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import AfinaError, CheckpointError
-from trainer.files import write_atomically
+from trainer.files import parse_json, write_atomically
 from trainer.redaction import redact
 
 Record = dict[str, Any]
@@ -234,7 +234,7 @@ def read_summary(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(_read(path))
+        summary = parse_json(_read(path))
     except ValueError:
         summary = None
     if not isinstance(summary, dict):
@@ -261,7 +261,7 @@ def _line(record: Record) -> bytes:
 
 def _record(line: bytes) -> Record | None:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None

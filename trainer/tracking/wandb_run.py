@@ -266,5 +266,7 @@ def _run_bounded(work: Callable[[], object], seconds: float) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error; of pydantic's, whose first one only counts, all of them."""
     text = str(error).strip().splitlines()
-    return redact(f"{type(error).__name__}: {text[0]}" if text else type(error).__name__)
+    said = " ".join(" ".join(text).split()) if type(error).__name__ == "ValidationError" else (text or [""])[0]
+    return redact(f"{type(error).__name__}: {said}" if said else type(error).__name__)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import NotFiniteError
+from trainer.files import parse_json
 
 SKIPPED_FILE = "skipped.jsonl"
 MAX_IN_A_ROW = 8  # more, and it is not the rows
@@ -40,7 +41,7 @@ class SkippedSteps:
         if world.is_main and file.exists():
             for line in file.read_text().splitlines():
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     first[int(record["step"]) - 1] = int(record["first_step"]) - 1
                 except (ValueError, KeyError, TypeError):
                     logger.warning(f"{file}: a line that cannot be read is left out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ import numpy as np
 
 from trainer.data.prepare.checks import Finding
 from trainer.data.sources.rows import RejectedRow
+from trainer.files import parse_json
 from trainer.view.pieces import Piece, visible
 from trainer.view.sharing import Sharing
 
@@ -174,7 +174,7 @@ def _read_records(file: Path) -> Iterator[dict[str, object]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
             if isinstance(record, dict):

@@ -21,6 +21,7 @@ from tests.helpers.tokenizers import with_template, write_rows
 from trainer.config.schema import DataConfig
 from trainer.data.formats.parse import parse_example
 from trainer.data.prepare.encode import SCHEMA
+from trainer.data.prepare.table import ROWS_FILE
 from trainer.data.sources.rows import Row
 from trainer.data.templates.template import Template
 
@@ -166,6 +167,19 @@ def test_a_kill_in_the_middle_leaves_no_half_table(asked: Asked, monkeypatch: py
     assert not list(asked.cache.glob("*.partial"))
 
 
+def test_a_table_that_was_changed_behind_our_back_is_prepared_again(asked: Asked) -> None:
+    table = asked()
+    expected = table.table[:]
+    file = table.folder / ROWS_FILE
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.unlink()  # the table is mapped into this process
+    file.write_bytes(content)
+    assert asked().table[:] == expected
+    assert any("rows.arrow is not what was written" in line for line in asked.logged), asked.logged
+    assert sum("prepared again" in line for line in asked.logged) == 1
+
+
 def test_processes_at_once_build_once(asked: Asked, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     start, lines = context.Barrier(4), tmp_path / "lines"
@@ -185,7 +199,7 @@ def test_processes_at_once_build_once(asked: Asked, tmp_path: Path) -> None:
     for process in children:
         process.join(60)
     assert [process.exitcode for process in children] == [0, 0, 0, 0]
-    assert lines.read_text().count("preparing") == 1
+    assert lines.read_text().count("preparing rows.jsonl") == 1
 
 
 def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.architectures import tiny
+from tests.helpers.logged import logged_lines
 from trainer.config import load
 from trainer.errors import ModelError
 from trainer.methods.targets import describe_unreached
@@ -38,3 +39,31 @@ def test_quantising_passes_over_experts(bits: int, tmp_path: Path) -> None:
     assert layer.self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
     assert {p.dtype for p in layer.mlp.experts.parameters()} == {torch.bfloat16}
     assert "are not quantised" in (describe_unreached(model, bits) or "")
+
+
+class _Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.mark)!r}, 'w').write('it has run')",)
+
+
+def test_weights_that_are_pickles_are_read_as_data_and_told(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    keys = load(["debug=tiny"])
+
+    def loaded() -> Any:
+        return load_model(str(tmp_path), keys.model, keys.method, torch.float32, CPU, 2)
+
+    with logged_lines() as said:
+        assert torch.equal(loaded().lm_head.weight, model.lm_head.weight)
+    assert sum("the weights are pickles, read as data" in line for line in said) == 1
+    torch.save({"lm_head.weight": _Bomb(tmp_path / "EXECUTED")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError) as error:
+        loaded()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "EXECUTED").exists()

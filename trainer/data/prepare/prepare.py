@@ -31,6 +31,7 @@ from trainer.files import (
     file_manifest,
     find_change,
     lock,
+    parse_json,
     partial_folder,
     remove_stale_partials,
     warn_if_others_may_write,
@@ -70,14 +71,14 @@ def prepare(
 def _is_whole(folder: Path) -> bool:
     """Return whether a table is complete and, compared once after each change of its files, what was written."""
     try:
-        made = json.loads((folder / MARKER).read_text())
+        made = parse_json((folder / MARKER).read_text())
         damage = find_change(folder, made.get("files", {}), folder.with_name(f".{folder.name}.compared"))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         damage = f"{folder} has no readable marker"
     if damage is not None:
-        logger.warning(f"{damage}; these rows are prepared anew")
+        logger.warning(f"{damage}; these rows are prepared again")
     return damage is None
 
 

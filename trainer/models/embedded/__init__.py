@@ -20,6 +20,7 @@ from trainer.files import (
     find_change,
     lock,
     new_file_mode,
+    parse_json,
     partial_folder,
     warn_if_others_may_write,
 )
@@ -116,14 +117,14 @@ def _build(folder: Path, model: Embedded) -> None:
 
 
 def _is_complete(folder: Path, model: Embedded) -> bool:
-    """Compare the files with the marker's hashes, once after each change of them; a changed model is built anew."""
+    """Compare the files with the marker's hashes, once after each change of them; a changed model is built again."""
     try:
-        marker = json.loads((folder / MARKER).read_text())
+        marker = parse_json((folder / MARKER).read_text())
         if marker["recipe"] != model.recipe:
             return False
         memo = folder.with_name(f".{folder.name}.compared")
         if (damage := find_change(folder, marker["files"], memo)) is not None:
-            logger.warning(f"{damage}; the model is built anew")
+            logger.warning(f"{damage}; the model is built again")
         return damage is None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
