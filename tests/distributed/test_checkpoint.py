@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_an_older_checkpoint_of_all_weights_is_read_as_data(seen: Cases, zero: s
     for without, with_trust in found["said"]:
         assert "is of version 0.1, in pickles" in without
         assert "checkpoint.trust_pickle=true" in without
-        assert with_trust.endswith("asks for more than data (builtins.exec), and was not read")
+        assert re.search(r"asks for more than data \((builtins\.)?exec\), and was not read$", with_trust)
 
 
 def test_another_seed_is_refused(seen: Cases) -> None:
