@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,10 @@ from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, changed_result_fields, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
+from trainer.files import move_aside
 from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, read_metrics, read_summary
 
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
 LENGTH = {"batch.max_steps", "batch.epochs"}  # what may be raised after the end
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,7 @@ def open_run(config: TrainConfig, world: World, total_steps: int, data_fingerpri
 def _decide(config: TrainConfig, total_steps: int, data_fingerprint: str) -> Run:
     folder = run_folder(config)
     if config.run.overwrite and folder.exists():
-        _check_is_run(folder)
-        aside = _unused(folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-        folder.rename(aside)
+        aside = move_aside(folder, RUN_FILES)
         logger.info(f"run.overwrite: the old run was moved to {aside}")
     summary = read_summary(folder) if folder.exists() else None
     if summary and summary.get("status") == "finished":
@@ -131,21 +129,6 @@ def _extend(config: TrainConfig, folder: Path, summary: dict[str, Any], total_st
         f"follows the schedule of {total_steps} steps"
     )
     return Run(folder, resume_from=resume_from)
-
-
-def _check_is_run(folder: Path) -> None:
-    """Refuse to move aside what no run has made."""
-    if any(folder.iterdir()) and not any(
-        (folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
-    ):
-        reason = f"{folder} is no run: it is left where it is"
-        raise ConfigError("run.overwrite", value="true", reason=reason, hint="another run.name or run.dir")
-
-
-def _unused(path: Path) -> Path:
-    """Return the path, or it with a number behind: two may be moved aside within one second."""
-    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
 def _changed(config: TrainConfig, folder: Path) -> list[tuple[str, Any, Any]] | None:

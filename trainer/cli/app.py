@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from trainer import deny_others_writing, keep_working_folder_out
-from trainer.cli import finished_run, inspection, training
+from trainer.cli import finished_run, inspection, jobs, training
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
 from trainer.tracking.logs import configure_logging
@@ -39,6 +39,10 @@ VERBS: dict[str, Callable[..., object]] = {
     "generate": finished_run.generate,
     "chat": finished_run.chat,
     "merge": finished_run.merge,
+    "status": jobs.status,
+    "logs": jobs.logs,
+    "cancel": jobs.cancel,
+    "slurm-script": jobs.slurm_script,
     "version": inspection.version,
 }
 for verb_name, verb in VERBS.items():

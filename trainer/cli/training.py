@@ -22,13 +22,20 @@ def train(
     dry_run: DryRun = False,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="every combination a run: same as sweep")] = False,
 ) -> int:
-    """Check the config, then train. Here, or with launch=torchrun in one process a device."""
+    """Check the config, then train: here, with launch=torchrun in a process a device, with launch=slurm as a job."""
     arguments = overrides or []
     if multirun:
         return sweep(arguments, config_file, dry_run)
     import trainer.config
 
     config = trainer.config.load(arguments, config_file)
+    if config.launch.kind == "slurm":
+        from launch.slurm import submit
+
+        if not dry_run:
+            return submit.submit(config, arguments, config_file)
+        print(submit.describe(config, arguments, config_file), end="")
+        return 0
     if dry_run:
         print(f"# would run: {shlex.join(train_command(config, arguments, config_file))}")
         print(f"# in folder: {trainer.config.run_folder(config)}")
@@ -47,8 +54,12 @@ def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: 
     """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32."""
     import launch.sweep.sweep
 
+    folder, trials = launch.sweep.sweep.plan_sweep(overrides or [], config_file)
+    if trials[0].config.launch.kind == "slurm" and not dry_run:
+        from launch.slurm.submit import submit_sweep
+
+        return submit_sweep(trials[0].config, folder, trials, config_file)
     if dry_run:
-        folder, trials = launch.sweep.sweep.plan_sweep(overrides or [], config_file)
         print(f"# sweep of {len(trials)} runs in {folder}")
         for trial in trials:
             print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")

@@ -99,13 +99,16 @@ class LogConfig:
 
 @dataclass(slots=True)
 class LaunchConfig:
-    """How `afina train` starts the job; `torchrun -m trainer.train` and `sbatch` ignore this group.
+    """How `afina train` starts the job; `torchrun -m trainer.train` ignores this group.
 
     One global batch gives the same update on any number of processes.
     """
 
     kind: str = key(
-        "here", "here: this process; torchrun: one process a device", choices=("here", "torchrun"), changes_result=False
+        "here",
+        "here: this process; torchrun: one process a device; slurm: submitted with sbatch",
+        choices=("here", "torchrun", "slurm"),
+        changes_result=False,
     )
     nproc_per_node: int | None = key(None, "processes a node; null: one a GPU, or one", ge=1, changes_result=False)
     nodes: int = key(1, "nodes of the job", ge=1, changes_result=False)
@@ -113,6 +116,39 @@ class LaunchConfig:
     master_address: str = key("127.0.0.1", "host of node 0, as the others reach it", changes_result=False)
     master_port: int = key(
         29500, "port on node 0; 0 picks a free one (one node only)", ge=0, le=65535, changes_result=False
+    )
+    rendezvous_seconds: int = key(
+        600, "how long the nodes wait for each other at the start", ge=10, changes_result=False
+    )
+    gpus_per_node: int | None = key(None, "Slurm: GPUs of each node", ge=1, changes_result=False)
+    cpus_per_node: int | None = key(None, "Slurm: cores of each node", ge=1, changes_result=False)
+    memory: str | None = key(None, "Slurm: host memory of each node (120G; 0: all of it)", changes_result=False)
+    time: str | None = key(None, "Slurm: time limit (04:00:00); null: the partition's", changes_result=False)
+    partition: str | None = key(None, "Slurm: partition", changes_result=False)
+    account: str | None = key(None, "Slurm: account that pays", changes_result=False)
+    qos: str | None = key(None, "Slurm: quality of service", changes_result=False)
+    constraint: str | None = key(None, "Slurm: features that the nodes must have", changes_result=False)
+    sbatch_args: list[str] = key([], "Slurm: more options of sbatch: [--reservation=mine]", changes_result=False)
+    srun_args: list[str] = key(
+        [], "Slurm: more options of srun, a container's for example: [--container-image=FILE]", changes_result=False
+    )
+    setup: list[str] = key(
+        [], "Slurm: shell lines before the job, such as ['module load cuda/12.4']", changes_result=False
+    )
+    script: str | None = key(
+        None, "Slurm: your own batch script, begun with `afina slurm-script`; null: ours", changes_result=False
+    )
+    warn_seconds: int | None = key(
+        None,
+        "Slurm: seconds before the time limit at which the run is asked to save; null: 120, or three saves of it",
+        ge=10,
+        changes_result=False,
+    )
+    max_requeues: int = key(
+        100, "Slurm: how often a job is put back into the queue; 0: never", ge=0, changes_result=False
+    )
+    array_parallel: int | None = key(
+        None, "Slurm: trials of a sweep that run at once; null: all", ge=1, changes_result=False
     )
 
 

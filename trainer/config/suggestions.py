@@ -202,8 +202,6 @@ def _nearest_option(word: str, options: tuple[str, ...]) -> str | None:
 def unknown_option(group: str, value: object) -> ConfigError:
     """Build the error for an option that a group does not have, with the nearest one and all of them."""
     options, word = groups()[group], one_line(value)
-    if group == "launch" and word == "slurm":
-        return slurm_by_hand("launch")
     if group == "rank" and word.isdigit():
         return config_error(
             "rank", value, f"must be one of {', '.join(options)}", f"a rank as a number is method.r={word}"
@@ -211,8 +209,3 @@ def unknown_option(group: str, value: object) -> ConfigError:
     near = _nearest_option(word, options)
     reason = f"must be one of {', '.join(options)}" + (" or null" if group in NULLABLE_GROUPS else "")
     return config_error(group, value, reason, f"{group}={near}" if near else f"for example {group}={options[-1]}")
-
-
-def slurm_by_hand(what: str) -> ConfigError:
-    """Build the error for a SLURM job: it is submitted, not started from here."""
-    return config_error(what, "slurm", "a SLURM job is submitted by sbatch", "sbatch slurm/train.sbatch [overrides]")

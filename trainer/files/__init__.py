@@ -1,5 +1,6 @@
 """Files and folders on disk: the one place that writes beside, renames, marks, hashes and locks. Loads no torch."""
 
+from trainer.files.aside import move_aside
 from trainer.files.atomic import (
     PARTIAL,
     cache_root,
@@ -42,6 +43,7 @@ __all__ = [
     "find_owner",
     "is_alive_elsewhere",
     "lock",
+    "move_aside",
     "new_file_mode",
     "parse_json",
     "partial_folder",

@@ -20,6 +20,8 @@ Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+STOP_FILE = "STOP"
+"""Put into a run folder it asks the run to save and leave."""
 SUMMARY_KEYS = (
     "status",
     "steps",
@@ -31,6 +33,8 @@ SUMMARY_KEYS = (
     "best_step",
     "skipped_steps",
     "stopped_early",
+    "stopped_by",
+    "save_seconds",
     "data_fingerprint",
     "error",
 )
@@ -154,6 +158,8 @@ def build_summary(
     best_step: int | None = None,
     skipped_steps: int = 0,
     stopped_early: str | None = None,
+    stopped_by: str | None = None,
+    save_seconds: float | None = None,
     data_fingerprint: str | None = None,
     error: Mapping[str, Any] | None = None,
 ) -> Record:
@@ -169,6 +175,8 @@ def build_summary(
         best_step: the step that these weights are of, where the best ones were kept.
         skipped_steps: of ``steps``, those whose updates were left out.
         stopped_early: why the run ended before its last step.
+        stopped_by: what asked a preempted run to stop: a signal's name, ``STOP_FILE``, the death of its launcher.
+        save_seconds: of the longest save of a checkpoint in its last life.
         data_fingerprint: of the prepared rows that it was trained on.
         error: as :func:`describe_error` gives it.
     """
@@ -184,6 +192,8 @@ def build_summary(
         "best_step": best_step,
         "skipped_steps": skipped_steps,
         "stopped_early": stopped_early,
+        "stopped_by": stopped_by,
+        "save_seconds": save_seconds,
         "data_fingerprint": data_fingerprint,
         "error": None if error is None else dict(error),
     }

@@ -65,7 +65,12 @@ def copy_rejected_rows(data: Data, run_dir: Path) -> None:
 
 
 def summarize(
-    outcome: Outcome, model_info: dict[str, Any], run: Run, seconds: float, data_fingerprint: str
+    outcome: Outcome,
+    model_info: dict[str, Any],
+    run: Run,
+    seconds: float,
+    data_fingerprint: str,
+    stopped_by: str | None = None,
 ) -> dict[str, Any]:
     """Build the summary of a run that ended well; its metrics are those of the weights that it ends with."""
     before = {f"{name}_before": value for name, value in run.scores_before().items()}
@@ -80,6 +85,8 @@ def summarize(
         best_step=outcome.best_step,
         skipped_steps=outcome.skipped_steps,
         stopped_early=outcome.stopped_early,
+        save_seconds=outcome.save_seconds,
+        stopped_by=stopped_by if outcome.status == "preempted" else None,
         data_fingerprint=data_fingerprint,
     )
 

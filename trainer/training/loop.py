@@ -93,7 +93,7 @@ class Loop:
                     raise StopRequested
                 ends = self._end_step(result.record, progress)
         except StopRequested:
-            return Outcome("preempted", progress.saved, outcome.train_loss)
+            return Outcome("preempted", progress.saved, outcome.train_loss, save_seconds=outcome.save_seconds)
         self._end_with_best(outcome)
         return outcome
 
@@ -262,7 +262,9 @@ class Loop:
         monitor, step = self.monitor, progress.outcome.steps
         self.stage("save")
         state = monitor.state() if monitor_state is None else monitor_state
+        begin = time.perf_counter()
         is_saved = self.checkpointer.save(step, monitor_state=state, best_step=monitor.best_step, record=record)
+        progress.outcome.save_seconds = max(progress.outcome.save_seconds or 0.0, time.perf_counter() - begin)
         self.save_timer.restart()  # a disk that is full is not tried again at once
         if is_saved:
             progress.saved = step

@@ -18,6 +18,7 @@ class Outcome:
         best_step: the step that these weights are of, where ``eval.best_metric`` chooses.
         stopped_early: why there were fewer updates than planned (early stopping).
         skipped_steps: of ``steps``, those whose updates were left out (``fault.non_finite``).
+        save_seconds: of the longest save of a checkpoint.
     """
 
     status: str
@@ -27,6 +28,7 @@ class Outcome:
     best_step: int | None = None
     stopped_early: str | None = None
     skipped_steps: int = 0
+    save_seconds: float | None = None
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from trainer.kernels.deterministic import use_deterministic_kernels
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.environment import write_environment
-from trainer.tracking.files import build_summary, describe_error, write_summary
+from trainer.tracking.files import STOP_FILE, build_summary, describe_error, write_summary
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
 from trainer.training.faults import watched
@@ -43,7 +43,7 @@ from trainer.training.outcome import Outcome
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
 from trainer.training.skipped_steps import SkippedSteps
-from trainer.training.stop_request import STOP_FILE, StopRequest
+from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,8 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
         save_final(built.engine, job.run.folder, job.tokenizer, job.config)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
-    summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint)
+    stopped_by = job.stop.name or "a signal to another rank"
+    summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint, stopped_by)
     if job.world.is_main:
         write_summary(job.run.folder, summary)
     log_result(job.config, outcome, job.run, summary, total_steps)

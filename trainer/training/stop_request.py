@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.errors import LAUNCHER_PIDS
+from trainer.tracking.files import STOP_FILE
 
-STOP_FILE = "STOP"
 LOOK_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 

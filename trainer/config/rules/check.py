@@ -17,13 +17,14 @@ from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_colu
 from trainer.config.messages import config_error, listing, nearest, one_line
 from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
+from trainer.config.rules.launch import check_launch
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
 from trainer.config.rules.model import check_model
 from trainer.config.rules.secrets import check_secrets
 from trainer.config.rules.tracking import check_tracking
 from trainer.config.schema import METRICS, TrainConfig
-from trainer.config.suggestions import ConfigField, config_fields, default_value, slurm_by_hand
+from trainer.config.suggestions import ConfigField, config_fields, default_value
 from trainer.errors import ConfigError
 from trainer.redaction import redact
 
@@ -64,7 +65,7 @@ def check(config: TrainConfig) -> None:
     check_compare(config.compare)
     for check_section in (check_model, check_secrets, _method, _data, _batch, _schedule, _zero, _zero_extra):
         check_section(config)
-    for check_section in (_evaluation, _generation, check_tracking, _launch, _run):
+    for check_section in (_evaluation, _generation, check_tracking, check_launch, _run):
         check_section(config)
 
 
@@ -81,8 +82,6 @@ def _limits(config: TrainConfig) -> None:
 def _within(name: str, value: Any, spec: ConfigField) -> None:
     limits: Mapping[str, Any] = spec.field.metadata
     if "choices" in limits and value not in limits["choices"]:
-        if (name, value) == ("launch.kind", "slurm"):
-            raise slurm_by_hand(name)
         choice = _nearest_choice(value, limits["choices"])
         raise config_error(name, value, f"must be {listing(limits['choices'])}", f"{name}={choice}")
     for limit, (words, holds) in _BOUNDS.items():
@@ -223,21 +222,6 @@ def _generation(config: TrainConfig) -> None:
         if value != 1.0:
             reason = "has no effect while generate.do_sample is false (greedy)"
             raise config_error(f"generate.{name}", value, reason, f"generate.do_sample=true or generate.{name}=1.0")
-
-
-def _launch(config: TrainConfig) -> None:
-    launch = config.launch
-    if launch.kind == "here":
-        for name, value in (("nodes", launch.nodes), ("nproc_per_node", launch.nproc_per_node)):
-            if value is not None and value > 1:
-                reason = "launch=here is one process"
-                raise config_error(f"launch.{name}", value, reason, f"launch=torchrun launch.{name}={value}")
-    if launch.node_rank >= launch.nodes:
-        reason = f"nodes are numbered from 0, and launch.nodes is {launch.nodes}"
-        raise config_error("launch.node_rank", launch.node_rank, reason, f"launch.node_rank={launch.nodes - 1}")
-    if launch.nodes > 1 and launch.master_port == 0:
-        reason = f"a free port cannot be agreed on by {launch.nodes} nodes"
-        raise config_error("launch.master_port", 0, reason, "launch.master_port=29500")
 
 
 def _run(config: TrainConfig) -> None:
