@@ -1,4 +1,4 @@
-"""Begin and end a job inside its batch script: ``python -m launch.slurm.job begin|end``, which slurm/train.sbatch calls."""
+"""Begin and end a job inside its batch script, slurm/train.sbatch: ``python -m launch.slurm.job begin`` and ``end``."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import trainer
+import trainer.config
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.tracking.files import find_summary
@@ -25,7 +25,7 @@ def template(config: TrainConfig) -> str:
 
 def find_template() -> Path:
     """Return where slurm/train.sbatch is: in the checkout, or inside an installed wheel."""
-    package = Path(trainer.__file__).parent
+    package = Path(trainer.config.__file__).parents[1]
     return next(
         path
         for path in (package / "slurm" / "train.sbatch", package.parent / "slurm" / "train.sbatch")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import launch
-import trainer
+import trainer.config
 from trainer.files import partial_folder
 
 FOLDER = "code"
@@ -23,7 +23,7 @@ def snapshot(folder: Path) -> Path:
         OSError: it cannot be written.
     """
     code = folder / FOLDER
-    package = Path(trainer.__file__).parent
+    package = Path(trainer.config.__file__).parents[1]
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     with partial_folder(code) as partial:
         for each in (package, Path(launch.__file__).parent):

@@ -40,6 +40,8 @@ SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
@@ -94,7 +96,8 @@ class Sandbox:
             (folder / f"spool.node{number}").mkdir()
             where = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"
             lines.append(f"NodeName=node{number} {where} CPUs=2 RealMemory=8000 Gres=gpu:2\n")
-        lines.append("PartitionName=main Nodes=ALL Default=YES\n")
+        lines.append("PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20\n")
+        lines.append("PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF\n")
         (folder / "slurm.conf").write_text("".join(lines))
         (folder / "gres.conf").write_text(f"NodeName=node[1-{self.nodes}] Name=gpu File={folder}/gpu[0-1]\n")
 
@@ -139,14 +142,23 @@ class Sandbox:
                 raise subprocess.CalledProcessError(code, command, output.read(), errors.read())
             return output.read().strip()
 
+    def fields(self, job: str) -> dict[str, str]:
+        """Return what `scontrol show job` says: JobState, ExitCode, Restarts, …"""
+        shown = self.call("scontrol", "-o", "show", "job", job)
+        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
+
     def wait(self, job: str, timeout_seconds: float) -> dict[str, str]:
-        """Wait for a job's end and return the fields of `scontrol show job` (JobState, ExitCode, …)."""
+        """Wait for a job's end and return its :meth:`fields`. What Slurm holds back after a requeue, two minutes, is let
+        go: at once, a start dies with "Job credential revoked"."""
         end = time.monotonic() + timeout_seconds
         while True:
-            shown = self.call("scontrol", "-o", "show", "job", job)
-            fields = dict(field.split("=", 1) for field in shown.split() if "=" in field)
+            fields = self.fields(job)
             if fields["JobState"] in FINAL_STATES:
                 return fields
+            if (fields["JobState"], fields["Reason"]) == ("PENDING", "BeginTime"):
+                time.sleep(3)
+                with suppress(subprocess.CalledProcessError):
+                    self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
             if time.monotonic() > end:
                 raise TimeoutError(f"job {job} is {fields['JobState']} after {timeout_seconds} s")
             time.sleep(0.5)

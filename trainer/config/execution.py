@@ -128,12 +128,16 @@ class LaunchConfig:
     account: str | None = key(None, "Slurm: account that pays", changes_result=False)
     qos: str | None = key(None, "Slurm: quality of service", changes_result=False)
     constraint: str | None = key(None, "Slurm: features that the nodes must have", changes_result=False)
-    sbatch_args: list[str] = key([], "Slurm: more options of sbatch: [--reservation=mine]", changes_result=False)
+    sbatch_args: list[str] = key(
+        [], "Slurm: more options of sbatch: \"launch.sbatch_args=['--reservation=mine']\"", changes_result=False
+    )
     srun_args: list[str] = key(
-        [], "Slurm: more options of srun, a container's for example: [--container-image=FILE]", changes_result=False
+        [],
+        "Slurm: more options of srun, a container's: \"launch.srun_args=['--container-image=FILE']\"",
+        changes_result=False,
     )
     setup: list[str] = key(
-        [], "Slurm: shell lines before the job, such as ['module load cuda/12.4']", changes_result=False
+        [], "Slurm: shell lines before the job: \"launch.setup=['module load cuda/12.4']\"", changes_result=False
     )
     script: str | None = key(
         None, "Slurm: your own batch script, begun with `afina slurm-script`; null: ours", changes_result=False

@@ -14,7 +14,7 @@ def move_aside(folder: Path, marks: Sequence[str]) -> Path:
     """Rename a run's folder by the time; return its new path.
 
     Args:
-        folder: that is to be made anew.
+        folder: that a new run takes the place of.
         marks: files of which a run has at least one.
 
     Raises:

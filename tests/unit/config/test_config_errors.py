@@ -44,8 +44,8 @@ WRONG: list[tuple[str, ...]] = [
     ("zero=2", "zero=2", "→ zero=stage2"),
     ("zero=7", "stage3_offload", "→ zero=stage3"),
     ("rank=16", "large, medium, small, tiny", "method.r=16"),
-    ("launch=slurm", "launch=slurm", "sbatch slurm/train.sbatch"),
-    ("launch.kind=slurm", "sbatch", "sbatch slurm/train.sbatch"),
+    ("launch=slrm", "launch=slrm", "launch=slurm"),
+    ("launch.kind=slrm", "must be here, torchrun", "launch.kind=slurm"),
     ("experiment=dmo", "or null", "→ experiment=demo"),
     # the grammar
     ("method.r", "key=value", "method.r=VALUE"),

@@ -165,7 +165,7 @@ def test_many_nodes_meet_at_the_address_given() -> None:
 def test_torchrun_knows_every_option() -> None:
     run = pytest.importorskip("torch.distributed.run")
     overrides = ["debug=tiny", "launch=torchrun", "launch.nproc_per_node=2"]
-    for more in ([], ["launch.nodes=2", "launch.node_rank=1"]):
+    for more in ([], ["launch.nodes=2", "launch.node_rank=1", "launch.master_address=node0"]):
         command = torchrun.command(load([*overrides, *more]), [*overrides, *more])
         parsed = run.parse_args(command[3:])
         assert parsed.module

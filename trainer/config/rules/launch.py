@@ -66,7 +66,9 @@ def _slurm(launch: LaunchConfig) -> None:
             raise config_error(f"launch.{name}", value, "is one word", f"launch.{name}=WORD, or null")
     for option in launch.sbatch_args:
         if not option.startswith("--"):
-            raise config_error("launch.sbatch_args", option, "must begin with --", "launch.sbatch_args=[--nice=100]")
+            raise config_error(
+                "launch.sbatch_args", option, "must begin with --", "\"launch.sbatch_args=['--nice=100']\""
+            )
     if launch.script is not None and not Path(launch.script).expanduser().is_file():
         hint = "`afina slurm-script > my.sbatch`, and launch.script=my.sbatch"
         raise config_error("launch.script", launch.script, "there is no such file", hint)
