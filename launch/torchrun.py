@@ -57,6 +57,7 @@ def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | N
     else:
         # static: node_rank decides which node is which, so rank 0 (and its run folder) is on the node that was named
         head += ["--rdzv-backend=static", f"--node-rank={settings.node_rank}"]
+        head += [f"--rdzv-conf=timeout={settings.rendezvous_seconds}"]
         head += [f"--master-addr={settings.master_address}", f"--master-port={settings.master_port}"]
     return [*head, "-m", "trainer.train", *train_arguments(config, overrides, config_file)]
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from typing import Any
 
-from trainer.errors import INTERRUPTED_EXIT_CODE, LAUNCHER_PIDS, PREEMPTED_EXIT_CODE, AfinaError
+from trainer.distributed.addresses import is_loopback, network_is_chosen
+from trainer.errors import INTERRUPTED_EXIT_CODE, LAUNCHER_PIDS, PREEMPTED_EXIT_CODE, AfinaError, LaunchError
 
 # These processes have said what there is to say.
 TOLD = frozenset([PREEMPTED_EXIT_CODE, INTERRUPTED_EXIT_CODE, *(e.exit_code for e in AfinaError.__subclasses__())])
+RENDEZVOUS_SECONDS = 600
+QUIET_SECONDS, SAY_AGAIN_SECONDS = 15.0, 60.0
 # torchrun's own list plus USR1, which Slurm users send as an early warning and which otherwise kills the agent at once
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
@@ -26,17 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: torchrun's; ``--signals-to-handle`` is ours where it is not given.
     """
     os.environ[LAUNCHER_PIDS] = f"{os.environ.get(LAUNCHER_PIDS, '')},{os.getpid()}"
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not any(word.replace("_", "-").startswith("--signals-to-handle") for word in words):
         words.insert(0, f"--signals-to-handle={SIGNALS}")
+    try:
+        _refuse_two_a_node()
+        given = parse_args(words)
+        _wait_for_master(given)
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.ERROR)  # the agent's: it warns of each signal that it hands on
+    if given.rdzv_backend == "static" and given.nnodes != "1":
+        threading.Thread(target=_say_who_is_waited_for, args=(given,), name="waiting", daemon=True).start()
     try:
         torchrun(words)
+    except (DistStoreError, DistNetworkError, RendezvousError) as error:
+        print(f"error: the nodes have not met: {' '.join(str(error).split())}", file=sys.stderr)
+        return LaunchError.exit_code
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except ChildFailedError as failed:
@@ -45,6 +67,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {_described(first.exitcode)} rank {first.local_rank} of this node", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
+
+
+def _refuse_two_a_node() -> None:
+    """Under srun with several tasks a node each would be a torchrun of all of the node's processes.
+
+    Raises:
+        LaunchError: it is so.
+    """
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # "2(x4)" on four nodes
+    if tasks != "1":
+        reason = "starts as many torchruns on each node, and one starts all processes of a node"
+        raise LaunchError("srun", value=f"{tasks} tasks a node", reason=reason, hint="srun --ntasks-per-node=1")
+
+
+def _wait_for_master(given: Any) -> None:
+    """Wait until node 0 answers, and say so: torchrun itself waits in silence, and ends in a traceback.
+
+    Args:
+        given: torchrun's parsed arguments.
+
+    Raises:
+        LaunchError: it could never, or has not in time.
+    """
+    address, port = given.master_addr, given.master_port
+    if given.rdzv_backend != "static" or given.nnodes == "1":
+        return
+    if is_loopback(address) and not network_is_chosen():
+        reason = f"is each node itself: {given.nnodes} nodes would wait for each other"
+        hint = "--master-addr HOST of node 0; or GLOO_SOCKET_IFNAME=lo where all is one machine"
+        raise LaunchError("--master-addr", value=address, reason=reason, hint=hint)
+    if given.node_rank == 0:
+        return
+    conf = dict(pair.split("=", 1) for pair in given.rdzv_conf.split(",") if "=" in pair)
+    seconds = float(conf.get("timeout", RENDEZVOUS_SECONDS))
+    begin, said, problem = time.monotonic(), 0.0, ""
+    while (passed := time.monotonic() - begin) < seconds:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if passed - said > (QUIET_SECONDS if said == 0 else SAY_AGAIN_SECONDS):
+            said = passed
+            print(
+                f"node {given.node_rank} waits for node 0 at {address}:{port} ({problem})", file=sys.stderr, flush=True
+            )
+        time.sleep(1)
+    reason = f"node {given.node_rank} could not reach node 0 within {seconds:.0f} s ({problem})"
+    hint = "was it started? --master-addr as an address of the network that the nodes share"
+    raise LaunchError(f"{address}:{port}", reason=reason, hint=hint)
+
+
+def _say_who_is_waited_for(given: Any) -> None:
+    """Say who is missing while the nodes' agents wait for each other; they start no process before."""
+    import psutil
+
+    others = f"{int(given.nnodes) - 1} more" if given.node_rank == 0 else "the other nodes"
+    time.sleep(QUIET_SECONDS)
+    while not psutil.Process().children():
+        where = f"{given.master_addr}:{given.master_port}"
+        print(f"node {given.node_rank} waits for {others} at {where}", file=sys.stderr, flush=True)
+        time.sleep(SAY_AGAIN_SECONDS)
 
 
 def _described(code: int) -> str:

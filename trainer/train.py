@@ -5,6 +5,7 @@ torchrun start here, on every rank.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from trainer import deny_others_writing
 from trainer.config import load
 from trainer.distributed import process_group as distributed
+from trainer.distributed.meeting import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries
@@ -34,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(rank=world.rank)
     silence_libraries()
     try:
+        refuse_copies(os.environ)
         return train(load(parsed.overrides, parsed.config), world)
     except KeyboardInterrupt:  # the second Ctrl-C: the first one asks to save
         if world.is_main:

@@ -148,8 +148,8 @@ class Sandbox:
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
     def wait(self, job: str, timeout_seconds: float) -> dict[str, str]:
-        """Wait for a job's end and return its :meth:`fields`. What Slurm holds back after a requeue, two minutes, is let
-        go: at once, a start dies with "Job credential revoked"."""
+        """Wait for a job's end and return its :meth:`fields`. What Slurm holds back after a requeue, two minutes, is
+        let go: at once, a start dies with "Job credential revoked"."""
         end = time.monotonic() + timeout_seconds
         while True:
             fields = self.fields(job)

@@ -93,7 +93,7 @@ def train(config: TrainConfig, world: World) -> int:
     base_dir = resolve(config.model.name_or_path, config.model.revision)
     tokenizer = load_tokenizer(base_dir, config.model)
     data = load_data(config, tokenizer)
-    distributed.init(world)
+    distributed.init(world, config.launch.rendezvous_seconds)
     try:
         with open_run(config, world, data.total_steps(config.batch), data.fingerprint) as run:
             if run.finished is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from pathlib import Path
 
 from trainer.config.messages import config_error
 from trainer.config.schema import LaunchConfig, TrainConfig
+from trainer.distributed.addresses import is_loopback, network_is_chosen
 
 SLURM_KEYS = (
     *("gpus_per_node", "cpus_per_node", "memory", "time", "partition", "account", "qos", "constraint", "script"),
@@ -43,7 +43,7 @@ def _torchrun(launch: LaunchConfig) -> None:
     if launch.nodes > 1 and launch.master_port == 0:
         reason = f"a free port cannot be agreed on by {launch.nodes} nodes"
         raise config_error("launch.master_port", 0, reason, "launch.master_port=29500")
-    if launch.nodes > 1 and is_loopback(launch.master_address):
+    if launch.nodes > 1 and is_loopback(launch.master_address) and not network_is_chosen():
         reason = f"is each node itself: {launch.nodes} nodes would wait for each other"
         hint = "launch.master_address=HOST of node 0, as the others reach it"
         raise config_error("launch.master_address", launch.master_address, reason, hint)
@@ -72,13 +72,3 @@ def _slurm(launch: LaunchConfig) -> None:
     if launch.script is not None and not Path(launch.script).expanduser().is_file():
         hint = "`afina slurm-script > my.sbatch`, and launch.script=my.sbatch"
         raise config_error("launch.script", launch.script, "there is no such file", hint)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host's name or address is the machine that says it, without asking a name server."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

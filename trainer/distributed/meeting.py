@@ -1,0 +1,141 @@
+"""Bring the ranks of a job together: refuse what cannot meet, choose the network, say who is missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from trainer.distributed.addresses import is_loopback, network_is_chosen
+from trainer.errors import LaunchError
+
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 15.0
+"""So long a wait is nothing to talk about: processes start at different speeds."""
+SAY_AGAIN_SECONDS = 60.0
+POLL_SECONDS = 0.5
+# Any address outside: nothing is sent to it, the kernel only says by which way it would go.
+_OUTSIDE = ("192.0.2.1", 9)
+
+
+def refuse_copies(environment: Mapping[str, str]) -> None:
+    """Refuse a step of Slurm with several tasks that no torchrun has made ranks of: each would train the whole run.
+
+    Raises:
+        LaunchError: it is one.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in environment and "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
+        reason = "starts as many copies of the whole run: they are no ranks"
+        hint = "sbatch slurm/train.sbatch, or one task a node: srun --ntasks-per-node=1 … -m trainer.torchrun"
+        raise LaunchError("srun", value=f"{tasks} tasks", reason=reason, hint=hint)
+
+
+def choose_network(environment: Mapping[str, str], backend: str) -> dict[str, str]:
+    """Return the variables that let ranks of several nodes reach each other; what the user has set is kept.
+
+    Gloo asks for the address of the machine's own name, which on many is 127.0.0.1: it then waits for ever.
+
+    Args:
+        environment: of a rank; ``LOCAL_WORLD_SIZE`` is torchrun's.
+        backend: ``gloo`` or ``nccl``; NCCL looks for its network itself.
+
+    Raises:
+        LaunchError: the master is each node itself; or no network leads to it.
+    """
+    nodes_are_one = environment.get("WORLD_SIZE") == environment.get("LOCAL_WORLD_SIZE")
+    if nodes_are_one or network_is_chosen(environment):
+        return {}
+    master = environment.get("MASTER_ADDR", "127.0.0.1")
+    if is_loopback(master):
+        reason = "is each node itself, and the ranks are on several: they would wait for each other"
+        hint = f"--master-addr HOST of node 0; or {backend.upper()}_SOCKET_IFNAME=lo where all is one machine"
+        raise LaunchError("--master-addr", value=master, reason=reason, hint=hint)
+    if backend != "gloo":
+        return {}
+    return {"GLOO_SOCKET_IFNAME": find_interface(master)}
+
+
+def find_interface(master: str) -> str:
+    """Return the network interface by which this machine reaches the master, or, on the master, the others reach it.
+
+    Raises:
+        LaunchError: the name is not known here, or there is no way to it.
+    """
+    try:
+        address = socket.getaddrinfo(master, None, type=socket.SOCK_DGRAM)[0][4][0]
+    except OSError as error:
+        hint = "an address in its place, or its name in /etc/hosts of every node"
+        raise LaunchError("--master-addr", value=master, reason=f"is not known here ({error})", hint=hint) from error
+    own = _own_address((str(address), 9))
+    if own is None or is_loopback(own):  # the master's own name is often 127.0.1.1 on the master
+        own = _own_address(_OUTSIDE)
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [each.address for each in addresses] and name != "lo":
+            return name
+    reason = "cannot be reached: this machine has no network but itself"
+    hint = "GLOO_SOCKET_IFNAME=NAME of a network that all nodes share (ip -brief address)"
+    raise LaunchError("--master-addr", value=master, reason=reason, hint=hint)
+
+
+def meet(rank: int, world_size: int, seconds: float) -> dist.Store:
+    """Wait for every rank, and say who is missing; return the store that they have met at.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks.
+        seconds: to wait.
+
+    Raises:
+        LaunchError: the master cannot be reached, or not all ranks have come in time; it names them.
+    """
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = f"rank {rank} on {socket.gethostname()} could not reach it within {seconds:.0f} s"
+        hint = "a firewall? --master-addr as an address of the network that the nodes share"
+        raise LaunchError(where, reason=reason, hint=hint) from error
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store.set(_key(life, rank), socket.gethostname())
+    begin = said = time.monotonic()
+    while missing := [each for each in range(world_size) if not store.check([_key(life, each)])]:
+        now = time.monotonic()
+        if now - begin > seconds:
+            reason = f"{_ranks(missing)} of {world_size} did not come within {seconds:.0f} s"
+            hint = "did its node start, with the same --master-addr and --nnodes? (launch.rendezvous_seconds)"
+            raise LaunchError(where, reason=reason, hint=hint)
+        if now - said > (QUIET_SECONDS if said == begin else SAY_AGAIN_SECONDS):
+            said = now
+            logger.info(
+                f"waiting for {_ranks(missing)} of {world_size} at {where}, {seconds - (now - begin):.0f} s more"
+            )
+        time.sleep(POLL_SECONDS)
+    return dist.PrefixStore(f"afina/{life}", store)
+
+
+def _key(life: str, rank: int) -> str:
+    return f"afina/{life}/here/{rank}"
+
+
+def _ranks(missing: list[int]) -> str:
+    shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    return f"rank {shown}" if len(missing) == 1 else f"ranks {shown}"
+
+
+def _own_address(there: tuple[str, int]) -> str | None:
+    """Return the address of this machine that talks to another one."""
+    family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
