@@ -1,5 +1,7 @@
-"""``trainer.serve_trials``: a fork a job, each a process of its own. ``trainer.train`` is stood in for; real runs are in
-tests/end_to_end/test_sweep_verb.py."""
+"""``trainer.serve_trials``: a fork a job, each a process of its own. ``trainer.train`` is stood in for.
+
+Real runs are in tests/end_to_end/test_sweep_verb.py.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import typer
 
 from trainer.cli.inspection import print_config
 from trainer.cli.options import ConfigFile, DryRun, Overrides
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -29,6 +30,9 @@ def train(
     import trainer.config
 
     config = trainer.config.load(arguments, config_file)
+    if config.sweep.axes or config.sweep.alpha_over_rank:
+        hint = f"afina sweep {shlex.join(arguments)}"
+        raise ConfigError("sweep.axes", reason="are those of a sweep, and this is one run", hint=hint)
     if dry_run:
         print(f"# would run: {shlex.join(train_command(config, arguments, config_file))}")
         print(f"# in folder: {trainer.config.run_folder(config)}")
@@ -43,17 +47,43 @@ def train(
     return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
 
 
-def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
-    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32."""
+def sweep(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    dry_run: DryRun = False,
+    wandb_file: Annotated[
+        Path | None,
+        typer.Option("--wandb-file", metavar="FILE", help="write the sweep for W&B's agents, start nothing"),
+    ] = None,
+) -> int:
+    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32, or sweep=rank_alpha."""
     import launch.sweep.sweep
 
-    if dry_run:
-        folder, trials = launch.sweep.sweep.plan_sweep(overrides or [], config_file)
-        print(f"# sweep of {len(trials)} runs in {folder}")
-        for trial in trials:
-            print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
-        return 0
+    if dry_run or wandb_file is not None:
+        return _show_sweep(overrides or [], config_file, wandb_file)
     return launch.sweep.sweep.run_sweep(overrides or [], config_file)
+
+
+def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path | None) -> int:
+    """Say what a sweep would run, or write it as a file of W&B."""
+    from launch.sweep import plan, space
+    from launch.sweep import wandb_file as wandb
+
+    found = space.read_space(overrides, config_file)
+    if wandb_file is not None:
+        print(f"# written: {wandb_file}\n{wandb.write_wandb_file(wandb_file, found)}")
+        return 0
+    if (reason := plan.why_not_planned(found)) is not None:
+        placed = plan.Placement(found)
+        print(f"# sweep of {placed.count} runs in {placed.folder}: {reason}")
+        for axis in found.axes:
+            print(f"# {axis.key}: {axis.interval or ', '.join(axis.values)}")
+        return 0
+    folder, trials = plan.plan(found)
+    print(f"# sweep of {len(trials)} runs in {folder}")
+    for trial in trials:
+        print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
+    return 0
 
 
 def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:

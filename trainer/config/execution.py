@@ -91,10 +91,10 @@ class LogConfig:
         choices=("auto", "online", "offline", "off"),
         changes_result=False,
     )
-    project: str = key("afina", "W&B project", changes_result=False)
+    project: str = key("afina", "W&B project; at this default, $WANDB_PROJECT counts", changes_result=False)
     entity: str | None = key(None, "W&B team or user; null: the key's own", changes_result=False)
     group: str | None = key(None, "W&B group, for runs that belong together", changes_result=False)
-    name: str | None = key(None, "W&B display name; null: run.name", changes_result=False)
+    name: str | None = key(None, "W&B display name; null: $WANDB_NAME, else run.name", changes_result=False)
     tags: list[str] = key([], "W&B tags", changes_result=False)
 
 
