@@ -56,9 +56,9 @@ class Crew:
         """
         output = folder.with_name(f"{folder.name}.log") if self.is_quiet else None
         with self._device() as variables:
-            if self._server is not None:
+            if (server := self._server) is not None:
                 try:
-                    return self._server.run(arguments, folder, variables, output), output
+                    return server.run(arguments, folder, variables, output), output
                 except CannotFork as reason:
                     logger.info(f"each trial loads the libraries itself: {reason}")
                     self._server = None

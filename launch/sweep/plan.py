@@ -28,19 +28,26 @@ def plan_sweep(typed: Sequence[str], config_file: Path | None = None) -> tuple[P
         The sweep's folder and its trials, in the order in which Hydra expands them, or in which they are drawn.
 
     Raises:
-        ConfigError: no key has several values, a combination cannot be used, or the trials are chosen by results
-            (:func:`why_not_planned` says so beforehand).
+        ConfigError: no key has several values, a combination cannot be used, or trials depend on the results of others
+            (:func:`why_not_planned`).
     """
     space = read_space(typed, config_file)
-    if (reason := why_not_planned(space)) is not None:
-        raise ConfigError("sweep.sampler", value="tpe", reason=reason, hint="sweep.sampler=random")
+    if (refused := why_not_planned(space)) is not None:
+        raise refused
     return plan(space)
 
 
-def why_not_planned(space: Space) -> str | None:
-    """Return why the trials of a sweep cannot be planned, and so not be submitted together; ``None`` where they can."""
-    if space.config.sweep.sampler == "tpe":
-        return "each trial is chosen by the results of those before it, so they cannot be planned"
+def why_not_planned(space: Space) -> ConfigError | None:
+    """Return why the trials of a sweep cannot be trained apart from each other, as the elements of a Slurm array are;
+    ``None`` where they can."""
+    settings = space.config.sweep
+    if settings.sampler == "tpe":
+        reason = "each trial is chosen by the results of those before it, so they cannot be planned"
+        return ConfigError("sweep.sampler", value="tpe", reason=reason, hint="sweep.sampler=random")
+    if settings.early_stopping != "none":
+        reason = "which trials go on is decided by the results of all, so they cannot be planned"
+        hint = "sweep.early_stopping=none"
+        return ConfigError("sweep.early_stopping", value=settings.early_stopping, reason=reason, hint=hint)
     return None
 
 

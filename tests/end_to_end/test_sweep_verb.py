@@ -1,4 +1,7 @@
-"""``afina sweep`` for real: the same sweep started twice at once is one sweep that two processes work at."""
+"""``afina sweep`` for real: the same sweep started twice at once is one sweep that two processes work at.
+
+A trial is what ``afina train`` makes of it, to the byte, also one that was stopped at a rung and went on.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.processes import stop_tree
+from tests.helpers.processes import afina, stop_tree
 from trainer.tracking.files import read_metrics
 
 KEYS = ["sweep", "debug=tiny", "run.name=s", "method.r=4,8", "eval.metrics=[loss]", "eval.before=false"]
@@ -46,3 +49,29 @@ def test_two_equal_sweeps_at_once_share_the_trials(tiny_model: Path, tmp_path: P
         assert [row["status"] for row in csv.DictReader(file)] == ["finished", "finished"]
     for folder in ("r4", "r8"):
         assert [r["step"] for r in read_metrics(tmp_path / "runs" / "s" / folder)] == list(range(1, 9))
+
+
+def test_a_trial_is_byte_equal_to_a_run_by_itself(tiny_model: Path, tmp_path: Path) -> None:
+    """Three at once, as forks, of which one goes on from its rung."""
+    del tiny_model
+    keys = ["debug=tiny", "eval.metrics=[loss]", "eval.every_steps=2", "eval.before=false", "log=off"]
+    early = ["sweep.early_stopping=asha", "sweep.min_steps=2", "sweep.parallel=3"]
+    environment = {"OMP_NUM_THREADS": "1"}
+    sweep = ["sweep", *keys, *early, "method.r=2,4,8", "run.name=s"]
+    done = afina(*sweep, cwd=tmp_path, env=environment, timeout_seconds=400)
+    with (tmp_path / "runs" / "s" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", *["stopped at rung 0, step 2"] * 2], done.tail()
+    winner, steps = (
+        Path(rows[0]["folder"]),
+        {row["method.r"]: len(read_metrics(tmp_path / row["folder"])) for row in rows},
+    )
+    assert sorted(steps.values()) == [2, 2, 8]
+    afina("train", *keys, f"method.r={rows[0]['method.r']}", "run.name=t", cwd=tmp_path, env=environment)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, theirs = (tmp_path / folder / "adapter" / file for folder in (winner, Path("runs/t")))
+        assert ours.read_bytes() == theirs.read_bytes()
+    alone = read_metrics(tmp_path / "runs" / "t")
+    for mine, theirs in zip(read_metrics(tmp_path / winner), alone, strict=True):
+        assert [mine[k] for k in ("step", "loss", "grad_norm")] == [theirs[k] for k in ("step", "loss", "grad_norm")]
+        assert mine.get("eval_loss") == theirs.get("eval_loss")

@@ -73,9 +73,9 @@ def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path
     if wandb_file is not None:
         print(f"# written: {wandb_file}\n{wandb.write_wandb_file(wandb_file, found)}")
         return 0
-    if (reason := plan.why_not_planned(found)) is not None:
+    if found.config.sweep.sampler == "tpe":
         placed = plan.Placement(found)
-        print(f"# sweep of {placed.count} runs in {placed.folder}: {reason}")
+        print(f"# sweep of {placed.count} runs in {placed.folder}, each chosen by the results of those before it")
         for axis in found.axes:
             print(f"# {axis.key}: {axis.interval or ', '.join(axis.values)}")
         return 0

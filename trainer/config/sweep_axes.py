@@ -32,6 +32,10 @@ class Interval:
     is_log: bool
     is_whole: bool
 
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{self.low:g} to {self.high:g}{', evenly over magnitudes' if self.is_log else ''}"
+
     def text(self, value: float) -> str:
         """Return a value as it is typed: four digits say all that a trial can tell."""
         if self.is_whole:
@@ -126,7 +130,7 @@ def expand_sweep(overrides: Sequence[str], seed: int = 0) -> list[list[str]]:
 
 def _endless(axis: Axis, interval: Interval) -> ConfigError:
     hint = f"sweep.sampler=random draws from it; a grid is a list: {axis.key}={','.join(interval.examples())}"
-    return config_error(axis.key, f"{interval.low:g} to {interval.high:g}", "an interval has no end of values", hint)
+    return config_error(axis.key, str(interval), "an interval has no end of values", hint)
 
 
 @contextmanager

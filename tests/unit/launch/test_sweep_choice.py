@@ -68,6 +68,7 @@ def test_a_trial_is_a_single_run() -> None:
         ("sweep.alpha_over_rank=[1,2] method.alpha=4,8", "swept itself"),
         ("sweep.alpha_over_rank=[1,2] method=ia3", "this method has none"),
         (f"sweep.sampler=tpe {RATES}", "cannot be planned"),
+        ("sweep.early_stopping=asha sweep.min_steps=2 method.r=4,8", "cannot be planned"),
         (RATES, "sweep.sampler=random"),
     ],
 )
@@ -80,6 +81,16 @@ def test_what_cannot_be_planned(typed: str, told: str) -> None:
 def test_a_sweeps_group_is_refused_for_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainer.cli.app.main(["train", *TINY, "sweep=rank_alpha"]) == 2
     assert "afina sweep" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_what_is_chosen_later(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.cli.app.main(["sweep", *TINY, "sweep.sampler=tpe", RATES, "method.r=4,8", "--dry-run"]) == 0
+    head, *axes = capsys.readouterr().out.splitlines()
+    assert head.startswith("# sweep of 20 runs in runs/sweep-")
+    assert len(axes) == 2
+    early = ["sweep.early_stopping=asha", "sweep.min_steps=2"]
+    assert trainer.cli.app.main(["sweep", *TINY, *early, "method.r=4,8", "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_random_draws_the_same_again_each_once_and_within_bounds() -> None:
