@@ -35,7 +35,8 @@ def main(turns: int) -> None:
     page = f"""# Start-up of a sweep
 
 `python benchmarks/sweep_start.py`: {len(RANKS)} trials of `debug=tiny`, 4 updates each, as a sweep and as `afina train`
-one after the other, in turns on the same machine ({os.cpu_count()} CPU cores, {datetime.now(UTC):%Y-%m-%d}).
+one after the other, in turns on the same machine ({os.cpu_count()} CPU cores, {datetime.now(UTC):%Y-%m-%d}; load
+average {os.getloadavg()[2]:.0f}, its own included).
 
 | | wall time of the sweep over that of the runs apart |
 |---|---|

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from tests.helpers.processes import afina, stop_tree
 from trainer.tracking.files import read_metrics
 
@@ -69,14 +71,18 @@ def test_a_trial_is_byte_equal_to_a_run_by_itself(tiny_model: Path, tmp_path: Pa
         {row["method.r"]: len(read_metrics(tmp_path / row["folder"])) for row in rows},
     )
     assert sorted(steps.values()) == [2, 2, 8]
-    afina("train", *keys, f"method.r={rows[0]['method.r']}", "run.name=t", cwd=tmp_path, env=environment)
-    ours, theirs = (tmp_path / folder / "adapter" for folder in (winner, Path("runs/t")))
+    # by itself: with the command line that an agent of W&B would start
+    afina("sweep", *keys, "method.r=2,4,8", "--wandb-file", "s.yaml", cwd=tmp_path)
+    *command, last = yaml.safe_load((tmp_path / "s.yaml").read_text())["command"]
+    assert (command[0], last) == ("afina", "${args_no_hyphens}")
+    afina(*command[1:], f"method.r={rows[0]['method.r']}", cwd=tmp_path, env=environment)
+    (alone,) = (tmp_path / "runs").glob("tiny-lora-*")
+    ours, theirs = tmp_path / winner / "adapter", alone / "adapter"
     weights, settings = "adapter_model.safetensors", "adapter_config.json"
     assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
     mine, other = (json.loads((folder / settings).read_text()) for folder in (ours, theirs))
     assert mine | {"target_modules": sorted(mine["target_modules"])} == other | {
         "target_modules": sorted(other["target_modules"])  # PEFT writes a set
     }
-    alone = read_metrics(tmp_path / "runs" / "t")
-    for step, same in zip(read_metrics(tmp_path / winner), alone, strict=True):
+    for step, same in zip(read_metrics(tmp_path / winner), read_metrics(alone), strict=True):
         assert [step.get(k) for k in NUMBERS] == [same.get(k) for k in NUMBERS]
