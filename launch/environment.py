@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 # How long torchrun lets a worker finish after SIGTERM before it kills it. Its own 30 s is less than it takes to write a
 # large checkpoint; much more would keep the GPUs of a job whose rank died waiting for ranks stuck in a collective.
 SHUTDOWN_SECONDS = 120
+# Trials that shared these would be one W&B run, or have one name.
+ONE_RUNS_OWN = ("WANDB_RUN_ID", "WANDB_NAME")
 
 
 def visible_gpus(environment: Mapping[str, str] | None = None) -> int:
@@ -35,6 +38,16 @@ def visible_gpus(environment: Mapping[str, str] | None = None) -> int:
         return 0
     # slices of a GPU (MIG) are listed indented below it, so only lines that begin with "GPU" are devices
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def gpu_names(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return what `CUDA_VISIBLE_DEVICES` calls each GPU that this machine's processes may use, in their order."""
+    environment = os.environ if environment is None else environment
+    count = visible_gpus(environment)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(count)]
+    return [device.strip() for device in visible.split(",")][:count]
 
 
 def cores() -> int:
@@ -76,3 +89,13 @@ def defaults(ranks: int, gpus: int, master_address: str) -> dict[str, str]:
 def child_environment(ranks: int, gpus: int, master_address: str = "127.0.0.1") -> dict[str, str]:
     """Return this process's environment, completed with :func:`defaults`; nothing the user set is changed."""
     return {**defaults(ranks, gpus, master_address), **os.environ}
+
+
+@contextmanager
+def without_names_of_one_run() -> Iterator[None]:
+    """Take out of this process's environment, inside the ``with`` block, what only one run can have."""
+    taken = {name: os.environ.pop(name) for name in ONE_RUNS_OWN if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

@@ -5,29 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
 
+from launch.stop_signals import STOP_SIGNALS, stop_signals
 from trainer.errors import LAUNCHER_PIDS, AfinaError, LaunchError
 from trainer.tracking.files import SUMMARY_FILE, find_summary
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # What `trainer.train` ends with when it was asked to stop and saved (EX_TEMPFAIL): the same command resumes there.
 PREEMPTED = 75
 STOPPED = frozenset([PREEMPTED, *(128 + number for number in STOP_SIGNALS)])
 
 
-def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> int:
+def run(command: Sequence[str], environment: dict[str, str], folder: Path, output: Path | None = None) -> int:
     """Run a training job to its end.
 
     Args:
         command: what to start; it trains into ``folder``.
         environment: all of the child's environment.
         folder: the run folder, whose summary holds how the job ended.
+        output: a file that what it prints is added to; ``None``: it prints where this process does.
 
     Returns:
         An exit code: 0 for a finished run, the error's own code (see `trainer.errors`) for a failed one, 75 for one
@@ -37,7 +36,19 @@ def run(command: Sequence[str], environment: dict[str, str], folder: Path) -> in
         LaunchError: the processes died without a word of why in the run folder.
     """
     before = summary_identity(folder)
-    code, stopped_by = _wait(command, environment)
+    code, stopped_by = _wait(command, environment, output)
+    return exit_code(folder, before, code, stopped_by)
+
+
+def exit_code(folder: Path, before: tuple[int, int] | None, code: int, stopped_by: int | None) -> int:
+    """Return how a job ended, by what it left in its run folder; results and errors as of :func:`run`.
+
+    Args:
+        folder: the run folder.
+        before: :func:`summary_identity` of it at the job's start.
+        code: the process's own code; negative: it was killed by that signal.
+        stopped_by: the signal by which it was asked to stop.
+    """
     if summary_identity(folder) == before:
         # nothing was written by this job: a finished run started again (code 0), or a death before the run folder
         return _without_summary(code, stopped_by, folder)
@@ -63,16 +74,11 @@ def summary_identity(folder: Path) -> tuple[int, int] | None:
 
 def pause(seconds: float) -> int:
     """Wait so long; return 0, or at once 128 + signal when it was asked to stop."""
-    received: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
-    try:
+    with stop_signals() as signals:
         end = time.monotonic() + seconds
-        while not received and time.monotonic() < end:
+        while not signals.received and time.monotonic() < end:
             time.sleep(0.1)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return 128 + received[0] if received else 0
+        return 128 + signals.received[0] if signals.received else 0
 
 
 def _without_summary(code: int, stopped_by: int | None, folder: Path) -> int:
@@ -89,52 +95,46 @@ def _without_summary(code: int, stopped_by: int | None, folder: Path) -> int:
     return code
 
 
-def _wait(command: Sequence[str], environment: dict[str, str]) -> tuple[int, int | None]:
+class _Child:
+    """A process that was started here."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it and its workers; torchrun gives every worker a process group of its own."""
+        pid, workers = self.process.pid, []
+        with suppress(OSError):
+            workers = [int(worker) for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        self.process.kill()
+        for worker in workers:
+            with suppress(OSError):
+                os.killpg(worker, signal.SIGKILL)
+
+
+def _wait(command: Sequence[str], environment: dict[str, str], output: Path | None) -> tuple[int, int | None]:
     """Start the child and wait for it. Returns its code (negative: killed by that signal) and the signal we passed on.
 
-    The child has a session of its own, so a Ctrl-C reaches it once, through us: torchrun's agent takes a second signal
-    while it waits for its workers as a reason to leave them behind. For the same reason only the first is passed on.
+    The child has a session of its own, so a Ctrl-C reaches it once, through us.
     """
-    child: subprocess.Popen[bytes] | None = None
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if child is None:
-            return
-        if len(received) == 1:
-            child.send_signal(_gentle(number))
-            print("stopping: waiting for the run to save (Ctrl-C kills it)", file=sys.stderr)
-        elif number == signal.SIGINT:
-            _kill(child)
-
-    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        # a run whose launcher is killed would go on with nobody to stop it
-        environment = {**environment, LAUNCHER_PIDS: str(os.getpid())}
-        child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        if received:  # came while it was being started
-            child.send_signal(_gentle(received[0]))
-        code = child.wait()
-    except OSError as error:
-        raise LaunchError(f"cannot start {command[0]}", reason=str(error)) from error
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return code, received[0] if received else None
-
-
-def _gentle(number: int) -> int:
-    """The signal that asks a run to save and leave, by which torchrun's agent waits for its workers, too."""
-    return number if number == signal.SIGUSR1 else signal.SIGTERM
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill a child and its workers; torchrun gives every worker a process group of its own."""
-    workers: list[int] = []
-    with suppress(OSError):
-        workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
-    child.kill()
-    for pid in workers:
-        with suppress(OSError):
-            os.killpg(pid, signal.SIGKILL)
+    # a run whose launcher is killed would go on with nobody to stop it
+    environment = {**environment, LAUNCHER_PIDS: str(os.getpid())}
+    with stop_signals() as signals, ExitStack() as held:
+        try:
+            log = None if output is None else held.enter_context(output.open("ab"))
+            child = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"cannot start {command[0]}", reason=str(error)) from error
+        with signals.told_to(_Child(child)):
+            code = child.wait()
+        return code, signals.received[0] if signals.received else None

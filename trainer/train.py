@@ -10,7 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from trainer import deny_others_writing
+from trainer.compat.deepspeed import skip_shm_build
 from trainer.config import load
 from trainer.distributed import process_group as distributed
 from trainer.distributed.meeting import refuse_copies
@@ -50,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
             print(f"{rank}error: {known_error}", file=sys.stderr, flush=True)
         return known_error.exit_code
+
+
+def load_libraries() -> None:
+    """Import what every run imports, so that forks of this process need not. Uses no device and starts no thread."""
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
+
+    if not torch.cuda.is_available():
+        skip_shm_build(on_cpu=True)  # asks DeepSpeed which of its operators could be built, which takes a second
+    silence_libraries()
 
 
 if __name__ == "__main__":

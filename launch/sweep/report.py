@@ -22,23 +22,30 @@ OTHER_METRICS = ("eval_perplexity", *(name for name in METRICS if name != "loss"
 RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
 
 
-def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
-    """Rank the trials, best first: by their own `eval.best_metric`; without one by the lowest `eval_loss`, or
-    `train_loss` where a finished run has no `eval_loss`.
+def rank(
+    trials: Sequence[Trial],
+    errors: Mapping[str, str],
+    metric: str | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> list[Record]:
+    """Rank the trials, best first: by `sweep.metric`; without one by their own `eval.best_metric`, by the lowest
+    `eval_loss`, or `train_loss` where a finished run has no `eval_loss`.
 
     Args:
         trials: all trials of the sweep.
         errors: why a trial failed, by its name.
+        metric: `sweep.metric`.
+        notes: what stands for the status of one that was stopped early, by its name.
 
     Returns:
         One record a trial, with the same keys in the same order: rank, the varied keys, trainable_parameters, the
         losses, the other metrics that any run has, seconds, status, folder, error. `None` is what a run does not have.
     """
-    records = [_record(trial, errors.get(trial.name)) for trial in trials]
+    records = [_record(trial, errors.get(trial.name), (notes or {}).get(trial.name)) for trial in trials]
     finished = [record for record in records if record["status"] == "finished"]
     # runs compare only by the same number
     best_metrics = {trial.config.eval.best_metric for trial in trials}
-    candidates = [*(best_metrics if len(best_metrics) == 1 else ()), "eval_loss"]
+    candidates = [metric, *(best_metrics if len(best_metrics) == 1 else ()), "eval_loss"]
     shared = [name for name in candidates if name and all(record[name] is not None for record in finished)]
     by = shared[0] if shared else "train_loss"
     finished.sort(key=lambda record: _sortable(record[by], by))
@@ -52,7 +59,7 @@ def rank(trials: Sequence[Trial], errors: Mapping[str, str]) -> list[Record]:
     return finished + [record for record in records if record["status"] != "finished"]
 
 
-def _record(trial: Trial, error: str | None) -> Record:
+def _record(trial: Trial, error: str | None, note: str | None) -> Record:
     summary = find_summary(trial.folder)
     metrics = summary.get("metrics") or {}
     record: Record = {"rank": None, **_varied_values(trial)}
@@ -62,7 +69,7 @@ def _record(trial: Trial, error: str | None) -> Record:
     record |= {name: metrics.get(name) for name in OTHER_METRICS}
     record["seconds"] = summary.get("wall_seconds")
     # this sweep's word counts before that of a summary left by an earlier one
-    record["status"] = "failed" if error else summary.get("status") or "not run"
+    record["status"] = "failed" if error else note or summary.get("status") or "not run"
     record["folder"] = str(trial.folder)
     record["error"] = error or (summary.get("error") or {}).get("message")
     return record

@@ -1,4 +1,4 @@
-"""Run a sweep: every combination of the swept keys is a run of its own, one after the other; then rank them in a table.
+"""Run a sweep: every trial is a run of its own, one after the other or several at once; then rank them in a table.
 
 A sweep is a folder of run folders: ``<run.dir>/<sweep>/<trial>/``. Started again, it does what is left.
 """
@@ -6,64 +6,29 @@ A sweep is a folder of run folders: ``<run.dir>/<sweep>/<trial>/``. Started agai
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
+import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import trainer.config
-from launch import process, torchrun
+from launch import process
+from launch.crew import Crew
+from launch.environment import ONE_RUNS_OWN, visible_gpus
+from launch.stop_signals import stop_signals
 from launch.sweep import report as ranking
-from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
+from launch.sweep.halving import Halving, last_score
+from launch.sweep.plan import Placement, plan, plan_sweep, why_not_planned
+from launch.sweep.sampler import Sampler, Values
+from launch.sweep.space import Space, read_space
+from launch.trials import Job, Trial, run_shared, take_turns
 from trainer.errors import ConfigError
+
+__all__ = ["plan_sweep", "run_sweep", "why_not_planned"]
 
 logger = logging.getLogger(__name__)
 
-# a folder's name may have 255 bytes; the rest is left to the files' own names and to whoever must read it
-MAX_NAME_LENGTH = 80
-
-
-def plan_sweep(typed: Sequence[str], config_file: Path | None = None) -> tuple[Path, list[Trial]]:
-    """Plan all trials of a sweep, their configs composed and checked; start nothing.
-
-    Returns:
-        The sweep's folder and its trials, in the order in which Hydra expands them.
-
-    Raises:
-        ConfigError: no key has several values, or a combination cannot be used.
-    """
-    if not trainer.config.is_sweep(typed):
-        raise ConfigError("sweep", reason="no key has several values", hint="separate them by commas: method.r=8,16,32")
-    combinations = _drop_duplicates(trainer.config.expand_sweep(typed))
-    configs = [trainer.config.load(combination, config_file) for combination in combinations]
-    # only a name given here counts: a config file of an old run holds that run's name
-    given = configs[0].run.name if "run.name" in _override_values(combinations[0]) else None
-    varied = _varied_values(combinations)
-    names = _trial_names(varied) if varied[0] else [default_run_name(configs[0])]
-    # else a digest of what is trained, so that the same sweep finds its folder again; with the trials' names, since
-    # sweeps over micro sizes or ZeRO stages all train the same
-    sweep_name = given or digest_name(
-        [f"{default_run_name(c)} {name}" for c, name in zip(configs, names, strict=True)], "sweep-"
-    )
-    sweep_folder = Path(configs[0].run.dir) / sweep_name
-
-    trials = []
-    for name, values, combination, config in zip(names, varied, combinations, configs, strict=True):
-        where = {"run.dir": str(sweep_folder), "run.name": name, "log.group": config.log.group or sweep_name}
-        # not composed again: at 0.2 s a config a wide sweep would keep its user waiting
-        placed = replace(
-            config,
-            run=replace(config.run, dir=where["run.dir"], name=name),
-            log=replace(config.log, group=where["log.group"]),
-        )
-        overrides = [*combination, *(f"{key}={torchrun.quote(value)}" for key, value in where.items())]
-        trials.append(Trial(name, overrides, values, placed))
-    return sweep_folder, trials
-
 
 def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
-    """Run every combination and show the ranked table, also written to `sweep.csv` and `sweep.md` in its folder.
+    """Run the trials and show the ranked table, also written to `sweep.csv` and `sweep.md` in the sweep's folder.
 
     A failed trial is reported and the others go on; a finished one is not redone. One that another process trains is
     waited for at the end, so that equal sweeps started together share the trials and show the same table.
@@ -74,63 +39,113 @@ def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     Raises:
         ConfigError: a combination cannot be used; nothing has been started.
     """
-    folder, trials = plan_sweep(overrides, config_file)
-    logger.info(f"sweep of {len(trials)} runs in {folder}")
-    errors: dict[str, str] = {}
-
-    def run(number: int, trial: Trial) -> Job:
-        code, error = yield from run_shared(trial, f"[{number}/{len(trials)}] {trial.name}", config_file)
-        if code and code not in process.STOPPED:
-            errors[trial.name] = error
-        return code
-
-    stopped = take_turns([run(number, trial) for number, trial in enumerate(trials, 1)])
-    records = ranking.rank(trials, errors)
-    ranking.write(folder, records)
-    ranking.show(records)
-    return stopped or int(bool(errors))
-
-
-def _drop_duplicates(combinations: list[list[str]]) -> list[list[str]]:
-    """Drop repetitions: of a key that is swept twice the last value counts, so two combinations may be one run."""
-    return list(
-        {tuple(sorted(_override_values(combination).items())): combination for combination in combinations}.values()
-    )
+    space = read_space(overrides, config_file)
+    at_once = trials_at_once(space)
+    with stop_signals(), Crew(at_once) as crew:
+        sweep = _Sweep(space, crew, at_once)
+        if space.config.sweep.sampler == "tpe":
+            stopped = sweep.run_chosen()
+        elif space.config.sweep.early_stopping == "asha":
+            stopped = sweep.run_halved()
+        else:
+            stopped = sweep.run_all()
+    if sweep.trials:
+        records = ranking.rank(sweep.trials, sweep.errors, space.config.sweep.metric, sweep.notes)
+        ranking.write(sweep.folder, records)
+        ranking.show(records)
+    return stopped or int(bool(sweep.errors))
 
 
-def _override_values(combination: Sequence[str]) -> dict[str, str]:
-    """Return key to value of a combination's overrides; a deletion (`~key`) has no value."""
-    parts = (override.partition("=") for override in combination)
-    return {key.lstrip("+~"): value.strip("'\"") for key, _, value in parts}
+def trials_at_once(space: Space) -> int:
+    """Return how many trials run at once, by `sweep.parallel` and the GPUs of this machine.
 
-
-def _varied_values(combinations: list[list[str]]) -> list[dict[str, str]]:
-    """Return, of each combination, the keys whose value is not the same in all.
-
-    Groups first, then keys in the schema's order and not the order typed, so that the same sweep typed otherwise finds
-    the folders of its trials.
+    Raises:
+        ConfigError: there are fewer devices than that.
     """
-    order = {key.name: place for place, key in enumerate(trainer.config.keys())}
-    values = [_override_values(combination) for combination in combinations]
-    keys = [key for key in values[0] if len({trial[key] for trial in values}) > 1]
-    keys.sort(key=lambda key: (order.get(key, -1), key))
-    return [{key: trial[key] for key in keys} for trial in values]
+    wanted, gpus = space.config.sweep.parallel, visible_gpus()
+    if space.config.launch.kind == "torchrun":
+        if wanted not in ("auto", 1):
+            reason = "launch=torchrun gives each trial all devices"
+            raise ConfigError("sweep.parallel", value=wanted, reason=reason, hint="launch=here or sweep.parallel=1")
+        return 1
+    if wanted == "auto":
+        return max(1, gpus)
+    if 0 < gpus < wanted:
+        reason = f"each trial has a GPU of its own, and {gpus} can be seen"
+        raise ConfigError("sweep.parallel", value=wanted, reason=reason, hint=f"sweep.parallel={gpus}")
+    return int(wanted)
 
 
-def _trial_names(varied: list[dict[str, str]]) -> list[str]:
-    """Build folder names that tell the combination: `method.r=4 method.alpha=8` is `r4_alpha8`."""
-    labels = ranking.short_labels(list(varied[0]))
-    names = ["_".join(_name_part(labels[key], value) for key, value in values.items()) for values in varied]
-    names = [
-        name if len(name) <= MAX_NAME_LENGTH else digest_name([name], name[:MAX_NAME_LENGTH] + "-") for name in names
-    ]
-    # values that differ only in signs a folder's name cannot hold
-    duplicates = {name for name, count in Counter(names).items() if count > 1}
-    return [
-        digest_name([str(values)], f"{n}-") if n in duplicates else n for n, values in zip(names, varied, strict=True)
-    ]
+class _Sweep:
+    """A sweep that runs: its trials so far, and what is known of them beyond their folders.
 
+    Attributes:
+        folder: of the sweep.
+        trials: all so far, in their order.
+        errors: why a trial failed, by its name.
+        notes: what stands in the table for a trial's status, by its name.
+    """
 
-def _name_part(label: str, value: str) -> str:
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", value.replace("+", "")).strip("-.")
-    return f"{label}{plain}" if plain[:1].isdigit() else f"{label}-{plain}"
+    def __init__(self, space: Space, crew: Crew, at_once: int) -> None:
+        self.folder = Path()
+        self.trials: list[Trial] = []
+        self.errors: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
+        self._space, self._crew, self._at_once = space, crew, at_once
+
+    def run_all(self) -> int:
+        """Run every trial to its end; return 0 or the exit code of a stop."""
+        self.folder, self.trials = plan(self._space)
+        self._announce(f"sweep of {len(self.trials)} runs")
+        return self._run(self.trials, len(self.trials))
+
+    def run_halved(self) -> int:
+        """Run the trials from rung to rung, of which the best go on; return as :meth:`run_all`."""
+        self.folder, self.trials = plan(self._space)
+        self._announce(f"sweep of {len(self.trials)} runs, stopped early")
+        halving = Halving(self._space, self.trials)
+        while trials := halving.next_round():
+            if stopped := self._run(trials, len(self.trials)):
+                return stopped
+            halving.decide(set(self.errors))
+            self.notes = halving.notes
+        return 0
+
+    def run_chosen(self) -> int:
+        """Run trials that are chosen by the results of those before; return as :meth:`run_all`."""
+        placement, sampler = Placement(self._space), Sampler(self._space)
+        self.folder = placement.folder
+        self._announce(f"sweep of {placement.count} runs, chosen by {self._space.metric}")
+        while len(self.trials) < placement.count:
+            asked = (sampler.ask() for _ in range(min(self._at_once, placement.count - len(self.trials))))
+            drawn: list[Values] = [values for values in asked if values is not None]
+            if not drawn:
+                logger.info(f"{len(self.trials)} trials are all that there are")
+                return 0
+            trials = placement.trials(drawn)
+            self.trials += trials
+            if stopped := self._run(trials, placement.count):
+                return stopped
+            for values, trial in zip(drawn, trials, strict=True):
+                score = None if trial.name in self.errors else last_score(trial.folder, self._space.metric)
+                sampler.tell(values, score)
+        return 0
+
+    def _run(self, trials: Sequence[Trial], count: int) -> int:
+        """Run trials, some at once; note those that fail. Returns 0 or the exit code of a stop."""
+        numbers = {trial.name: number for number, trial in enumerate(self.trials, 1)}
+
+        def run(trial: Trial) -> Job:
+            label = f"[{numbers[trial.name]}/{count}] {trial.name}"
+            code, error = yield from run_shared(trial, label, self._space.config_file, self._crew)
+            if code and code not in process.STOPPED:
+                self.errors[trial.name] = error
+            return code
+
+        return take_turns([run(trial) for trial in trials], self._at_once)
+
+    def _announce(self, what: str) -> None:
+        at_once = f", {self._at_once} at once" if self._at_once > 1 else ""
+        logger.info(f"{what}{at_once} in {self.folder}")
+        if own := [name for name in ONE_RUNS_OWN if name in os.environ]:
+            logger.info(f"not given to the trials: {', '.join(own)}, which one W&B run alone can have")

@@ -14,7 +14,7 @@ from tests.helpers.processes import ROOT
 
 # Highest first. CONTRIBUTING.md shows this table; `floors_as_markdown` writes it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("train", "torchrun", "cli"),
+    ("train", "torchrun", "serve_trials", "cli"),
     ("training", "inference"),
     ("merge", "checkpoint"),
     ("engine", "view"),
@@ -28,6 +28,7 @@ LEVEL = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for roo
 # Importer -> the rooms of its own floor that it may import; one way only.
 NEIGHBOURS = {
     "cli": {"train"},
+    "serve_trials": {"train"},
     "errors": {"redaction"},
     "files": {"errors"},
     "compat": {"errors"},

@@ -11,6 +11,7 @@ import typer
 
 from trainer.cli.inspection import print_config
 from trainer.cli.options import ConfigFile, DryRun, Overrides
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -29,6 +30,9 @@ def train(
     import trainer.config
 
     config = trainer.config.load(arguments, config_file)
+    if config.sweep.axes or config.sweep.alpha_over_rank:
+        hint = f"afina sweep {shlex.join(arguments)}"
+        raise ConfigError("sweep.axes", reason="are those of a sweep, and this is one run", hint=hint)
     if config.launch.kind == "slurm":
         from launch.slurm import submit
 
@@ -50,21 +54,50 @@ def train(
     return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
 
 
-def sweep(overrides: Overrides = None, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
-    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32."""
+def sweep(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    dry_run: DryRun = False,
+    wandb_file: Annotated[
+        Path | None,
+        typer.Option("--wandb-file", metavar="FILE", help="write the sweep for W&B's agents, start nothing"),
+    ] = None,
+) -> int:
+    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32, or sweep=rank_alpha."""
     import launch.sweep.sweep
+    from launch.sweep.space import read_space
 
-    folder, trials = launch.sweep.sweep.plan_sweep(overrides or [], config_file)
-    if trials[0].config.launch.kind == "slurm" and not dry_run:
+    arguments = overrides or []
+    if dry_run or wandb_file is not None:
+        return _show_sweep(arguments, config_file, wandb_file)
+    if read_space(arguments, config_file).config.launch.kind == "slurm":
         from launch.slurm.submit import submit_sweep
 
+        folder, trials = launch.sweep.sweep.plan_sweep(arguments, config_file)
         return submit_sweep(trials[0].config, folder, trials, config_file)
-    if dry_run:
-        print(f"# sweep of {len(trials)} runs in {folder}")
-        for trial in trials:
-            print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
+    return launch.sweep.sweep.run_sweep(arguments, config_file)
+
+
+def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path | None) -> int:
+    """Say what a sweep would run, or write it as a file of W&B."""
+    from launch.sweep import plan, space
+    from launch.sweep import wandb_file as wandb
+
+    found = space.read_space(overrides, config_file)
+    if wandb_file is not None:
+        print(f"# written: {wandb_file}\n{wandb.write_wandb_file(wandb_file, found)}")
         return 0
-    return launch.sweep.sweep.run_sweep(overrides or [], config_file)
+    if found.config.sweep.sampler == "tpe":
+        placed = plan.Placement(found)
+        print(f"# sweep of {placed.count} runs in {placed.folder}, each chosen by the results of those before it")
+        for axis in found.axes:
+            print(f"# {axis.key}: {axis.interval or ', '.join(axis.values)}")
+        return 0
+    folder, trials = plan.plan(found)
+    print(f"# sweep of {len(trials)} runs in {folder}")
+    for trial in trials:
+        print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
+    return 0
 
 
 def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:

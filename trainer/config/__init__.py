@@ -3,10 +3,11 @@
 from trainer.config.compose import load, read_values, sources, to_yaml
 from trainer.config.identity import changed_fields, changed_result_fields, result_fields, run_identity
 from trainer.config.naming import method_label, run_folder, run_name
-from trainer.config.overrides import expand_sweep, is_sweep
+from trainer.config.overrides import is_sweep
 from trainer.config.paths import find_adapter, find_data
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.suggestions import Key, conf_dir, groups, keys
+from trainer.config.sweep_axes import expand_sweep
 
 __all__ = [
     "METRICS",

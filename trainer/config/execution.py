@@ -8,6 +8,7 @@ No field here changes what a run's weights end as, so each is marked ``changes_r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config.fields import key
 
@@ -90,10 +91,10 @@ class LogConfig:
         choices=("auto", "online", "offline", "off"),
         changes_result=False,
     )
-    project: str = key("afina", "W&B project", changes_result=False)
+    project: str = key("afina", "W&B project; at this default, $WANDB_PROJECT counts", changes_result=False)
     entity: str | None = key(None, "W&B team or user; null: the key's own", changes_result=False)
     group: str | None = key(None, "W&B group, for runs that belong together", changes_result=False)
-    name: str | None = key(None, "W&B display name; null: run.name", changes_result=False)
+    name: str | None = key(None, "W&B display name; null: $WANDB_NAME, else run.name", changes_result=False)
     tags: list[str] = key([], "W&B tags", changes_result=False)
 
 
@@ -177,3 +178,50 @@ class CompareConfig:
         changes_result=False,
     )
     tune_rows: int = key(320, "training rows of such a try", ge=1, changes_result=False)
+
+
+@dataclass(slots=True)
+class SweepConfig:
+    """Which trials `afina sweep` trains, and how. No run by itself reads it."""
+
+    axes: dict[str, str] = key(
+        {},
+        "keys that are swept, each with its values in Hydra's grammar: {method.r: '8,16', method.alpha: '16,32'}; what "
+        "is typed adds to them or replaces them",
+        changes_result=False,
+    )
+    alpha_over_rank: list[float] = key(
+        [], "sweep method.alpha, too, as these multiples of each trial's method.r: [1,2,4]", changes_result=False
+    )
+    sampler: str = key(
+        "grid",
+        "grid: every combination; random: so many drawn; tpe: each chosen by the results of those before it",
+        choices=("grid", "random", "tpe"),
+        changes_result=False,
+    )
+    trials: int | None = key(
+        None, "trials that random draws or tpe chooses; null: 20 (grid has all)", ge=1, changes_result=False
+    )
+    metric: str | None = key(
+        None,
+        "what trials are ranked by: eval_loss, eval_perplexity, train_loss, or one of eval.metrics; null: their "
+        "eval.best_metric, else eval_loss, else train_loss",
+        changes_result=False,
+    )
+    seed: int = key(0, "seed of random, tpe and shuffle(…): the same trials again", ge=0, changes_result=False)
+    parallel: Any = key(
+        "auto",
+        "trials at once, each on a device and a share of the cores; auto: one a GPU, one on a CPU",
+        changes_result=False,
+    )
+    early_stopping: str = key(
+        "none",
+        "asha: all trials are trained to a first step, of these the best part to a later one, and so on (successive "
+        "halving); none: all to their end",
+        choices=("none", "asha"),
+        changes_result=False,
+    )
+    reduction_factor: int = key(
+        3, "asha: one trial in so many goes on, so many times as far", ge=2, changes_result=False
+    )
+    min_steps: int | None = key(None, "asha: updates before the first choice", ge=1, changes_result=False)

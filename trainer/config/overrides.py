@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -11,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from trainer.compat.hydra import overrides_parser
-from trainer.config.messages import config_error, listing
+from trainer.config.messages import config_error
 from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, unknown_option
 from trainer.errors import ConfigError
 
@@ -64,17 +63,18 @@ def split(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[tuple[s
         override = parse(text)
         name = override.key_or_group
         if override.is_sweep_override():
-            _check_name(name, override)
+            check_name(name, override)
             raise _several(text, name, override)
         if name in groups():
             choices[name] = _option(name, override)
         else:
-            _check_name(name, override)
+            check_name(name, override)
             values.append((name, _value(name, override)))
     return choices, values
 
 
-def _check_name(name: str, override: Override) -> None:
+def check_name(name: str, override: Override) -> None:
+    """Raise a :class:`ConfigError` for what is neither a group nor a key."""
     if name not in groups() and not is_key(name):
         raise unknown_key(name, override.get_value_string())
 
@@ -97,7 +97,8 @@ def _value(name: str, override: Override) -> Any:
 
 
 def _several(text: str, name: str, override: Override) -> ConfigError:
-    hint = f"afina sweep {text}"
+    sampler = "sweep.sampler=random " if override.is_interval_sweep() else ""
+    hint = f"afina sweep {sampler}{text}"
     if name in config_fields() and getattr(config_fields()[name].base, "__origin__", config_fields()[name].base) in (
         list,
         Any,
@@ -109,34 +110,3 @@ def _several(text: str, name: str, override: Override) -> ConfigError:
 def is_sweep(overrides: Sequence[str]) -> bool:
     """Return whether any override gives several values: ``a,b``, ``choice(...)``, ``range(...)``."""
     return any(parse(text).is_sweep_override() for text in overrides)
-
-
-def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Expand a sweep into every combination, as lists of plain overrides; the last override typed varies fastest.
-
-    Raises:
-        ConfigError: a sweep that cannot be enumerated (``interval``, ``glob``), or that has no values.
-    """
-    axes = [_axis(text) for text in overrides]
-    return [list(combination) for combination in itertools.product(*axes)]
-
-
-def _axis(text: str) -> list[str]:
-    override = parse(text)
-    _check_name(override.key_or_group, override)
-    if not override.is_sweep_override():
-        return [text]
-    key = override.get_key_element()
-    if override.is_interval_sweep():
-        hint = f"list them: {key}=A,B, or {key}=range(START,STOP,STEP)"
-        raise config_error(text, ..., "an interval has no end of values", hint)
-    if "glob(" in override.get_value_string():
-        every = groups().get(override.key_or_group, ("A", "B"))
-        raise config_error(text, ..., "a pattern is not a list of values", f"list them: {key}={','.join(every)}")
-    values = [f"{key}={value}" for value in override.sweep_string_iterator()]
-    if not values:
-        raise config_error(text, ..., "the sweep has no values", f"list them: {key}=A,B")
-    repeated = sorted({value for value in values if values.count(value) > 1})
-    if repeated:
-        raise config_error(text, ..., f"the sweep gives {listing(repeated)} twice", "give each value once")
-    return values

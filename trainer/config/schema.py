@@ -21,6 +21,7 @@ from trainer.config.execution import (
     GenerateConfig,
     LaunchConfig,
     LogConfig,
+    SweepConfig,
 )
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
@@ -64,9 +65,7 @@ class ModelConfig:
         changes_result=False,
     )
     compile: bool = key(
-        False,
-        "compile the decoder layers with torch.compile, which takes minutes at the start",
-        changes_result=False,
+        False, "compile the decoder layers with torch.compile, which takes minutes at the start", changes_result=False
     )
     trust_remote_code: bool = key(
         False,
@@ -88,11 +87,7 @@ class DataConfig:
         "???",
         "a file, folder, glob or hub id; or a list of them, each alone or as {path: …, weight: …, rows: …, format: …}",
     )
-    format: str = key(
-        "auto",
-        "shape of a row; auto recognises it by its fields",
-        choices=FORMATS,
-    )
+    format: str = key("auto", "shape of a row; auto recognises it by its fields", choices=FORMATS)
     columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
     split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
     subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
@@ -269,6 +264,9 @@ class RunConfig:
         "on GPU, take deterministic kernels alone: the same run gives the same bits, slower (a CPU does always)",
         changes_result=False,
     )
+    stop_at_step: int | None = key(
+        None, "stop for now after so many updates, saved; null goes on bit by bit", ge=1, changes_result=False
+    )
     overwrite: bool = key(
         False, "start from step 0; the old folder is moved aside; counts when typed", changes_result=False, grants=True
     )
@@ -292,6 +290,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

@@ -14,7 +14,7 @@ from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 
 FREE = "zero.extra"  # the one key whose own keys are DeepSpeed's, not ours
-NULLABLE_GROUPS = ("rank", "experiment", "debug")  # Hydra has no `group=null`; these may be left out
+NULLABLE_GROUPS = ("rank", "sweep", "experiment", "debug")  # Hydra has no `group=null`; these may be left out
 
 # Names that users of other trainers bring along, by their last part.
 _ALIASES = {

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from trainer.compat.wandb import without_metadata
+from trainer.config.execution import LogConfig
 from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
 from trainer.redaction import redact, redact_all
@@ -150,10 +151,9 @@ class WandbRun:
         arguments = {
             **redact_all(
                 {
-                    "project": log.project,
+                    **names(config, self._folder),
                     "entity": log.entity,
                     "group": log.group,
-                    "name": log.name or config.run.name or self._folder.name,
                     "tags": list(log.tags) or None,
                     "config": {**_redacted_config(config), "facts": strict(model_info)},
                 }
@@ -174,6 +174,17 @@ class WandbRun:
         if problem:
             logger.info(f"W&B records this run offline: {problem}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+
+
+def names(config: TrainConfig, folder: Path) -> dict[str, str]:
+    """Return project and display name: of the config; where that leaves its default, of ``WANDB_PROJECT`` and
+    ``WANDB_NAME``. What ``WANDB_DIR`` asks for cannot be: it is said once."""
+    given, log = os.environ, config.log
+    if given.get("WANDB_DIR"):
+        logger.info(f"WANDB_DIR is not taken: what W&B records is in {folder / 'wandb'}, where a resumed run finds it")
+    project = given.get("WANDB_PROJECT") if log.project == LogConfig().project else None
+    name = log.name or given.get("WANDB_NAME") or config.run.name or folder.name
+    return {"project": project or log.project, "name": name}
 
 
 def wanted_mode(setting: str) -> str:

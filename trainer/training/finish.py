@@ -94,7 +94,10 @@ def summarize(
 def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int) -> None:
     """Log how the run ended, which weights it leaves, and their scores beside those before training."""
     if outcome.status == "preempted":
-        logger.info(f"stopped on request after step {outcome.steps}; the same command resumes there")
+        stop_at = config.run.stop_at_step
+        is_planned = stop_at is not None and outcome.steps >= stop_at
+        goes_on = f"with run.stop_at_step above {stop_at}, or null, it goes on" if is_planned else ""
+        logger.info(f"stopped on request after step {outcome.steps}; {goes_on or 'the same command resumes there'}")
         return
     if outcome.stopped_early:
         logger.info(f"stopped early, after step {outcome.steps} of {total_steps}: {outcome.stopped_early}")

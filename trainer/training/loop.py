@@ -80,6 +80,8 @@ class Loop:
             self.meter.start()
             ends = record is not None and self._end_step(record, progress)
             while not ends and outcome.steps < self.schedule.total_steps:
+                if outcome.steps and self.schedule.due(outcome.steps).stop:
+                    raise StopRequested  # after the step's evaluation: whoever asked for it may judge by that
                 result = self.next_step(progress)
                 outcome.steps += 1
                 if "loss" in result.record:

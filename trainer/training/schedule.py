@@ -17,11 +17,13 @@ class Due:
         evaluation: score the held-out rows.
         checkpoint: save the state.
         is_last: no update is left.
+        stop: the run is to stop here for now.
     """
 
     evaluation: bool
     checkpoint: bool
     is_last: bool
+    stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,9 @@ class Schedule:
         ends_pass = ends_epoch(done - 1, self.training_rows, self.config.batch.global_size)
         evaluates = is_last or _is_due(done, evaluation.every_steps, evaluation.every_epoch and ends_pass)
         saves = _is_due(done, checkpoint.every_steps, checkpoint.every_epoch and ends_pass)
-        return Due(evaluates and self.has_validation, saves, is_last)
+        stop_at = self.config.run.stop_at_step
+        stops = stop_at is not None and done >= stop_at and not is_last
+        return Due(evaluates and self.has_validation, saves or stops, is_last, stops)
 
 
 def _is_due(done: int, every_steps: int, at_epoch_end: bool) -> bool:

@@ -64,7 +64,7 @@ def test_every_option_composes(group: str, option: str, data: str) -> None:
 
 
 def test_the_groups_are_those_that_docs_and_scripts_rely_on() -> None:
-    expected = "data, debug, experiment, launch, log, method, model, optim, rank, schedule, zero"
+    expected = "data, debug, experiment, launch, log, method, model, optim, rank, schedule, sweep, zero"
     assert ", ".join(groups()) == expected
     assert groups()["zero"] == ("stage0", "stage1", "stage2", "stage2_offload", "stage3", "stage3_offload")
     assert set(groups()["method"]) == {

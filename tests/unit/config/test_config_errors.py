@@ -59,6 +59,7 @@ WRONG: list[tuple[str, ...]] = [
     ("data.path=a b(c", "Hydra's grammar", "data.path='a b(c'"),
     ("method.r=8,16", "several values", "afina sweep method.r=8,16"),
     ("method.r=range(1,4)", "several values", "afina sweep"),
+    ("method.r=interval(1,8)", "several values", "afina sweep sweep.sampler=random method.r=interval(1,8)"),
     ("method=lora,full", "several values", "afina sweep"),
     ("eval.metrics=loss,exact_match", "several values", "eval.metrics=[loss,exact_match]"),
     # types
@@ -299,7 +300,12 @@ def test_groups_are_refused_on_top_of_a_config_file(tmp_path: Path, choice: str)
 @pytest.mark.parametrize(
     ("typed", "fragment"),
     [
-        ("method.r=interval(1,8)", "range(START,STOP,STEP)"),
+        ("method.r=interval(1,8)", "a grid is a list: method.r=1,4,8"),
+        ("optim.learning_rate=tag(log,interval(1e-4,1e-2))", "optim.learning_rate=0.0001,0.001,0.01"),
+        ("optim.learning_rate=tag(lin,interval(1e-4,1e-2))", "tag(log, interval"),
+        ("optim.learning_rate=tag(log,interval(0,1e-2))", "above 0"),
+        ("method.r=interval(8,1)", "method.r=interval(1,8)"),
+        ("method.target_modules=interval(1,8)", "not a number"),
         ("model=glob(*)", "model=llama2_7b,"),
         ("method.r=range(3,3)", "no values"),
         ("method.r=8,8", "twice"),

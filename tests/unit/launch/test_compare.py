@@ -34,7 +34,7 @@ class Runs:
         self.diverges = math.inf
         self.stop_at: str | None = None
 
-    def run_if_needed(self, trial: Trial, label: str, _: Any = None) -> tuple[int, str]:
+    def run_if_needed(self, trial: Trial, label: str, *_: Any) -> tuple[int, str]:
         assert label
         folder = trial.folder
         rate = trial.config.optim.learning_rate

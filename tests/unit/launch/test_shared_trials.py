@@ -64,7 +64,7 @@ class Other:
         self.steps.pop(0)()
         return self.code
 
-    def run_trial(self, trial: Trial, _: Path | None = None) -> tuple[int, str]:
+    def run_trial(self, trial: Trial, *_: object) -> tuple[int, str]:
         self.trained.append(trial.name)
         finish(trial)
         return 0, ""
@@ -122,7 +122,7 @@ def test_a_trial_that_another_is_only_starting_is_its_own(other: Other, monkeypa
     """Another sweep looks while the process of this one's first trial is loading its libraries."""
     seen: list[int] = []
 
-    def run_trial(trial: Trial, _: Path | None = None) -> tuple[int, str]:
+    def run_trial(trial: Trial, *_: object) -> tuple[int, str]:
         if trial.name == "r4":
             with monkeypatch.context() as patch:
                 patch.setattr(process, "pause", lambda _: 128 + 15)
@@ -141,7 +141,7 @@ def test_one_who_was_quicker_is_waited_for(other: Other, monkeypatch: pytest.Mon
     """`afina train` claims no trial: only the process that was started here meets it."""
     r4 = plan_sweep(SWEEP)[1][0]
 
-    def run_trial(trial: Trial, _: Path | None = None) -> tuple[int, str]:
+    def run_trial(trial: Trial, *_: object) -> tuple[int, str]:
         if trial.name == "r4":
             other.trains(r4)
             return 4, "is being trained"
@@ -173,7 +173,7 @@ def test_on_several_nodes_the_same_sweep_is_no_other(other: Other, monkeypatch: 
     nodes = [*SWEEP, "launch=torchrun", "launch.nodes=2"]
     seen: list[int] = []
 
-    def run_trial(trial: Trial, _: Path | None = None) -> tuple[int, str]:
+    def run_trial(trial: Trial, *_: object) -> tuple[int, str]:
         if not seen:
             seen.append(0)
             monkeypatch.setattr(launch.trials, "run_trial", other.run_trial)

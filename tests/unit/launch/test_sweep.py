@@ -10,10 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+import launch.sweep.sweep
+from launch.crew import Crew
 from launch.sweep import report as ranking
 from launch.sweep.sweep import plan_sweep, run_sweep
 from tests.helpers.processes import ROOT
@@ -55,6 +58,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'trainer')!r})\n")
     (package / "train.py").write_text(TRAIN)
     monkeypatch.chdir(tmp_path)
+    # each in a process that loads no more than it needs; forks of a loaded one are in test_trial_server.py
+    monkeypatch.setattr(launch.sweep.sweep, "Crew", partial(Crew, forks=False))
     return tmp_path
 
 
@@ -204,7 +209,8 @@ def test_a_killed_trial_is_a_failed_one(stand_in: Path, logged: list[str]) -> No
 def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
     (stand_in / "stop").touch()
     arguments = ["debug=tiny", "method.r=4,8", "run.name=s"]
-    code = f"import sys; from launch.sweep.sweep import run_sweep; sys.exit(run_sweep({arguments}))"
+    code = "import functools, sys, launch.sweep.sweep as sweep;"
+    code += f"sweep.Crew = functools.partial(sweep.Crew, forks=False); sys.exit(sweep.run_sweep({arguments}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=stand_in, env=environment, capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr

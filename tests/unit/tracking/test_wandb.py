@@ -12,10 +12,11 @@ import time
 import pytest
 
 from tests.helpers.wandb_runs import RECORDS, SUMMARY, history_of, key_of, offline_files, record_run, wandb_config
+from trainer.config.schema import TrainConfig
 from trainer.tracking.files import read_metrics
 from trainer.tracking.tracker import Tracker
 from trainer.tracking.wandb_file import read_records
-from trainer.tracking.wandb_run import api_key, wanted_mode
+from trainer.tracking.wandb_run import api_key, names, wanted_mode
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -225,3 +226,18 @@ def test_a_failure_of_wandb_is_said_once_and_the_run_goes_on(tmp_path, capsys):
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B")]
     assert len(said) == 1, said
+
+
+def test_the_environments_project_and_name_count_where_the_config_leaves_its_default(tmp_path, monkeypatch, logged):
+    config = TrainConfig()
+    assert names(config, tmp_path / "run") == {"project": "afina", "name": "run"}
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    assert names(config, tmp_path / "run") == {"project": "theirs", "name": "mine"}
+    config.log.project, config.log.name = "typed", "named"
+    assert names(config, tmp_path / "run") == {"project": "typed", "name": "named"}
+    assert logged == []
+    monkeypatch.setenv("WANDB_DIR", "elsewhere")
+    names(config, tmp_path / "run")
+    assert len(logged) == 1
+    assert logged[0].startswith("WANDB_DIR is not taken")

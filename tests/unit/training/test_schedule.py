@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.schema import BatchConfig, CheckpointConfig, EvalConfig, OptimConfig, ScheduleConfig, TrainConfig
+from trainer.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from trainer.training.schedule import Schedule
 
 
@@ -49,3 +57,15 @@ def test_the_learning_rate_is_of_the_step_alone() -> None:
     for order in (range(10), reversed(range(10))):
         for step in order:
             assert abs(schedule.learning_rate(step) - expected[step]) < 1e-12
+
+
+def test_a_run_that_stops_for_now_is_saved_there_and_keeps_its_schedule() -> None:
+    whole = Schedule(TrainConfig(checkpoint=CheckpointConfig(every_steps=0)), 10, 100, True)
+    config = TrainConfig(checkpoint=CheckpointConfig(every_steps=0), run=RunConfig(stop_at_step=4))
+    schedule = Schedule(config, 10, 100, True)
+    assert [done for done in range(1, 11) if schedule.due(done).stop] == [4, 5, 6, 7, 8, 9], "the end is no stop"
+    assert schedule.due(4).checkpoint
+    assert not schedule.due(3).checkpoint
+    for step in range(10):
+        assert schedule.learning_rate(step) == whole.learning_rate(step)
+        assert schedule.due(step + 1).evaluation == whole.due(step + 1).evaluation

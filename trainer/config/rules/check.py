@@ -22,6 +22,7 @@ from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
 from trainer.config.rules.model import check_model
 from trainer.config.rules.secrets import check_secrets
+from trainer.config.rules.sweep import check_sweep
 from trainer.config.rules.tracking import check_tracking
 from trainer.config.schema import METRICS, TrainConfig
 from trainer.config.suggestions import ConfigField, config_fields, default_value
@@ -65,7 +66,7 @@ def check(config: TrainConfig) -> None:
     check_compare(config.compare)
     for check_section in (check_model, check_secrets, _method, _data, _batch, _schedule, _zero, _zero_extra):
         check_section(config)
-    for check_section in (_evaluation, _generation, check_tracking, check_launch, _run):
+    for check_section in (_evaluation, _generation, check_tracking, check_launch, _run, check_sweep):
         check_section(config)
 
 

@@ -1,0 +1,134 @@
+"""Early stopping of a sweep: rungs, who goes on, and that an interrupted sweep decides alike. Runs are stood in for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+import launch.sweep.sweep
+import launch.trials
+from launch.sweep.halving import best, score_until
+from launch.sweep.sweep import run_sweep
+from launch.trials import Trial
+from trainer.config import to_yaml
+from trainer.tracking.files import MetricsFile
+
+ASHA = ["debug=tiny", "run.name=s", "batch.max_steps=20", "sweep.early_stopping=asha"]
+ASHA += ["sweep.min_steps=2", "sweep.reduction_factor=2"]
+NINE = ",".join(map(str, range(2, 11)))
+
+
+class Trainer:
+    """Stands in for runs: a line a step, evaluations at even steps, stopped at ``run.stop_at_step``; a kill may leave
+    a run anywhere."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int | None]] = []
+        self.left = math.inf
+        self.steps: dict[str, int] = {}
+
+    def run_trial(self, trial: Trial, *_: object) -> tuple[int, str]:
+        if not self.left:
+            return 143, ""
+        self.left -= 1
+        stop, total, r = trial.config.run.stop_at_step, trial.config.batch.max_steps, trial.config.method.r
+        assert total is not None
+        assert r is not None
+        self.begun.append((trial.name, stop))
+        if r == 7:
+            return 5, "loss is not finite"
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        (trial.folder / "config.yaml").write_text(to_yaml(trial.config))
+        file = MetricsFile(trial.folder, resume_step=self.steps.get(trial.name, 0))
+        end = min(stop or total, total)
+        for step in range(self.steps.get(trial.name, 0) + 1, end + 1):
+            record: dict[str, float] = {"step": step, "loss": 5 - step * r / 100}
+            file.write(record | ({"eval_loss": loss(r, step)} if step % 2 == 0 else {}))
+        file.close()
+        self.steps[trial.name] = max(end, self.steps.get(trial.name, 0))
+        summary = {"status": "finished" if end == total else "preempted", "steps": self.steps[trial.name]}
+        (trial.folder / "summary.json").write_text(json.dumps({**summary, "metrics": {"eval_loss": loss(r, end)}}))
+        return 0, ""
+
+
+def loss(r: int, step: int) -> float:
+    """The order of trials changes with the steps."""
+    return random.Random(f"{r}/{step}").random() - step / 10
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    made = Trainer()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch.trials, "run_trial", made.run_trial)
+    monkeypatch.setattr(launch.sweep.sweep, "visible_gpus", lambda: 0)
+    return made
+
+
+def table() -> dict[str, str]:
+    with Path("runs/s/sweep.csv").open() as file:
+        return {row["method.r"]: row["status"] for row in csv.DictReader(file)}
+
+
+def expected(ranks: list[int]) -> dict[str, str]:
+    """Successive halving in a few lines: trial 7 fails, and half of the rest goes on at 2, 4, 8, 16 steps."""
+    status, rung, step = {"7": "failed"}, 0, 2
+    alive = [r for r in ranks if r != 7]
+    while len(alive) > 1:
+        kept = sorted(alive, key=lambda r: loss(r, step))[: len(alive) // 2]
+        status |= {str(r): f"stopped at rung {rung}, step {step}" for r in alive if r not in kept}
+        alive, rung, step = kept, rung + 1, step * 2
+    return {**status, str(alive[0]): "finished"}
+
+
+def test_half_of_a_rung_goes_on(runs: Trainer) -> None:
+    assert run_sweep([*ASHA, f"method.r={NINE}"]) == 1
+    assert table() == expected(list(range(2, 11)))
+    assert [step for _, step in runs.begun] == [2] * 9 + [4] * 4 + [8] * 2 + [None]
+
+
+def test_a_sweep_that_is_stopped_anywhere_has_the_same_survivors(runs: Trainer) -> None:
+    for left in (3, 4, 5, 2, math.inf):
+        runs.left = left
+        assert run_sweep([*ASHA, f"method.r={NINE}"]) == (1 if left == math.inf else 143)
+    assert table() == expected(list(range(2, 11)))
+    again = [name for name, _ in runs.begun if name != "r7"]
+    assert len(again) == 8 + 4 + 2 + 1, "nothing is trained twice"
+
+
+def test_trials_that_have_gone_on_are_judged_by_their_rung(runs: Trainer) -> None:
+    """The folder of one that was promoted holds later, better scores."""
+    assert run_sweep([*ASHA, "method.r=2,3,4,5"]) == 0
+    first = table()
+    begun = runs.begun.copy()
+    assert run_sweep([*ASHA, "method.r=2,3,4,5"]) == 0
+    assert table() == first
+    assert runs.begun == begun
+
+
+def test_rungs_beyond_the_end_are_no_rungs(runs: Trainer) -> None:
+    assert run_sweep([*ASHA, "method.r=2,3,4,5", "sweep.min_steps=30"]) == 0
+    assert set(table().values()) == {"finished"}
+    assert [step for _, step in runs.begun] == [30] * 4
+
+
+def test_without_scores_the_training_loss_decides(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, resume_step=0)
+    for step in range(1, 31):
+        file.write({"step": step, "loss": float(step), **({"eval_loss": 0.5} if step == 30 else {})})
+    file.close()
+    assert score_until(tmp_path, 29, "eval_loss") == sum(range(20, 30)) / 10
+    assert score_until(tmp_path, 30, "eval_loss") == 0.5
+    assert score_until(tmp_path, 5, "train_loss") == 3.0
+    assert score_until(tmp_path / "none", 5, "eval_loss") is None
+
+
+def test_the_best() -> None:
+    assert best([3.0, 1.0, None, 2.0], 2, lower_is_better=True) == [1, 3]
+    assert best([3.0, 1.0, None, 2.0], 2, lower_is_better=False) == [0, 3]
+    assert best([1.0, 1.0, math.nan], 1, lower_is_better=True) == [0]
