@@ -63,7 +63,7 @@ def plan_sweep(typed: Sequence[str], config_file: Path | None = None) -> tuple[P
 
 
 def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
-    """Run every combination and show the ranked table, also written to `sweep.csv` and `sweep.md` in its folder.
+    """Run every combination and show the ranked table, also written to `sweep.csv`, `sweep.md` and `report.html`.
 
     A failed trial is reported and the others go on; a finished one is not redone. One that another process trains is
     waited for at the end, so that equal sweeps started together share the trials and show the same table.
@@ -88,6 +88,7 @@ def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     records = ranking.rank(trials, errors)
     ranking.write(folder, records)
     ranking.show(records)
+    ranking.write_page(folder)
     return stopped or int(bool(errors))
 
 
