@@ -53,6 +53,7 @@ def run_comparison(typed: Sequence[str]) -> int:
 
     stopped = take_turns([run(number, candidate) for number, candidate in enumerate(candidates, 1)])
     comparison.show(comparison.collect(candidates))
+    comparison.write_page(folder)
     return stopped or int(any(candidate.error for candidate in candidates))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import table
+from launch.report.runs import cost, saved_bytes
+from launch.report.write import end_with_page
 from launch.table import Column, Record
 from trainer.config import METRICS
 from trainer.files import write_atomically
@@ -65,8 +67,12 @@ def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Reco
         "learning_rate": candidate.rate if candidate.trial else None,
         "trainable_parameters": trained,
         "trainable_percent": 100 * trained / total if trained and total else None,
-        "adapter_bytes": _saved_bytes(folder) if folder and done else None,
-        **(_cost(folder) if folder and done else dict.fromkeys(("peak_memory_bytes", "useful_tokens_per_second"))),
+        "adapter_bytes": saved_bytes(folder) if folder and done else None,
+        **(
+            cost(read_metrics(folder))
+            if folder and done
+            else dict.fromkeys(("peak_memory_bytes", "useful_tokens_per_second"))
+        ),
         "seconds": summary.get("wall_seconds"),
         **{name: summary["metrics"].get(name) if done else None for name in names},
         "status": "refused"
@@ -77,21 +83,6 @@ def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Reco
         "tried": {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(candidate.tried.items())},
         "folder": str(folder) if folder else None,
         "error": candidate.refused or candidate.error,
-    }
-
-
-def _saved_bytes(folder: Path) -> int:
-    """Return the size of the weights that a run ended with: an adapter's, or the whole model's."""
-    return sum(file.stat().st_size for name in ("adapter", "model") for file in (folder / name).glob("*.safetensors"))
-
-
-def _cost(folder: Path) -> dict[str, float | None]:
-    """Return peak memory and speed of the logged steps."""
-    steps = [record for record in read_metrics(folder) if "step_seconds" in record]
-    seconds = sum(step["step_seconds"] for step in steps)
-    return {
-        "peak_memory_bytes": max((step["peak_memory_bytes"] for step in steps), default=None),
-        "useful_tokens_per_second": sum(step["useful_tokens"] for step in steps) / seconds if seconds else None,
     }
 
 
@@ -114,6 +105,11 @@ def show(records: Sequence[Record]) -> None:
     for record in records:
         if record["error"]:
             print(f"{record['method']}: {record['error']}")
+
+
+def write_page(folder: Path) -> None:
+    """Write `report.html` beside the table, and log which files there are."""
+    end_with_page(folder, [folder / f"compare.{kind}" for kind in ("csv", "md", "png")])
 
 
 def columns(records: Sequence[Record]) -> list[Column]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import table
+from launch.report.ranking import choose_metric, short_labels, sortable
+from launch.report.runs import SCORES, with_method_defaults
+from launch.report.write import end_with_page
 from launch.table import Record
-from trainer.config.schema import LOWER_IS_BETTER, METRICS
 from trainer.tracking.files import find_summary
 
 if TYPE_CHECKING:
     from launch.trials import Trial
 
-OTHER_METRICS = ("eval_perplexity", *(name for name in METRICS if name != "loss"))
+OTHER_METRICS = tuple(name for name in SCORES if name not in ("eval_loss", "train_loss"))
 # `rank` is the config group that sets the other two; its name is also that of our first column
 RANK_AND_ALPHA = ("method.r", "method.alpha", "rank")
 
@@ -43,12 +43,8 @@ def rank(
     """
     records = [_record(trial, errors.get(trial.name), (notes or {}).get(trial.name)) for trial in trials]
     finished = [record for record in records if record["status"] == "finished"]
-    # runs compare only by the same number
-    best_metrics = {trial.config.eval.best_metric for trial in trials}
-    candidates = [metric, *(best_metrics if len(best_metrics) == 1 else ()), "eval_loss"]
-    shared = [name for name in candidates if name and all(record[name] is not None for record in finished)]
-    by = shared[0] if shared else "train_loss"
-    finished.sort(key=lambda record: _sortable(record[by], by))
+    by = choose_metric(finished, {trial.config.eval.best_metric for trial in trials}, metric)
+    finished.sort(key=lambda record: sortable(record[by], by))
     for place, record in enumerate(finished, 1):
         record["rank"] = place
     unused = [name for name in OTHER_METRICS if all(record[name] is None for record in records)]
@@ -81,22 +77,8 @@ def _varied_values(trial: Trial) -> dict[str, Any]:
     if not any(key in values for key in RANK_AND_ALPHA):
         return values
     method = trial.config.method
-    alpha = 2 * method.r if method.alpha is None and method.r is not None else method.alpha
-    pair = {"method.r": method.r, "method.alpha": alpha}
+    pair = with_method_defaults({"method.r": method.r, "method.alpha": method.alpha})
     return {**pair, **{key: value for key, value in values.items() if key not in RANK_AND_ALPHA}}
-
-
-def _sortable(value: float | None, metric: str) -> float:
-    """Return a sort key: smaller is better, and what is no number comes last."""
-    if value is None or math.isnan(value):
-        return math.inf
-    return value if metric in ("train_loss", *LOWER_IS_BETTER) else -value
-
-
-def short_labels(keys: Sequence[str]) -> dict[str, str]:
-    """Shorten keys to their last part, or keep the whole key where two would read alike."""
-    count = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: key if count[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in keys}
 
 
 def write(folder: Path, records: Sequence[Record]) -> None:
@@ -111,6 +93,11 @@ def show(records: Sequence[Record]) -> None:
     table.show_records(
         records, columns(records), lambda r: "bold green" if r["rank"] == 1 else colours.get(r["status"])
     )
+
+
+def write_page(folder: Path) -> None:
+    """Write `report.html` beside the table, and log which files there are."""
+    end_with_page(folder, [folder / "sweep.csv", folder / "sweep.md"])
 
 
 def columns(records: Sequence[Record]) -> list[table.Column]:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
-    """Run the trials and show the ranked table, also written to `sweep.csv` and `sweep.md` in the sweep's folder.
+    """Run the trials and show the ranked table, also written to `sweep.csv`, `sweep.md` and `report.html`.
 
     A failed trial is reported and the others go on; a finished one is not redone. One that another process trains is
     waited for at the end, so that equal sweeps started together share the trials and show the same table.
@@ -53,6 +53,7 @@ def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
         records = ranking.rank(sweep.trials, sweep.errors, space.config.sweep.metric, sweep.notes)
         ranking.write(sweep.folder, records)
         ranking.show(records)
+        ranking.write_page(sweep.folder)
     return stopped or int(bool(sweep.errors))
 
 

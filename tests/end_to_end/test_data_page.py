@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import re
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +16,12 @@ import numpy as np
 import pytest
 
 import trainer.config
-from tests.helpers.processes import afina, run
+from tests.helpers.browser import drop_policy, dump_dom, find_browser, requests_of_pages, run_script
+from tests.helpers.processes import afina
 from tests.helpers.tokenizers import write_rows
 from trainer.data.load import inspect_data
 from trainer.data.run_data import Data
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SMALL = ("model=tiny", "batch.global_size=4", "data.validation=4")
 EVIL = '</script><img src="URL/leak"><script>fetch("URL/leak")</script>--><!--{{data}}${7*7}'
 CITIES = ("Lima", "Oslo", "Quito", "Kyoto", "Nairobi", "مدريد", "東京 🗼", "Zürich")
@@ -31,10 +29,7 @@ CITIES = ("Lima", "Oslo", "Quito", "Kyoto", "Nairobi", "مدريد", "東京 �
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("needs a browser: apt-get install chromium (`make test` does it as root)")
-    return found
+    return find_browser()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -170,38 +165,16 @@ class Dom(HTMLParser):
                 self.by_id[name] = self.by_id.get(name, "") + data
 
 
-def flags(profile: Path) -> list[str]:
-    return [
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps"),
-        *(f"--user-data-dir={profile}", "--virtual-time-budget=4000"),
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # browsers call home; not from a test
-    ]
-
-
 def dom(browser: str, file: Path, hash: str, tmp_path: Path, *more: str) -> Dom:
-    address = f"{file.as_uri()}#{hash}"
-    return Dom(run([browser, *flags(tmp_path / "profile"), *more, "--dump-dom", address], timeout_seconds=120).output)
-
-
-def requests_of_pages(net_log: Path) -> list[str]:
-    """What pages asked of a network. The browser's own calls, which no flag turns off, have no origin."""
-    lines = net_log.read_text(encoding="utf-8", errors="replace").splitlines()
-    events = [json.JSONDecoder().raw_decode(line)[0] for line in lines if '"initiator":' in line]  # one a line
-    asked = [(event["params"]["initiator"], event["params"]["url"]) for event in events]
-    return [url for initiator, url in asked if initiator != "not an origin" and url.startswith("http")]
+    return Dom(dump_dom(browser, f"{file.as_uri()}#{hash}", tmp_path, *more))
 
 
 def without_policy(page: Page) -> str:
-    return re.sub(r"<meta http-equiv[^>]*>", "", page.file.read_text(encoding="utf-8"))
+    return drop_policy(page.file.read_text(encoding="utf-8"))
 
 
 def probe(browser: str, html: str, script: str, tmp_path: Path) -> str:
-    """What a script finds in a page: ``return`` it, or wait for it with ``await``."""
-    found = '<output id="found"></output><script>(async () => {SCRIPT})().then((x) => { found.textContent = x; })'
-    file = tmp_path / "probe.html"
-    file.write_text(html.replace("</body>", found.replace("SCRIPT", script) + "</script></body>"), encoding="utf-8")
-    return dom(browser, file, "", tmp_path).by_id["found"]
+    return Dom(run_script(browser, html, script, tmp_path)).by_id["found"]
 
 
 @pytest.mark.parametrize("kind", ["chat", "alpaca"])

@@ -54,6 +54,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     for block in blocks(page):
         if block.language == "bash":
             lines = block.text.replace("\\\n", " ").splitlines()
+            lines = [line.partition(" > ")[0] for line in lines]
             out += [(str(block), words) for line in lines if (words := shlex.split(line, comments=True))]
     return out
 

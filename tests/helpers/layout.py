@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine", "view"),
     ("models",),
     ("kernels", "evaluation"),
-    ("data", "methods", "tracking"),
+    ("data", "methods", "tracking", "html"),
     ("config",),
     ("files", "errors", "redaction", "silence", "compat", "distributed"),
 )
@@ -39,6 +39,7 @@ LAUNCH_MAY_IMPORT = (
     "trainer.config",
     "trainer.errors",
     "trainer.files",
+    "trainer.html",
     "trainer.redaction",
     "trainer.tracking.files",
 )

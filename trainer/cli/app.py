@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., object]] = {
     "train": training.train,
     "sweep": training.sweep,
     "compare": training.compare,
+    "report": inspection.report,
     "config": inspection.config,
     "doctor": inspection.doctor,
     "data": inspection.data,

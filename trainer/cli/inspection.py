@@ -1,4 +1,4 @@
-"""Verbs that train nothing: show the config, this machine, the data; fetch a model; print versions."""
+"""Verbs that train nothing: show the config, this machine, the data, what came out; fetch a model; print versions."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def data(
     from trainer.view import view
 
     view(trainer.config.load(overrides or [], config_file), html, examples)
+
+
+def report(
+    what: Annotated[str, typer.Argument(metavar="RUN|SWEEP|COMPARISON", help="a folder, or the name of one in runs/")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE.html", help="the page; default: report.html in that folder")
+    ] = None,
+) -> None:
+    """Show what came out: a ranked table, raw numbers as CSV, and a page to look at and to send. No network."""
+    from launch.report import write
+
+    files = write.report(what, to)
+    print(f"written: {', '.join(map(str, files))}")
 
 
 def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:

@@ -20,10 +20,11 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
         DataError: training would refuse this data; raised after everything has been shown.
         ConfigError: there cannot be a page at ``html``; raised before anything is done.
     """
+    from trainer.html import check_target
     from trainer.view import page
 
     if html is not None:
-        page.check_target(html)
+        check_target("--html", html)
     from trainer.models.embedded import resolve
     from trainer.models.loading import load_tokenizer
     from trainer.silence import silence_libraries

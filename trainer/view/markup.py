@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from html import escape
 
+from trainer.html import text
 from trainer.view import words
 from trainer.view.overview import Overview, histogram
-from trainer.view.pieces import visible
 
 BARS = 36
 TICKS = 4
 HEIGHT = 100  # of a bar in the units of its drawing, which is stretched to the width that there is
-
-
-def text(value: str) -> str:
-    """Escape a text, and name the characters in it that cannot be seen."""
-    return escape(visible(value))
 
 
 def subtitle(overview: Overview) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from trainer.data.prepare.checks import Finding
 from trainer.data.sources.rows import RejectedRow
 from trainer.files import parse_json
-from trainer.view.pieces import Piece, visible
+from trainer.html import visible
+from trainer.view.pieces import Piece
 from trainer.view.sharing import Sharing
 
 MAX_LONG_ROWS = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,9 +9,9 @@ from itertools import groupby
 from typing import Any
 
 from trainer.compat.transformers import byte_of_letter
+from trainer.html import visible
 
 MAX_MERGED = 8  # tokens of one piece: a character has at most four bytes, yet a token may end one and begin another
-JOINERS = "\u200c\u200d"  # between letters and in emoji they are part of the word
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -105,20 +104,6 @@ class TokenDecoder:
             else:
                 names.append(visible(token))
         return "".join(names)
-
-
-def visible(text: str) -> str:
-    """Return ``text`` without what cannot be seen or would be obeyed (escape codes, changes of direction, zero width):
-    such characters are named, as ``⟨U+001B⟩``. Newlines and tabs stay."""
-    return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
-
-
-@cache
-def _visible(letter: str) -> str:
-    if letter in "\n\t" or letter in JOINERS:
-        return letter
-    hidden = unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-    return f"⟨U+{ord(letter):04X}⟩" if hidden else letter
 
 
 @cache

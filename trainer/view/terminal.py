@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from trainer.html import visible
 from trainer.view import words
 from trainer.view.overview import Overview, ShownExample, histogram
-from trainer.view.pieces import Piece, visible
+from trainer.view.pieces import Piece
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from trainer.html import visible
 from trainer.view.overview import Overview, SourceSummary
-from trainer.view.pieces import visible
 
 LEVELS = ("refused", "left_out", "warning", "note")
 NAMES_SHOWN = 3

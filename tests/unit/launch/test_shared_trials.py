@@ -106,6 +106,7 @@ def test_what_the_other_trains_is_left_and_taken_as_it_finishes_it(other: Other,
         "[3/3] r16: finished before",
         "waiting for [1/3] r4 (process 12 on here, since noon)",
         "[1/3] r4: finished before",
+        "written: runs/s/sweep.csv, runs/s/sweep.md, runs/s/report.html",
     ]
 
 

@@ -23,9 +23,10 @@ from tests.helpers.tokenizers import sentencepiece_like
 from trainer.data.batching.global_batch import global_batch, total_steps
 from trainer.data.prepare.checks import Finding
 from trainer.data.run_data import Data
+from trainer.html import visible
 from trainer.view import choose, collect, terminal
 from trainer.view.overview import Overview, histogram, sample_rejected
-from trainer.view.pieces import TokenDecoder, visible
+from trainer.view.pieces import TokenDecoder
 
 CONTROL = frozenset({0, 1, 2})  # ids of the tiny tokenizer: <|endoftext|>, <|im_start|>, <|im_end|>
 
