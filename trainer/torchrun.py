@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.ERROR)  # the agent's: it warns of each signal that it hands on
-    if given.rdzv_backend == "static" and given.nnodes != "1":
+    if _has_a_master(given):
         threading.Thread(target=_say_who_is_waited_for, args=(given,), name="waiting", daemon=True).start()
     try:
         torchrun(words)
@@ -81,6 +81,12 @@ def _refuse_two_a_node() -> None:
         raise LaunchError("srun", value=f"{tasks} tasks a node", reason=reason, hint="srun --ntasks-per-node=1")
 
 
+def _has_a_master(given: Any) -> bool:
+    """Return whether several nodes meet at a fixed one."""
+    most = given.nnodes.rpartition(":")[2]  # "1:4" is from one to four
+    return not given.standalone and given.rdzv_backend == "static" and most != "1"
+
+
 def _wait_for_master(given: Any) -> None:
     """Wait until node 0 answers, and say so: torchrun itself waits in silence, and ends in a traceback.
 
@@ -91,7 +97,7 @@ def _wait_for_master(given: Any) -> None:
         LaunchError: it could never, or has not in time.
     """
     address, port = given.master_addr, given.master_port
-    if given.rdzv_backend != "static" or given.nnodes == "1":
+    if not _has_a_master(given):
         return
     if is_loopback(address) and not network_is_chosen():
         reason = f"is each node itself: {given.nnodes} nodes would wait for each other"
@@ -123,7 +129,7 @@ def _say_who_is_waited_for(given: Any) -> None:
     """Say who is missing while the nodes' agents wait for each other; they start no process before."""
     import psutil
 
-    others = f"{int(given.nnodes) - 1} more" if given.node_rank == 0 else "the other nodes"
+    others = f"the others of {given.nnodes} nodes" if given.node_rank == 0 else "the other nodes"
     time.sleep(QUIET_SECONDS)
     while not psutil.Process().children():
         where = f"{given.master_addr}:{given.master_port}"

@@ -66,8 +66,11 @@ def submit_sweep(config: TrainConfig, folder: Path, trials: Sequence[Trial], con
         write_atomically(arguments / str(number), b"".join(word.encode() + b"\0" for word in words))
     limit = f"%{config.launch.array_parallel}" if config.launch.array_parallel else ""
     job = _submit(config, folder, [], array=f"0-{len(trials) - 1}{limit}")
+    for number, trial in enumerate(trials):
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(trial.folder / JOB_FILE, f"{job}_{number}\n".encode())
     print(f"job {job} submitted, {len(trials)} trials: {folder}")
-    print(f"  afina status {folder}    afina cancel {folder}    the same `afina sweep` without launch=slurm ranks them")
+    print(f"  afina status {folder}    afina cancel {folder}    afina report {folder}, which ranks them")
     return 0
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -170,3 +171,18 @@ def _free_ports(count: int) -> list[int]:
     for server in sockets:
         server.close()
     return ports
+
+
+def main() -> None:
+    """`python -m tests.helpers.slurm_sandbox start|stop FOLDER`: prints the slurm.conf to export as SLURM_CONF."""
+    what, folder = sys.argv[1:]
+    sandbox = Sandbox(Path(folder))
+    if what == "stop":
+        sandbox.stop()
+    else:
+        sandbox.__enter__()
+        print(sandbox.environment["SLURM_CONF"])
+
+
+if __name__ == "__main__":
+    main()

@@ -97,6 +97,8 @@ def check_command(words: list[str]) -> None:
         overrides = list(context.params.get("overrides") or [])
         if words[1] == "sweep":
             launch.sweep.sweep.plan_sweep(overrides)
+        elif words[1] == "slurm-script":
+            trainer.config.load(["launch=slurm", *overrides], with_data=False)
         elif words[1] in ("train", "compare", "config", "data"):
             trainer.config.load(overrides)
         else:

@@ -76,6 +76,8 @@ def _runs_in(given: Path) -> list[Path]:
     folder = find_folder(given) if given != Path("runs") else given
     if not folder.is_dir():
         return []
-    if jobs.is_run(folder):
+    inside = sorted(each for each in folder.iterdir() if each.is_dir() and jobs.is_run(each))
+    if jobs.is_run(folder) and not inside:
         return [folder]
-    return sorted(each for each in folder.iterdir() if each.is_dir() and jobs.is_run(each))
+    # of a folder of runs, a sweep in it with its trials
+    return [run for each in inside for run in (_runs_in(each) if folder != each else [each])]

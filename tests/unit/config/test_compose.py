@@ -38,7 +38,7 @@ MENUS = {
     "optim": "default",
     "schedule": "cosine",
     "log": "default",
-    "launch": "torchrun",
+    "launch": "slurm",
 }
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
