@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
-        logging.getLogger(name).setLevel(logging.ERROR)  # the agent's: it warns of each signal that it hands on
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the agent's: what it says of each signal and end, we say
     if _has_a_master(given):
         threading.Thread(target=_say_who_is_waited_for, args=(given,), name="waiting", daemon=True).start()
     try:
