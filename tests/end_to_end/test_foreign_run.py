@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ VERBS = {
     "data": ["data", "--config", "{run}/config.yaml"],
     "config": ["config", "--config", "{run}/config.yaml"],
 }
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A run takes them over, and here it is this process that begins one."""
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
