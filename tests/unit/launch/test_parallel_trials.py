@@ -83,7 +83,7 @@ def test_several_at_once(sweep: list[str], tmp_path: Path) -> None:
     ]
     assert sum("finished in 0 s: eval_loss 1.5000" in line for line in lines) == 3
     assert "[4/4] r16: failed: no memory" in lines, "its own word, though it left no summary"
-    assert len(lines) == 10, "what trials print stands in files of their own"
+    assert len(lines) == 11, "what trials print stands in files of their own"
     for r in (2, 4, 8):
         assert (folder / f"r{r}.log").read_text() == f"words of r{r}\n"
         seen = summary(folder / f"r{r}")["seen"]

@@ -171,7 +171,7 @@ def test_stopped_while_it_waits_it_shows_what_there_is(other: Other) -> None:
 
 def test_on_several_nodes_the_same_sweep_is_no_other(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
     """Node 1 joins the trial that node 0 has begun."""
-    nodes = [*SWEEP, "launch=torchrun", "launch.nodes=2"]
+    nodes = [*SWEEP, "launch=torchrun", "launch.nodes=2", "launch.master_address=node0"]
     seen: list[int] = []
 
     def run_trial(trial: Trial, *_: object) -> tuple[int, str]:
