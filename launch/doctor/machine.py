@@ -169,7 +169,7 @@ def check_name(nodes: int, name: str | None = None) -> Finding:
 
 
 def check_master(config: TrainConfig) -> Finding:
-    """Check the master of several nodes that are started without Slurm: training refuses one that is each node itself.
+    """Check the master of several nodes that are started without Slurm.
 
     On node 0 its own name may be a loopback address; to the others that is no way to it.
     """
@@ -179,9 +179,8 @@ def check_master(config: TrainConfig) -> Finding:
         return Finding("master", FAILED, f"{host} does not resolve", cure)
     found = f"{host} is {', '.join(addresses)}"
     is_chosen = any(os.environ.get(f"{backend}_SOCKET_IFNAME") for backend in ("GLOO", "NCCL"))
-    is_literal = host == "localhost" or host in addresses
-    if _has_loopback(addresses) and (is_literal or config.launch.node_rank > 0) and not is_chosen:
-        return Finding("master", FAILED, f"{found}: each of {config.launch.nodes} nodes is that itself", cure)
+    if _has_loopback(addresses) and config.launch.node_rank > 0 and not is_chosen:
+        return Finding("master", FAILED, f"{found}: on node {config.launch.node_rank} that is the node itself", cure)
     return Finding("master", OK, found)
 
 

@@ -44,7 +44,7 @@ def srun_line(ranks: int, seconds: int) -> str:
     """Return the command that measures so many ranks on each node of this allocation, one torchrun a node."""
     words = [shlex.quote(sys.executable), "-P", "-m", "trainer.torchrun", "--nnodes=$SLURM_JOB_NUM_NODES"]
     words += [f"--nproc-per-node={ranks}", "--node-rank=$SLURM_NODEID", "--rdzv-backend=static"]
-    words += [f"--rdzv-conf=timeout={seconds}", "--master-port=$((20000 + SLURM_JOB_ID % 10000))"]
-    words += ["--master-addr=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"]
+    words += [f"--rdzv-conf=timeout={seconds}", "--master-port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"]
+    words += ["--master-addr=${MASTER_ADDR:-$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)}"]
     words += ["-m", "trainer.preflight", f"--seconds={seconds}"]
     return f"srun --ntasks-per-node=1 bash -c {shlex.quote(' '.join(words))}"

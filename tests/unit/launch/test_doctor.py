@@ -204,21 +204,17 @@ def test_a_name_that_does_not_resolve_is_told() -> None:
     assert (loop.state, "127.0.0.1" in loop.found) == (WARNING, True)
 
 
-@pytest.mark.parametrize(
-    ("host", "rank", "chosen", "state"),
-    [
-        ("127.0.0.1", 0, "", FAILED),
-        ("127.0.0.1", 1, "lo", OK),
-        ("192.0.2.7", 1, "", OK),
-        ("nowhere.invalid", 0, "", FAILED),
-    ],
-)
-def test_a_master_that_the_ranks_would_refuse_fails(
-    host: str, rank: int, chosen: str, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
-    asked = config("launch.nodes=2", f"launch.master_address={host}", f"launch.node_rank={rank}")
-    assert machine.check_master(asked).state == state
+def test_a_master_that_does_not_lead_to_node_0_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = ["launch=torchrun", "launch.nodes=2"]
+    assert machine.check_master(config(*nodes, "launch.master_address=192.0.2.7")).state == OK
+    assert machine.check_master(config(*nodes, "launch.master_address=nowhere.invalid")).state == FAILED
+    names = {"node0": "127.0.1.1"}
+    monkeypatch.setattr(machine.socket, "getaddrinfo", lambda name, *_, **__: [(0, 0, 0, "", (names[name], 0))])
+    node0, node1 = (config(*nodes, "launch.master_address=node0", f"launch.node_rank={rank}") for rank in (0, 1))
+    assert machine.check_master(node0).state == OK  # its own name, on itself
+    assert machine.check_master(node1).state == FAILED
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert machine.check_master(node1).state == OK
 
 
 def test_slurm_that_is_asked_for_and_not_there_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +240,7 @@ def test_slurm_that_is_asked_for_and_not_there_fails(tmp_path: Path, monkeypatch
 def test_an_allocation_is_held_against_what_is_asked(
     environment: dict[str, str], overrides: list[str], check: str, state: str
 ) -> None:
-    found = states(allocation.check_slurm(config(*overrides), {**ALLOCATION, **environment}))
+    found = states(allocation.check_slurm(config("launch=slurm", *overrides), {**ALLOCATION, **environment}))
     assert {name: found[name] for name in found if found[name] != OK} == ({check: state} if check else {})
 
 
