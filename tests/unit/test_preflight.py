@@ -82,14 +82,14 @@ def test_a_rank_that_hangs_is_named_in_one_line(tmp_path: Path) -> None:
     """And so is one that never comes, by the others: nothing waits for longer than it was told to."""
     port = str(20000 + os.getpid() % 10000)
     world = {**ON_CPU, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    waits = [sys.executable, "-m", "trainer.preflight", "--seconds", "20"]
+    waits = [sys.executable, "-m", "trainer.preflight", "--seconds", "12"]
     hangs = subprocess.Popen([sys.executable, "-c", HANGS], env={**os.environ, **world, "RANK": "1"}, cwd=tmp_path)
     try:
         met = run(waits, env={**world, "RANK": "0"}, cwd=tmp_path, timeout_seconds=120, check=False)
     finally:
         hangs.kill()
         hangs.wait()
-    reason = r"\[rank 0\] error: work of its own: has not ended within 20 s \(rank 1 did not come\) → .*"
+    reason = r"\[rank 0\] error: work of its own: has not ended within 12 s \(rank 1 did not come\) → .*"
     assert re.fullmatch(reason, met.output.strip()), met.output
     assert met.returncode == 4
     waits[-1] = "3"
