@@ -64,7 +64,7 @@ def doctor(
     if ranks is None:
         return code
     print(flush=True)
-    return measure_ranks(config, ranks) or code
+    return LaunchError.exit_code if measure_ranks(config, ranks) else code
 
 
 def data(
