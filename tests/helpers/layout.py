@@ -14,7 +14,7 @@ from tests.helpers.processes import ROOT
 
 # Highest first. CONTRIBUTING.md shows this table; `floors_as_markdown` writes it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("train", "torchrun", "serve_trials", "cli"),
+    ("train", "torchrun", "serve_trials", "preflight", "cli"),
     ("training", "inference"),
     ("merge", "checkpoint"),
     ("engine", "view"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.cli.options import ConfigFile, Overrides
+from trainer.errors import LaunchError
 from trainer.tracking.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -37,19 +38,33 @@ def config(
 
 
 def doctor(
+    overrides: Overrides = None,
+    config_file: ConfigFile = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", metavar="N", min=1, help="let N processes meet here, and measure them")
+    ] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage")] = False,
-) -> None:
-    """What this machine has for training; with --matrix, what goes with what."""
-    import launch.doctor
+) -> int:
+    """Can this machine, or this allocation, run the job. Each check with its cure; exit code 4 where one failed."""
+    import trainer.config
     from launch import table
+    from launch.doctor.finding import HEADS, STYLES, has_failed
 
-    if not matrix:
-        table.show(["what", "found"], launch.doctor.describe_machine())
-        return
-    heads, rows, notes = launch.doctor.build_matrix()
-    table.show(heads, rows)
-    works, refused = launch.doctor.count_cells(rows)
-    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+    if matrix:
+        print_matrix()
+        return 0
+    from launch.doctor.check import check_all
+    from launch.doctor.ranks import measure_ranks
+
+    config = trainer.config.load(overrides or [], config_file, with_data=False)
+    findings = check_all(config)
+    table.show(HEADS, [finding.row() for finding in findings], [STYLES[finding.state] for finding in findings])
+    sys.stdout.flush()  # before what the ranks print
+    code = LaunchError.exit_code if has_failed(findings) else 0
+    if ranks is None:
+        return code
+    print(flush=True)
+    return LaunchError.exit_code if measure_ranks(config, ranks) else code
 
 
 def data(
@@ -99,6 +114,17 @@ def version() -> None:
         except PackageNotFoundError:
             lines.append(f"{library} not installed")
     print("\n".join([lines[0], f"python {platform.python_version()}", *lines[1:]]))
+
+
+def print_matrix() -> None:
+    """Print what goes with what, and why some of it does not."""
+    from launch import table
+    from launch.doctor.matrix import build_matrix, count_cells
+
+    heads, rows, notes = build_matrix()
+    table.show(heads, rows)
+    works, refused = count_cells(rows)
+    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
 
 
 def print_config(config: TrainConfig, overrides: list[str], config_file: Path | None) -> None:

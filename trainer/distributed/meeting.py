@@ -98,7 +98,7 @@ def meet(rank: int, world_size: int, seconds: float) -> dist.Store:
     """
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
+        store = _open_store(rank, world_size, timedelta(seconds=seconds))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = f"rank {rank} on {socket.gethostname()} could not reach it within {seconds:.0f} s"
         hint = "a firewall? --master-addr as an address of the network that the nodes share"
@@ -119,6 +119,18 @@ def meet(rank: int, world_size: int, seconds: float) -> dist.Store:
             )
         time.sleep(POLL_SECONDS)
     return dist.PrefixStore(f"afina/{life}", store)
+
+
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return the store at the master: torchrun's own, or, where no torchrun has started the ranks, one of rank 0.
+
+    That one must not wait for the others itself: it could not say who is missing.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and host and port.isdigit():
+        return dist.TCPStore(host, int(port), world_size, rank == 0, timeout, wait_for_workers=False)
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
 
 
 def _key(life: str, rank: int) -> str:

@@ -1,10 +1,6 @@
-"""Report what this installation can run: the matrix of methods, base precisions and ZeRO stages; this machine."""
+"""Build the matrix of methods, base precisions and ZeRO stages: what works, what is refused and why."""
 
 from __future__ import annotations
-
-import os
-import shutil
-from importlib.util import find_spec
 
 from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, refusal
 
@@ -33,23 +29,3 @@ def count_cells(rows: list[list[str]]) -> tuple[int, int]:
     """Count the cells that work, and those that are refused."""
     flat = [cell for row in rows for cell in row[2:]]
     return flat.count(WORKS), len(flat) - flat.count(WORKS)
-
-
-def describe_machine() -> list[list[str]]:
-    """Describe this machine as training would find it, a fact a row."""
-    import psutil
-    import torch
-
-    gpus = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-    listed = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
-    memory = psutil.virtual_memory()
-    return [
-        ["CPU cores", str(os.cpu_count())],
-        ["host memory", f"{memory.total / 2**30:.0f} GiB, {memory.available / 2**30:.0f} GiB free"],
-        ["GPUs", listed or "none: training runs on the CPU"],
-        ["bf16 on the GPU", "yes" if gpus and torch.cuda.is_bf16_supported(including_emulation=False) else "no"],
-        ["quantised bases", "yes" if find_spec("bitsandbytes") else "no: bitsandbytes is not installed"],
-        ["flash attention", "yes" if find_spec("flash_attn") else "no: sdpa is used"],
-        ["Slurm", shutil.which("sbatch") or "no: sbatch is not on PATH"],
-        ["free disk here", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"],
-    ]
