@@ -45,7 +45,7 @@ class Life:
 
 
 def decide(
-    life: Life, earlier: Sequence[Life], job: JobState | None, max_requeues: int, user_stop: str
+    life: Life, earlier: Sequence[Life], job: JobState | None, max_requeues: int, wished: Sequence[str]
 ) -> tuple[bool, str]:
     """Return whether to requeue the job, and why or why not, as the end of a sentence.
 
@@ -54,7 +54,7 @@ def decide(
         earlier: lives of the same job that have ended by themselves, the oldest first.
         job: what Slurm says of it; ``None``: it says nothing.
         max_requeues: ``launch.max_requeues``.
-        user_stop: ``stopped_by`` where it was the user's wish.
+        wished: what ``stopped_by`` says where it was the user's wish.
     """
     if life.status == "finished":
         return False, "finished"
@@ -64,8 +64,8 @@ def decide(
     if job.state != "RUNNING" and not at_limit and not job.is_preempted:
         # Slurm has ended it: cancelled by its user, or requeued by somebody, which needs nothing of ours.
         return False, "cancelled"
-    if life.status == "preempted" and life.stopped_by == user_stop:
-        return False, f"stopped by the file {user_stop}; the same command goes on"
+    if life.status == "preempted" and life.stopped_by in wished:
+        return False, f"stopped by {life.stopped_by}; the same command goes on"
     # A rank that was lost is told as an error of launch by a run that had begun.
     was_lost = life.status == "failed" and (life.error or {}).get("kind") == LaunchError.kind
     if life.code in LASTING and life.status != "preempted" and not was_lost:

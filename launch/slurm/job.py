@@ -23,6 +23,7 @@ from trainer.tracking.files import STOP_FILE, SUMMARY_FILE, find_summary
 LIVES_FILE = "slurm.jsonl"
 """In a run folder, a line for each start of a job that has ended by itself."""
 TAKEN_BACK_SECONDS = 120
+WISHED = (STOP_FILE, "run.stop_at_step")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def end(folder: Path, job: str, code: int, asked: str, first_step: int, max_requ
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
     )
     state = queue.find_job(job)
-    again, why = decide(life, read_lives(folder, job), state, max_requeues, STOP_FILE)
+    again, why = decide(life, read_lives(folder, job), state, max_requeues, WISHED)
     _write_life(folder, job, life, asked, began, why)
     if not again:
         print(f"job {job}: {'' if life.status == 'finished' else 'not requeued: '}{why}", flush=True)

@@ -86,16 +86,33 @@ def summarize(
         skipped_steps=outcome.skipped_steps,
         stopped_early=outcome.stopped_early,
         save_seconds=outcome.save_seconds,
-        stopped_by=stopped_by if outcome.status == "preempted" else None,
+        stopped_by=stopped_by,
         data_fingerprint=data_fingerprint,
     )
+
+
+def name_stop(config: TrainConfig, outcome: Outcome, heard: str | None) -> str | None:
+    """Return what has stopped a preempted run, as ``summary.json`` names it; ``None`` of another.
+
+    Args:
+        config: the whole configuration.
+        outcome: of the run.
+        heard: what this rank was asked to stop by.
+    """
+    if outcome.status != "preempted":
+        return None
+    return heard or ("run.stop_at_step" if _stops_as_planned(config, outcome) else "a signal to another rank")
+
+
+def _stops_as_planned(config: TrainConfig, outcome: Outcome) -> bool:
+    return config.run.stop_at_step is not None and outcome.steps >= config.run.stop_at_step
 
 
 def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int) -> None:
     """Log how the run ended, which weights it leaves, and their scores beside those before training."""
     if outcome.status == "preempted":
         stop_at = config.run.stop_at_step
-        is_planned = stop_at is not None and outcome.steps >= stop_at
+        is_planned = _stops_as_planned(config, outcome)
         goes_on = f"with run.stop_at_step above {stop_at}, or null, it goes on" if is_planned else ""
         logger.info(f"stopped on request after step {outcome.steps}; {goes_on or 'the same command resumes there'}")
         return

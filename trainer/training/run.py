@@ -35,7 +35,7 @@ from trainer.tracking.files import STOP_FILE, build_summary, describe_error, wri
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
 from trainer.training.faults import watched
-from trainer.training.finish import copy_rejected_rows, log_result, save_final, summarize
+from trainer.training.finish import copy_rejected_rows, log_result, name_stop, save_final, summarize
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
 from trainer.training.out_of_memory import explain_out_of_memory, out_of_memory_explained
@@ -275,7 +275,7 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
         save_final(built.engine, job.run.folder, job.tokenizer, job.config)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
-    stopped_by = job.stop.name or "a signal to another rank"
+    stopped_by = name_stop(job.config, outcome, job.stop.name)
     summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint, stopped_by)
     if job.world.is_main:
         write_summary(job.run.folder, summary)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.slurm.decide import Life, decide
+from launch.slurm.job import WISHED
 from launch.slurm.queue import JobState
 
 RUNNING = JobState("RUNNING", "None")
@@ -20,7 +21,7 @@ LOST = replace(CRASHED, code=4, status="failed", error={"kind": "launch", "messa
 def told(
     life: Life, job: JobState | None = RUNNING, earlier: list[Life] | None = None, most: int = 100
 ) -> tuple[bool, str]:
-    return decide(life, earlier or [], job, most, "STOP")
+    return decide(life, earlier or [], job, most, WISHED)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,8 @@ def test_it_goes_back(life: Life, job: JobState, why: str) -> None:
         (replace(PREEMPTED, status="finished", code=0), RUNNING, "finished"),
         (PREEMPTED, JobState("COMPLETING", "None"), "cancelled"),
         (PREEMPTED, None, "Slurm does not answer"),
-        (replace(PREEMPTED, stopped_by="STOP"), RUNNING, "stopped by the file STOP"),
+        (replace(PREEMPTED, stopped_by="STOP"), RUNNING, "stopped by STOP"),
+        (replace(PREEMPTED, stopped_by="run.stop_at_step"), RUNNING, "stopped by run.stop_at_step"),
         (replace(CRASHED, code=2), RUNNING, "an error that a restart would meet again"),
         (replace(CRASHED, code=4), RUNNING, "an error that a restart would meet again"),
         (replace(LOST, code=5, error={"kind": "training", "message": "not finite"}), RUNNING, "would meet again"),
