@@ -219,11 +219,8 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         summary: what :func:`build_summary` gives, and whatever else.
     """
     complete = {
-        "best_step": None,
+        **dict.fromkeys(("best_step", "stopped_early", "stopped_by", "save_seconds", "data_fingerprint", "error")),
         "skipped_steps": 0,
-        "stopped_early": None,
-        "data_fingerprint": None,
-        "error": None,
         **summary,
     }
     missing = [key for key in SUMMARY_KEYS if key not in complete]
