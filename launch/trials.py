@@ -21,7 +21,7 @@ from launch.stop_signals import StopSignals, stop_signals
 from trainer.config import TrainConfig
 from trainer.errors import AfinaError, LaunchError
 from trainer.files import find_owner, try_lock
-from trainer.tracking.files import find_summary
+from trainer.tracking.files import CONFIG_FILE, find_summary
 
 POLL_SECONDS = 2.0
 STOP_KEY = "run.stop_at_step"
@@ -251,7 +251,7 @@ def is_finished(trial: Trial) -> bool:
     if trial.config.run.overwrite or not is_done:
         return False
     try:
-        finished_config = trainer.config.load([], trial.folder / "config.yaml")
+        finished_config = trainer.config.load([], trial.folder / CONFIG_FILE, only_to_compare=True)
     except AfinaError:
         return False  # the training process will report it
     return not trainer.config.changed_result_fields(finished_config, trial.config)

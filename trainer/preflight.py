@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import process_group
-from trainer.distributed.meeting import choose_network, meet
+from trainer.distributed.meeting import meet
 from trainer.distributed.process_group import World
+from trainer.distributed.rendezvous import RENDEZVOUS_SECONDS, slurm_port
 from trainer.errors import AfinaError, LaunchError
 from trainer.tracking.logs import configure_logging
 
@@ -57,7 +58,9 @@ class Measured:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; returns 0, or 4 when the ranks could not meet or sum."""
     parser = argparse.ArgumentParser(prog="python -m trainer.preflight", description="let ranks meet and measure them")
-    parser.add_argument("--seconds", type=float, default=600, help="to wait for the others, and then to measure")
+    parser.add_argument(
+        "--seconds", type=float, default=RENDEZVOUS_SECONDS, help="to wait for the others, and then to measure"
+    )
     seconds = parser.parse_args(arguments).seconds
     rank = os.environ.get("RANK", "0")
     try:
@@ -90,8 +93,7 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     here = environment.get("SLURM_STEP_TASKS_PER_NODE", tasks).partition("(")[0].partition(",")[0]
     ranks = {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": tasks}
     ranks |= {"LOCAL_RANK": environment.get("SLURM_LOCALID", "0"), "LOCAL_WORLD_SIZE": here}
-    port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000
-    ranks["MASTER_PORT"] = environment.get("MASTER_PORT", str(port))
+    ranks["MASTER_PORT"] = str(slurm_port(environment))
     ranks["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_host(environment, one_node=here == tasks)
     return ranks
 
@@ -126,8 +128,7 @@ def run(world: World, seconds: float) -> list[str]:
     if world.world_size == 1:
         return report([Measured(0, socket.gethostname(), _device_name(world), time_work(world.device))])
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    os.environ.update(choose_network(os.environ, backend))
-    store = meet(world.rank, world.world_size, seconds)
+    store = meet(world.rank, world.world_size, backend, seconds)
     with deadline(seconds, world, store) as enter:
         try:
             # a collective's own end comes after the deadline's, which can say who is missing

@@ -15,13 +15,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.distributed.addresses import is_loopback, network_is_chosen
+from trainer.distributed.rendezvous import (
+    QUIET_SECONDS,
+    RENDEZVOUS_SECONDS,
+    SAY_AGAIN_SECONDS,
+    is_loopback,
+    network_is_chosen,
+    refuse_tasks_a_node,
+)
 from trainer.errors import INTERRUPTED_EXIT_CODE, LAUNCHER_PIDS, PREEMPTED_EXIT_CODE, AfinaError, LaunchError
 
 # These processes have said what there is to say.
 TOLD = frozenset([PREEMPTED_EXIT_CODE, INTERRUPTED_EXIT_CODE, *(e.exit_code for e in AfinaError.__subclasses__())])
-RENDEZVOUS_SECONDS = 600
-QUIET_SECONDS, SAY_AGAIN_SECONDS = 15.0, 60.0
 # torchrun's own list plus USR1, which Slurm users send as an early warning and which otherwise kills the agent at once
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(word.replace("_", "-").startswith("--signals-to-handle") for word in words):
         words.insert(0, f"--signals-to-handle={SIGNALS}")
     try:
-        _refuse_two_a_node()
+        refuse_tasks_a_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # "2(x4)" on four nodes
         given = parse_args(words)
         _wait_for_master(given)
     except LaunchError as error:
@@ -67,18 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {_described(first.exitcode)} rank {first.local_rank} of this node", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
-
-
-def _refuse_two_a_node() -> None:
-    """Under srun with several tasks a node each would be a torchrun of all of the node's processes.
-
-    Raises:
-        LaunchError: it is so.
-    """
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0]  # "2(x4)" on four nodes
-    if tasks != "1":
-        reason = "starts as many torchruns on each node, and one starts all processes of a node"
-        raise LaunchError("srun", value=f"{tasks} tasks a node", reason=reason, hint="srun --ntasks-per-node=1")
 
 
 def _has_a_master(given: Any) -> bool:

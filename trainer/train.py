@@ -16,7 +16,7 @@ from trainer import deny_others_writing
 from trainer.compat.deepspeed import skip_shm_build
 from trainer.config import load
 from trainer.distributed import process_group as distributed
-from trainer.distributed.meeting import refuse_copies
+from trainer.distributed.rendezvous import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import table
-from launch.report.runs import cost, saved_bytes
+from launch.report.rows import COSTS, GIB
+from launch.report.runs import cost, parameters, saved_bytes
 from launch.report.write import end_with_page
 from launch.table import Column, Record
 from trainer.config import METRICS
@@ -20,18 +22,12 @@ if TYPE_CHECKING:
     from launch.compare.candidates import Candidate
 
 BASE = "no training"
-GIB, MIB = 2**30, 2**20
 COLUMNS = {
     column.key: column
     for column in (
         Column("method", "method"),
         Column("learning_rate", "learning rate", "g"),
-        Column("trainable_parameters", "trained", ","),
-        Column("trainable_percent", "share", ".2f", " %"),
-        Column("adapter_bytes", "saved", ",.1f", " MiB", MIB),
-        Column("peak_memory_bytes", "peak memory", ".2f", " GiB", GIB),
-        Column("seconds", "seconds", ".0f"),
-        Column("useful_tokens_per_second", "useful tok/s", ".0f"),
+        *(replace(each, key="adapter_bytes") if each.key == "saved_bytes" else each for each in COSTS),
         Column("eval_loss", "eval loss", ".4f"),
         Column("status", "status"),
     )
@@ -61,12 +57,10 @@ def collect(candidates: Sequence[Candidate]) -> list[Record]:
 def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Record:
     folder = candidate.trial.folder if candidate.trial else None
     done = summary.get("status") == "finished" and not candidate.error
-    trained, total = summary.get("trainable_parameters"), summary.get("total_parameters")
     return {
         "method": candidate.name,
         "learning_rate": candidate.rate if candidate.trial else None,
-        "trainable_parameters": trained,
-        "trainable_percent": 100 * trained / total if trained and total else None,
+        **parameters(summary),
         "adapter_bytes": saved_bytes(folder) if folder and done else None,
         **(
             cost(read_metrics(folder))

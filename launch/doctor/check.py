@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from launch.doctor import allocation, machine, packages
@@ -10,6 +9,7 @@ from launch.doctor.finding import Finding
 from launch.environment import visible_gpus
 from launch.torchrun import ranks_per_node
 from trainer.config import TrainConfig
+from trainer.distributed.rendezvous import slurm_port
 from trainer.files import cache_root
 
 
@@ -34,9 +34,7 @@ def check_all(config: TrainConfig) -> list[Finding]:
 def _port(config: TrainConfig) -> tuple[int, str]:
     """Return the port at which ranks would meet, 0 where it is none of this machine, and how to choose another."""
     if allocation.is_inside():
-        given, job = os.environ.get("MASTER_PORT", ""), os.environ["SLURM_JOB_ID"]
-        number = int(job) if job.isdigit() else 0
-        return int(given) if given.isdigit() else 20000 + number % 10000, "export MASTER_PORT=N of a free port"
+        return slurm_port(), "export MASTER_PORT=N of a free port"
     if config.launch.kind == "slurm" or config.launch.node_rank > 0:
         return 0, "a container or sandbox with a network"
     if config.launch.nodes > 1:

@@ -36,7 +36,7 @@ def render(report: Report) -> str:
         "data": sections.data(report),
         "folder": text(report.folder),
     }
-    return assemble(_asset("page.html"), parts, _asset("page.css"), _asset("page.js"))
+    return assemble("report", _asset("page.html"), parts, _asset("page.css"), _asset("page.js"))
 
 
 def write(report: Report, path: Path, option: str = "--to") -> None:

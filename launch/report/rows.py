@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.report.gather import Report
 from launch.report.ranking import SEEDS, Setting, short_labels, spread
-from launch.report.runs import Run, cost, number, saved_bytes
+from launch.report.runs import Run, cost, number, parameters, saved_bytes
 from launch.report.values import MISSING, show
 from launch.table import Column, Record
 from trainer.html import visible
@@ -38,7 +38,6 @@ class Cell:
 def record(run: Run, report: Report) -> Record:
     """Return the raw values of a run, the same keys for every run of a report; ``None`` is what it does not have."""
     place = next((setting.rank for setting in report.settings if any(run is each for each in setting.runs)), None)
-    trained, total = (number(run.summary.get(f"{kind}_parameters")) for kind in ("trainable", "total"))
     keys = dict.fromkeys([*report.axes, *(key for key in SEEDS if key in report.varied)])
     if report.kind == "comparison":
         keys = dict.fromkeys(["optim.learning_rate"])
@@ -48,8 +47,7 @@ def record(run: Run, report: Report) -> Record:
         **{key: run.config.get(key) for key in keys},
         "status": run.status,
         "steps": run.steps,
-        "trainable_parameters": trained,
-        "trainable_percent": 100 * trained / total if trained and total else None,
+        **parameters(run.summary),
         "saved_bytes": (saved_bytes(run.folder) or None) if run.folder else None,
         **cost(run.metrics),
         "seconds": run.seconds,

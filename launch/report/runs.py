@@ -109,21 +109,30 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             run.notes.append(str(error))
     run.log = read_log(folder / "log.txt")
     run.environment = _environment(folder)
-    run.status = _status(folder, run)
+    run.status = status_of(_find_owner(folder), run.summary, bool(run.metrics or run.log.lives))
     message = as_map(run.summary.get("error")).get("message")
     run.error = None if message is None else str(message)
     return run
 
 
-def _status(folder: Path, run: Run) -> str:
+def _find_owner(folder: Path) -> str | None:
     try:
-        is_running = find_owner(folder) is not None
+        return find_owner(folder)
     except OSError:  # a lock beside it that this user cannot open
-        is_running = False
-    if is_running:
+        return None
+
+
+def status_of(owner: str | None, summary: Record, has_begun: bool) -> str:
+    """Return how a run stands, in one word (see :class:`Run`).
+
+    Args:
+        owner: the living process that trains it, if one does.
+        summary: of its last end; empty where there was none.
+        has_begun: whether it has left a line of its own.
+    """
+    if owner is not None:
         return "running"
-    found = run.summary.get("status")
-    return str(found) if found else "unfinished" if run.metrics or run.log.lives else "not run"
+    return str(summary.get("status") or ("unfinished" if has_begun else "not run"))
 
 
 def _environment(folder: Path) -> Record:
@@ -136,13 +145,13 @@ def _environment(folder: Path) -> Record:
 
 def with_method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config with what follows from the method where it is null: alpha and learning rate."""
-    from trainer.config.method import METHODS
+    from trainer.config.method import METHODS, default_alpha
 
     found = dict(values)
     method = METHODS.get(str(found.get("method.name")))
     rank = found.get("method.r")
     if found.get("method.alpha") is None and isinstance(rank, int):
-        found["method.alpha"] = 2 * rank
+        found["method.alpha"] = default_alpha(rank)
     if "optim.learning_rate" in found and found["optim.learning_rate"] is None and method is not None:
         found["optim.learning_rate"] = method.learning_rate
     return found
@@ -151,6 +160,13 @@ def with_method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def saved_bytes(folder: Path) -> int:
     """Return the size of the weights that a run ended with: an adapter's, or the whole model's."""
     return sum(file.stat().st_size for name in ("adapter", "model") for file in (folder / name).glob("*.safetensors"))
+
+
+def parameters(summary: Record) -> dict[str, float | None]:
+    """Return how many weights were trained, and their share of all in percent."""
+    trained, total = (number(summary.get(f"{kind}_parameters")) for kind in ("trainable", "total"))
+    share = 100 * trained / total if trained and total else None
+    return {"trainable_parameters": trained, "trainable_percent": share}
 
 
 def cost(metrics: Sequence[Record]) -> dict[str, float | None]:

@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import trainer.config
 from launch.process import PREEMPTED
 from launch.slurm import queue
 from launch.slurm.decide import Life, decide
+from trainer.distributed.rendezvous import refuse_tasks_a_node
 from trainer.errors import AfinaError, LaunchError
-from trainer.files import find_owner, parse_json
+from trainer.files import find_owner, read_json_lines
 from trainer.tracking.files import STOP_FILE, SUMMARY_FILE, find_summary
 
 LIVES_FILE = "slurm.jsonl"
@@ -55,14 +55,12 @@ def begin(overrides: Sequence[str]) -> str:
     Raises:
         AfinaError: the job cannot be begun as it is.
     """
-    _check_tasks()
+    refuse_tasks_a_node(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
     words = list(overrides)
     config_file = Path(words[1]) if words[:1] == ["--config"] and len(words) > 1 else None
     config = trainer.config.load(words[2:] if config_file else words, config_file)
     folder = trainer.config.run_folder(config)
-    if (owner := find_owner(folder)) is not None:
-        hint = "wait for it, or another run.name"
-        raise LaunchError(f"run {folder}", reason=f"is trained by {owner}", hint=hint)
+    refuse_owned(folder)
     launch = config.launch
     return f"{saved_step(folder)} {launch.max_requeues} {launch.rendezvous_seconds} {folder}"
 
@@ -117,25 +115,18 @@ def saved_step(folder: Path) -> int:
 def read_lives(folder: Path, job: str | None = None) -> list[Life]:
     """Read the lives of a run under Slurm, the oldest first; of one job, where it is named."""
     names = {field.name for field in dataclasses.fields(Life)}
-    records = [record for record in read_records(folder) if job in (None, record.get("job"))]
+    records = [record for record in read_json_lines(folder / LIVES_FILE) if job in (None, record.get("job"))]
     return [Life(**{name: record[name] for name in names}) for record in records if names <= set(record)]
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Read the lines of ``slurm.jsonl``; those that cannot be read are left out."""
-    try:
-        lines = (folder / LIVES_FILE).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    found = []
-    for line in lines:
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+def refuse_owned(folder: Path) -> None:
+    """Refuse to start what somebody trains.
+
+    Raises:
+        LaunchError: names the owner.
+    """
+    if (owner := find_owner(folder)) is not None:
+        raise LaunchError(f"run {folder}", reason=f"is trained by {owner}", hint="wait for it, or another run.name")
 
 
 def _write_life(folder: Path, job: str, life: Life, asked: str, began: float, why: str) -> None:
@@ -159,15 +150,6 @@ def _written_since(file: Path, began: float) -> bool:
         return file.stat().st_mtime >= began
     except OSError:
         return False
-
-
-def _check_tasks() -> None:
-    """Refuse more than one task a node: each would be a torchrun of its own."""
-    tasks = os.environ.get("SLURM_NTASKS_PER_NODE", "1")
-    if tasks != "1":
-        reason = "starts as many torchruns on each node, and one starts all processes of a node"
-        hint = "--ntasks-per-node=1; AFINA_NPROC_PER_NODE, or launch.nproc_per_node, says how many processes"
-        raise LaunchError("--ntasks-per-node", value=tasks, reason=reason, hint=hint)
 
 
 if __name__ == "__main__":

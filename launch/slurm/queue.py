@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from trainer.errors import LaunchError
 
 TIMEOUT_SECONDS = 60
+QUEUED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,11 @@ class JobState:
     state: str
     reason: str
     is_preempted: bool = False
+
+    @property
+    def is_queued(self) -> bool:
+        """Return whether it waits or runs, or comes back to that."""
+        return self.state in QUEUED
 
 
 def has_slurm() -> bool:

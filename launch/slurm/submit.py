@@ -10,20 +10,21 @@ from pathlib import Path
 
 import trainer.config
 from launch.slurm import queue
+from launch.slurm.job import refuse_owned
 from launch.slurm.script import render
+from launch.slurm.snapshot import FOLDER as CODE_FOLDER
 from launch.slurm.snapshot import snapshot
 from launch.torchrun import train_arguments
 from launch.trials import Trial
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, LaunchError
-from trainer.files import find_owner, move_aside, write_atomically
-from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, find_summary
+from trainer.files import move_aside, write_atomically
+from trainer.tracking.files import CONFIG_FILE, RUN_FILES, find_summary
 
 SCRIPT_FILE = "job.sbatch"
 JOB_FILE = "slurm_job.txt"
 """In a run's or a sweep's folder, the number of the job that was submitted for it last."""
 TRIALS_FOLDER = "trials"
-RUN_FILES = ("config.yaml", METRICS_FILE, SUMMARY_FILE)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ def submit(config: TrainConfig, overrides: Sequence[str], config_file: Path | No
         OSError: the run folder cannot be written.
     """
     folder = trainer.config.run_folder(config)
+    if config.launch.array_parallel is not None:
+        reason = "says how many trials of a sweep run at once, and this is one run"
+        raise ConfigError(
+            "launch.array_parallel", value=config.launch.array_parallel, reason=reason, hint="afina sweep"
+        )
     if not config.run.overwrite and find_summary(folder).get("status") == "finished" and _is_same(config, folder):
         print(f"run {folder} is finished; run.overwrite=true starts it again")
         return 0
@@ -103,7 +109,7 @@ def _submit(config: TrainConfig, folder: Path, arguments: Sequence[str], array: 
 
 
 def _setup(folder: Path, array: str = "") -> list[str]:
-    code = (folder / "code").absolute()
+    code = (folder / CODE_FOLDER).absolute()
     lines = [
         f"export AFINA_PYTHON=${{AFINA_PYTHON:-{shlex.quote(sys.executable)}}}",
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -112,10 +118,9 @@ def _setup(folder: Path, array: str = "") -> list[str]:
 
 
 def _check_free(folder: Path) -> None:
-    if (owner := find_owner(folder)) is not None:
-        raise LaunchError(f"run {folder}", reason=f"is trained by {owner}", hint="wait for it, or another run.name")
+    refuse_owned(folder)
     job = read_job(folder)
-    if job and (found := queue.find_job(job)) and found.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+    if job and (found := queue.find_job(job)) and found.is_queued:
         reason = f"is in the queue already: job {job}, {found.state.lower()}"
         raise LaunchError(f"run {folder}", reason=reason, hint=f"afina status {folder}; afina cancel {folder}")
 
@@ -123,7 +128,7 @@ def _check_free(folder: Path) -> None:
 def _is_same(config: TrainConfig, folder: Path) -> bool:
     """Return whether a finished run is asked for the steps that it has; for more, its own start says whether it can."""
     try:
-        before = trainer.config.read_values(folder / "config.yaml")
+        before = trainer.config.read_values(folder / CONFIG_FILE)
     except ConfigError:
         return True
     length = {"batch.max_steps": config.batch.max_steps, "batch.epochs": config.batch.epochs}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import trainer.config
-from tests.helpers.browser import drop_policy, dump_dom, find_browser, requests_of_pages, run_script
+from tests.helpers.browser import drop_policy, dump_dom, find_browser, requests_of_pages, run_script, widths_that_hold
 from tests.helpers.processes import afina
 from tests.helpers.tokenizers import write_rows
 from trainer.data.load import inspect_data
@@ -249,23 +249,9 @@ def test_keys_walk_through_tokens(chat: Page, browser: str, tmp_path: Path) -> N
 
 
 def test_nothing_sticks_out_of_a_narrow_window(alpaca: Page, browser: str, tmp_path: Path) -> None:
-    """Browsers have a least width of window, frames have none."""
-    script = """
-      const found = [];
-      for (const width of [340, 420, 800, 1280]) {
-        const frame = document.createElement("iframe");
-        frame.style.width = `${width}px`;
-        frame.srcdoc = page;
-        document.body.append(frame);
-        await new Promise((done) => { frame.onload = done; });
-        const root = frame.contentDocument.documentElement;
-        found.push(root.scrollWidth <= root.clientWidth, root.querySelectorAll(".t").length > 100);
-      }
-      return found.join();
-    """
-    text = json.dumps(without_policy(alpaca)).replace("<", "\\u003c")
-    html = f"<!doctype html><body><script>const page = {text}</script></body>"
-    assert probe(browser, html, script, tmp_path) == ",".join(["true"] * 8)
+    widths = [340, 420, 800, 1280]
+    has_tokens = 'root.querySelectorAll(".t").length > 100'
+    assert widths_that_hold(browser, without_policy(alpaca), widths, tmp_path, has_tokens) == widths
 
 
 def test_what_the_command_says(chat: Page, alpaca: Page) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,28 @@ def run_script(browser: str, html: str, script: str, folder: Path) -> str:
     file = folder / "probe.html"
     file.write_text(html.replace("</body>", found.replace("SCRIPT", script) + "</script></body>"), encoding="utf-8")
     return dump_dom(browser, file.as_uri(), folder)
+
+
+def widths_that_hold(browser: str, html: str, widths: Sequence[int], folder: Path, also: str = "true") -> list[int]:
+    """The widths at which nothing sticks out of a page, and ``also`` (an expression of ``root``) is true.
+
+    Browsers have a least width of window, frames have none.
+    """
+    script = """
+      const found = [];
+      for (const width of WIDTHS) {
+        const frame = document.createElement("iframe");
+        frame.style.width = `${width}px`;
+        frame.srcdoc = page;
+        document.body.append(frame);
+        await new Promise((done) => { frame.onload = done; });
+        const root = frame.contentDocument.documentElement;
+        if (root.scrollWidth <= root.clientWidth && ALSO) found.push(width);
+      }
+      return JSON.stringify(found);
+    """.replace("WIDTHS", json.dumps(list(widths))).replace("ALSO", also)
+    text = json.dumps(drop_policy(html)).replace("<", "\\u003c")
+    dom = run_script(browser, f"<!doctype html><body><script>const page = {text}</script></body>", script, folder)
+    found = re.search(r'<output id="found">(\[[\d,]*\])</output>', dom)
+    assert found, dom[-500:]
+    return list(json.loads(found[1]))

@@ -37,6 +37,7 @@ NEIGHBOURS = {
 # None of them loads torch.
 LAUNCH_MAY_IMPORT = (
     "trainer.config",
+    "trainer.distributed.rendezvous",
     "trainer.errors",
     "trainer.files",
     "trainer.html",

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,104 +18,124 @@ BEGIN = datetime(2026, 3, 1, 9, 0, tzinfo=UTC)
 BASE_LOSS = 3.2488
 
 
-def write_run(
-    folder: Path,
-    overrides: Sequence[str] = (),
-    *,
-    final: float = 0.3,
-    steps: int = 300,
-    status: str | None = "finished",
-    seed: int = 0,
-    begin_minutes: float = 0.0,
-    peak_gib: float = 2.4,
-    step_seconds: float = 1.7,
-    restarts: Sequence[int] = (),
-    skipped: Sequence[int] = (),
-    error: str | None = None,
-    samples: bool = True,
-    exact_match: float | None = None,
-    trainable: int = 2_442_240,
-) -> Path:
-    """Write a run folder whose evaluation loss falls from ``BASE_LOSS`` to ``final``; ``status=None``: still going."""
-    chance = random.Random(seed)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How a run went: its evaluation loss falls from ``BASE_LOSS`` to ``final``; ``status=None``: still going."""
+
+    final: float = 0.3
+    steps: int = 300
+    status: str | None = "finished"
+    seed: int = 0
+    begin_minutes: float = 0.0
+    peak_gib: float = 2.4
+    step_seconds: float = 1.7
+    restarts: Sequence[int] = ()
+    skipped: Sequence[int] = ()
+    error: str | None = None
+    samples: bool = True
+    exact_match: float | None = None
+    trainable: int = 2_442_240
+
+    @property
+    def done(self) -> int:
+        return self.steps if self.status in ("finished", "preempted") else int(self.steps * 0.6)
+
+    @property
+    def before(self) -> dict[str, float]:
+        scores = {"eval_loss": BASE_LOSS, "eval_perplexity": math.exp(BASE_LOSS)}
+        return scores | ({} if self.exact_match is None else {"exact_match": 0.0})
+
+
+def write_run(folder: Path, overrides: Sequence[str] = (), **course: Any) -> Path:
+    """Write a run folder whose run went as the fields of :class:`Course` say."""
+    run = Course(**course)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(load(["debug=tiny", f"run.name={folder.name}", *overrides])))
-    log = Log(BEGIN + timedelta(minutes=begin_minutes))
-    every = max(1, steps // 8)
-    scores = {"eval_loss": BASE_LOSS, "eval_perplexity": math.exp(BASE_LOSS)}
-    scores |= {} if exact_match is None else {"exact_match": 0.0}
-    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, **scores}]
+    log = Log(BEGIN + timedelta(minutes=run.begin_minutes))
+    lines = _train(run, folder, log)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if run.status == "finished":
+        log.write(f"eval_loss: {BASE_LOSS:.4f} → {run.final:.4f}")
+        log.write(f"finished {run.steps} steps in {6 + run.steps * run.step_seconds:.0f} s: {folder}")
+        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * (run.trainable // 100))
+    elif run.status == "preempted":
+        log.write(f"stopped on request after step {run.done}; the same command resumes there")
+    (folder / "log.txt").write_text("".join(log.lines))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    if run.status is not None:
+        (folder / "summary.json").write_text(json.dumps(_summary(run, lines[-1])))
+    return folder
+
+
+def _train(run: Course, folder: Path, log: Log) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; the log is written on the way."""
+    chance = random.Random(run.seed)
+    lines: list[dict[str, Any]] = [{"step": 0, "epoch": 0.0, **run.before}]
     log.start(folder, 0)
-    if samples:
+    if run.samples:
         log.samples("I cannot tell whether this is sarcastic, but I can")
-    log.write(f"step 0/{steps} eval_loss {BASE_LOSS:.4g}")
-    before = {f"{name}_before": value for name, value in scores.items()}
-    done = steps if status in ("finished", "preempted") else int(steps * 0.6)
-    for step in range(1, done + 1):
-        log.pass_seconds(step_seconds)
-        share = 1 - math.exp(-5 * step / steps)
-        level = BASE_LOSS + (final - BASE_LOSS) * share
-        line = {"step": step, "epoch": step / steps, "elapsed_seconds": 6 + step * step_seconds}
-        if step in skipped:
+    log.write(f"step 0/{run.steps} eval_loss {BASE_LOSS:.4g}")
+    for step in range(1, run.done + 1):
+        log.pass_seconds(run.step_seconds)
+        line = {"step": step, "epoch": step / run.steps, "elapsed_seconds": 6 + step * run.step_seconds}
+        if step in run.skipped:
             log.write(f"warning: the loss of step {step} is not finite; the run goes on without step {step}")
-            lines.append({**line, "skipped_steps": 1 + list(skipped).index(step)})
+            lines.append({**line, "skipped_steps": 1 + list(run.skipped).index(step)})
             continue
-        line |= {
-            "loss": level * math.exp(chance.gauss(0, 0.16)),
-            "grad_norm": 0.4 + 3 * (1 - share) * math.exp(chance.gauss(0, 0.3)),
-            "learning_rate": 2e-4 * min(1, step / 9) * (0.5 + 0.5 * math.cos(math.pi * step / steps)),
-            "label_tokens": 48,
-            "useful_tokens": 800 + chance.randrange(80),
-            "computed_tokens": 455,
-            "step_seconds": step_seconds,
-            "data_seconds": 0.01,
-            "peak_memory_bytes": int((peak_gib - 0.2 * math.exp(-step / 20)) * 2**30),
-        }
-        line["useful_tokens_per_second"] = line["useful_tokens"] / step_seconds * math.exp(chance.gauss(0, 0.05))
-        if step % every == 0 or step == steps:
-            line |= {"eval_loss": level * (1 + 0.01 * chance.gauss(0, 1))}
-            line["eval_loss"] = final if step == steps else line["eval_loss"]
-            line["eval_perplexity"] = math.exp(line["eval_loss"])
-            if exact_match is not None:
-                line["exact_match"] = exact_match * share if step < steps else exact_match
-            if samples:
-                log.samples("yes" if step == steps else "Yes, it is")
-        log.write(f"step {step}/{steps} loss {line['loss']:.3f}")
+        line |= _step(run, step, chance)
+        if run.samples and "eval_loss" in line:
+            log.samples("yes" if step == run.steps else "Yes, it is")
+        log.write(f"step {step}/{run.steps} loss {line['loss']:.3f}")
         lines.append(line)
-        if step in restarts:
-            if restarts.index(step) % 2 == 0:
+        if step in run.restarts:
+            if run.restarts.index(step) % 2 == 0:
                 log.write(f"stopped on request after step {step}; the same command resumes there")
             log.pass_seconds(240)
             log.start(folder, step)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if status == "finished":
-        log.write(f"eval_loss: {BASE_LOSS:.4f} → {final:.4f}")
-        log.write(f"finished {steps} steps in {6 + steps * step_seconds:.0f} s: {folder}")
-    elif status == "preempted":
-        log.write(f"stopped on request after step {done}; the same command resumes there")
-    (folder / "log.txt").write_text("".join(log.lines))
-    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    if status is not None:
-        last = {name: lines[-1].get(name) for name in scores} if status == "finished" else {}
-        failure = None if error is None else {"kind": "TrainingError", "message": error, "rank": 0}
-        summary = {
-            "status": status,
-            "steps": done,
-            "wall_seconds": 6 + done * step_seconds,
-            "trainable_parameters": trainable,
-            "total_parameters": 136_957_248,
-            "train_loss": lines[-1].get("loss"),
-            "metrics": {**last, **before} if last else {},
-            "best_step": None,
-            "skipped_steps": len(skipped),
-            "stopped_early": None,
-            "error": failure,
-        }
-        (folder / "summary.json").write_text(json.dumps(summary))
-    if status == "finished":
-        (folder / "adapter").mkdir(exist_ok=True)
-        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * (trainable // 100))
-    return folder
+    return lines
+
+
+def _step(run: Course, step: int, chance: random.Random) -> dict[str, Any]:
+    """What a step logs, with its evaluation where one is due."""
+    share = 1 - math.exp(-5 * step / run.steps)
+    level = BASE_LOSS + (run.final - BASE_LOSS) * share
+    line: dict[str, Any] = {
+        "loss": level * math.exp(chance.gauss(0, 0.16)),
+        "grad_norm": 0.4 + 3 * (1 - share) * math.exp(chance.gauss(0, 0.3)),
+        "learning_rate": 2e-4 * min(1, step / 9) * (0.5 + 0.5 * math.cos(math.pi * step / run.steps)),
+        "label_tokens": 48,
+        "useful_tokens": 800 + chance.randrange(80),
+        "computed_tokens": 455,
+        "step_seconds": run.step_seconds,
+        "data_seconds": 0.01,
+        "peak_memory_bytes": int((run.peak_gib - 0.2 * math.exp(-step / 20)) * 2**30),
+    }
+    line["useful_tokens_per_second"] = line["useful_tokens"] / run.step_seconds * math.exp(chance.gauss(0, 0.05))
+    if step % max(1, run.steps // 8) == 0 or step == run.steps:
+        line["eval_loss"] = run.final if step == run.steps else level * (1 + 0.01 * chance.gauss(0, 1))
+        line["eval_perplexity"] = math.exp(line["eval_loss"])
+        if run.exact_match is not None:
+            line["exact_match"] = run.exact_match * share if step < run.steps else run.exact_match
+    return line
+
+
+def _summary(run: Course, last: dict[str, Any]) -> dict[str, Any]:
+    before = {f"{name}_before": value for name, value in run.before.items()}
+    scores = {name: last.get(name) for name in run.before}
+    return {
+        "status": run.status,
+        "steps": run.done,
+        "wall_seconds": 6 + run.done * run.step_seconds,
+        "trainable_parameters": run.trainable,
+        "total_parameters": 136_957_248,
+        "train_loss": last.get("loss"),
+        "metrics": {**scores, **before} if run.status == "finished" else {},
+        "best_step": None,
+        "skipped_steps": len(run.skipped),
+        "stopped_early": None,
+        "error": None if run.error is None else {"kind": "TrainingError", "message": run.error, "rank": 0},
+    }
 
 
 class Log:

@@ -118,7 +118,7 @@ def test_what_is_cancelled_saves_and_stays_away(slurm: Sandbox, work: Path, tiny
     job = submit(slurm, work, "cancelled")
     wait_for_step(work / "cancelled", 15)
     environment = {**slurm.environment, **LOOPBACK}
-    assert "training" in afina("status", work / "cancelled", env=environment).output
+    assert "running" in afina("status", work / "cancelled", env=environment).output
     again = afina("train", "launch=slurm", *KEYS, "run.name=cancelled", f"run.dir={work}", env=environment, check=False)
     assert (again.returncode, again.output.count("\n")) == (4, 1), again.output
     said = afina("cancel", work / "cancelled", env=environment).output

@@ -8,8 +8,7 @@ from pathlib import Path
 from trainer.config import TrainConfig, changed_fields, load, to_yaml
 from trainer.errors import AfinaError
 from trainer.files import write_atomically
-
-CONFIG_FILE = "config.yaml"
+from trainer.tracking.files import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.config_history import CONFIG_FILE, read_config
+from trainer.checkpoint.config_history import read_config
 from trainer.checkpoint.owner import own_run, show_owner
 from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, changed_result_fields, run_folder
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import AfinaError, ConfigError
 from trainer.files import move_aside
-from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, read_metrics, read_summary
+from trainer.tracking.files import METRICS_FILE, RUN_FILES, SUMMARY_FILE, read_metrics, read_summary
 
-RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
 LENGTH = {"batch.max_steps", "batch.epochs"}  # what may be raised after the end
 
 logger = logging.getLogger(__name__)

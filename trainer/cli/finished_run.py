@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from trainer.cli.folders import find_run
 from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
@@ -88,20 +88,6 @@ def merge(
     if result.training_distance is not None:
         print(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
     print(f"merged: {to}")
-
-
-def find_run(run: str) -> Path:
-    """Return the folder of a run named by its path or by its name in runs/.
-
-    Raises:
-        CheckpointError: there is no such run; the nearest name in runs/ is suggested.
-    """
-    for folder in (Path(run), Path("runs") / run):
-        if (folder / "config.yaml").is_file():
-            return folder
-    near = get_close_matches(Path(run).name, [path.parent.name for path in Path("runs").glob("*/config.yaml")], n=1)
-    hint = f"did you mean runs/{near[0]}?" if near else "give the folder that `afina train` wrote"
-    raise CheckpointError("run", value=run, reason="is not a run folder (no config.yaml there)", hint=hint)
 
 
 def _check_bits(bits: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli.folders import find_folder
 from trainer.cli.options import ConfigFile, Overrides
 from trainer.errors import LaunchError
 from trainer.tracking.logs import configure_logging
@@ -88,8 +89,11 @@ def report(
 ) -> None:
     """Show what came out: a ranked table, raw numbers as CSV, and a page to look at and to send. No network."""
     from launch.report import write
+    from launch.report.gather import is_reportable
 
-    files = write.report(what, to)
+    reason = "is no folder of a run, a sweep or a comparison"
+    hint = "give the folder that `afina train` or `afina sweep` wrote"
+    files = write.report(find_folder("report", what, is_reportable, reason, hint), to)
     print(f"written: {', '.join(map(str, files))}")
 
 

@@ -7,45 +7,54 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.folders import RUNS, find_folder
 from trainer.cli.options import Overrides
 
-Folders = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="RUN…", help="run or sweep folders; none: all in runs/", show_default=False),
-]
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
+METAVAR, HELP = "RUN…", "run or sweep folders, or names of such in runs/"
+Folders = Annotated[list[str], typer.Argument(metavar=METAVAR, help=HELP)]
 
 
-def status(folders: Folders = None) -> int:
+def status(
+    folders: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help=f"{HELP}; none: all in runs/", show_default=False)
+    ] = None,
+) -> int:
     """Say how runs stand: step, who trains them, what Slurm says. Of these runs or sweeps, or of all in runs/."""
     from launch import jobs, table
 
-    found = [jobs.standing(folder) for given in folders or [Path("runs")] for folder in _runs_in(given)]
+    found = [jobs.standing(folder) for folder in _find_runs(folders or [])]
     rows = [[str(s.folder), s.status, "" if s.step is None else str(s.step), s.job or "", s.detail] for s in found]
     table.show(["run", "status", "step", "job", ""], rows)
     return 0
 
 
 def logs(
-    run: Folder,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")],
     lines: Annotated[int, typer.Option("--lines", "-n", help="so many of the last lines")] = 40,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="and what comes, until the run ends")] = False,
 ) -> int:
     """Show the log of a run."""
     from launch import jobs
 
-    for line in jobs.follow(find_folder(run), lines, follow):
+    for line in jobs.follow(_find(run), lines, follow):
         print(line, end="", flush=True)
     return 0
 
 
-def cancel(folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run or sweep folders")]) -> int:
-    """Stop runs, so that they save: the same command goes on later. A Slurm job is cancelled."""
+def cancel(folders: Folders) -> int:
+    """Stop runs, so that they save: the same command goes on later. A Slurm job is cancelled.
+
+    Of a sweep, those that run or wait.
+    """
     from launch import jobs
 
-    for given in folders:
-        for folder in _runs_in(given):
-            print(jobs.stop(folder))
+    for typed in folders:
+        runs = _runs_in(_find(typed))
+        live = [run for run in runs if jobs.standing(run).is_live] if len(runs) > 1 else runs
+        for run in live:
+            print(jobs.stop(run))
+        if not live:
+            print(f"{typed}: none of its {len(runs)} runs is running or queued")
     return 0
 
 
@@ -59,25 +68,28 @@ def slurm_script(overrides: Overrides = None) -> int:
     return 0
 
 
-def find_folder(given: Path) -> Path:
-    """Return a folder as it is typed, or the run or sweep of that name."""
-    from trainer.errors import ConfigError
-
-    for folder in (given, Path("runs") / given, Path("sweeps") / given):
-        if folder.is_dir():
-            return folder
-    raise ConfigError("RUN", value=given, reason="there is no such folder", hint="afina status lists runs/")
+def _find(typed: str) -> Path:
+    reason = "is no folder of a run or a sweep"
+    return find_folder("run", typed, lambda folder: bool(_runs_in(folder)), reason, "afina status lists runs/")
 
 
-def _runs_in(given: Path) -> list[Path]:
-    """Return the runs that a typed folder stands for: itself, or those in it."""
+def _find_runs(typed: list[str]) -> list[Path]:
+    if not typed:
+        return _runs_in(RUNS) if RUNS.is_dir() else []
+    return [run for each in typed for run in _runs_in(_find(each))]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Return the runs in a folder, those of the sweeps in it too; a run is its own."""
     from launch import jobs
 
-    folder = find_folder(given) if given != Path("runs") else given
-    if not folder.is_dir():
-        return []
-    inside = sorted(each for each in folder.iterdir() if each.is_dir() and jobs.is_run(each))
-    if jobs.is_run(folder) and not inside:
-        return [folder]
-    # of a folder of runs, a sweep in it with its trials
-    return [run for each in inside for run in (_runs_in(each) if folder != each else [each])]
+    inside = [run for each in sorted(folder.iterdir()) if each.is_dir() for run in _run_or_trials(each)]
+    return inside or ([folder] if jobs.is_run(folder) else [])
+
+
+def _run_or_trials(folder: Path) -> list[Path]:
+    """Return a run, or the trials of a sweep: its own folder may have been submitted as a job, too."""
+    from launch import jobs
+
+    trials = [each for each in sorted(folder.iterdir()) if each.is_dir() and jobs.is_run(each)]
+    return trials or ([folder] if jobs.is_run(folder) else [])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.fields import key
+from trainer.distributed.rendezvous import RENDEZVOUS_SECONDS
 
 
 @dataclass(slots=True)
@@ -100,7 +101,8 @@ class LogConfig:
 
 @dataclass(slots=True)
 class LaunchConfig:
-    """How `afina train` starts the job; `torchrun -m trainer.train` ignores this group.
+    """How `afina train` starts the job. Of this group `torchrun -m trainer.train` reads rendezvous_seconds alone, and
+    `sbatch slurm/train.sbatch` that and max_requeues.
 
     One global batch gives the same update on any number of processes.
     """
@@ -119,7 +121,7 @@ class LaunchConfig:
         29500, "port on node 0; 0 picks a free one (one node only)", ge=0, le=65535, changes_result=False
     )
     rendezvous_seconds: int = key(
-        600, "how long the nodes wait for each other at the start", ge=10, changes_result=False
+        RENDEZVOUS_SECONDS, "how long the nodes wait for each other at the start", ge=10, changes_result=False
     )
     gpus_per_node: int | None = key(None, "Slurm: GPUs of each node", ge=1, changes_result=False)
     cpus_per_node: int | None = key(None, "Slurm: cores of each node", ge=1, changes_result=False)

@@ -23,7 +23,7 @@ def refuse_calls(tree: dict[str, Any], file: Path) -> None:
     Raises:
         ConfigError: names the key and the file.
     """
-    for name, text in _texts(tree):
+    for name, text in texts_in(tree):
         if _CALL.search(text):
             reason = f"{file} asks for something of this machine; only conf/ and what is typed may"
             raise config_error(name, text, reason, f"write the value itself, or type {name}=…")
@@ -52,15 +52,15 @@ def take_no_grants(tree: dict[str, Any], file: Path, typed: Set[str]) -> None:
         raise config_error(name, body[key], reason, f"type {name}={str(body[key]).lower()} where you trust its author")
 
 
-def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def texts_in(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield every text below, keys too, with its dotted key."""
     if isinstance(tree, dict):
         for key, child in tree.items():
             here = f"{name}.{key}" if name else str(key)
             yield here, str(key)
-            yield from _texts(child, here)
+            yield from texts_in(child, here)
     elif isinstance(tree, list):
         for child in tree:
-            yield from _texts(child, name)
+            yield from texts_in(child, name)
     elif isinstance(tree, str):
         yield name, tree

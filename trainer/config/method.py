@@ -12,6 +12,11 @@ from trainer.config.fields import key
 T = TypeVar("T")
 
 
+def default_alpha(rank: int) -> int:
+    """Return the alpha of a LoRA kind where ``method.alpha`` is null."""
+    return 2 * rank
+
+
 @dataclass(slots=True)
 class MethodConfig:
     """What is trained. A key without a meaning for the chosen method keeps its default; another value is refused."""

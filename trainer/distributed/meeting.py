@@ -1,4 +1,4 @@
-"""Bring the ranks of a job together: refuse what cannot meet, choose the network, say who is missing."""
+"""Bring the ranks of a job together: choose the network, say who is missing."""
 
 from __future__ import annotations
 
@@ -12,30 +12,14 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
-from trainer.distributed.addresses import is_loopback, network_is_chosen
+from trainer.distributed.rendezvous import QUIET_SECONDS, SAY_AGAIN_SECONDS, is_loopback, network_is_chosen
 from trainer.errors import LaunchError
 
 logger = logging.getLogger(__name__)
 
-QUIET_SECONDS = 15.0
-"""So long a wait is nothing to talk about: processes start at different speeds."""
-SAY_AGAIN_SECONDS = 60.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 # Any address outside: nothing is sent to it, the kernel only says by which way it would go.
 _OUTSIDE = ("192.0.2.1", 9)
-
-
-def refuse_copies(environment: Mapping[str, str]) -> None:
-    """Refuse a step of Slurm with several tasks that no torchrun has made ranks of: each would train the whole run.
-
-    Raises:
-        LaunchError: it is one.
-    """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" not in environment and "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
-        reason = "starts as many copies of the whole run: they are no ranks"
-        hint = "sbatch slurm/train.sbatch, or one task a node: srun --ntasks-per-node=1 … -m trainer.torchrun"
-        raise LaunchError("srun", value=f"{tasks} tasks", reason=reason, hint=hint)
 
 
 def choose_network(environment: Mapping[str, str], backend: str) -> dict[str, str]:
@@ -85,17 +69,19 @@ def find_interface(master: str) -> str:
     raise LaunchError("--master-addr", value=master, reason=reason, hint=hint)
 
 
-def meet(rank: int, world_size: int, seconds: float) -> dist.Store:
-    """Wait for every rank, and say who is missing; return the store that they have met at.
+def meet(rank: int, world_size: int, backend: str, seconds: float) -> dist.Store:
+    """Choose the network, wait for every rank, and say who is missing; return the store that they have met at.
 
     Args:
         rank: of this process.
         world_size: number of ranks.
+        backend: ``gloo`` or ``nccl``.
         seconds: to wait.
 
     Raises:
         LaunchError: the master cannot be reached, or not all ranks have come in time; it names them.
     """
+    os.environ.update(choose_network(os.environ, backend))
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store = _open_store(rank, world_size, timedelta(seconds=seconds))
@@ -103,22 +89,21 @@ def meet(rank: int, world_size: int, seconds: float) -> dist.Store:
         reason = f"rank {rank} on {socket.gethostname()} could not reach it within {seconds:.0f} s"
         hint = "a firewall? --master-addr as an address of the network that the nodes share"
         raise LaunchError(where, reason=reason, hint=hint) from error
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store.set(_key(life, rank), socket.gethostname())
+    life = f"afina/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store.set(f"{life}/here/{rank}", "")
+    store.add(f"{life}/count", 1)  # behind the key: who is missing is asked for only where somebody is
     begin = said = time.monotonic()
-    while missing := [each for each in range(world_size) if not store.check([_key(life, each)])]:
-        now = time.monotonic()
-        if now - begin > seconds:
-            reason = f"{_ranks(missing)} of {world_size} did not come within {seconds:.0f} s"
+    while store.add(f"{life}/count", 0) < world_size:
+        passed = time.monotonic() - begin
+        if passed > seconds:
+            reason = f"{_missing(store, life, world_size)} did not come within {seconds:.0f} s"
             hint = "did its node start, with the same --master-addr and --nnodes? (launch.rendezvous_seconds)"
             raise LaunchError(where, reason=reason, hint=hint)
-        if now - said > (QUIET_SECONDS if said == begin else SAY_AGAIN_SECONDS):
-            said = now
-            logger.info(
-                f"waiting for {_ranks(missing)} of {world_size} at {where}, {seconds - (now - begin):.0f} s more"
-            )
+        if begin + passed - said > (QUIET_SECONDS if said == begin else SAY_AGAIN_SECONDS):
+            said = begin + passed
+            logger.info(f"waiting for {_missing(store, life, world_size)} at {where}, {seconds - passed:.0f} s more")
         time.sleep(POLL_SECONDS)
-    return dist.PrefixStore(f"afina/{life}", store)
+    return dist.PrefixStore(life, store)
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -133,13 +118,11 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     return store
 
 
-def _key(life: str, rank: int) -> str:
-    return f"afina/{life}/here/{rank}"
-
-
-def _ranks(missing: list[int]) -> str:
+def _missing(store: dist.Store, life: str, world_size: int) -> str:
+    """Say which ranks have not come."""
+    missing = [rank for rank in range(world_size) if not store.check([f"{life}/here/{rank}"])]
     shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-    return f"rank {shown}" if len(missing) == 1 else f"ranks {shown}"
+    return f"{'rank' if len(missing) == 1 else 'ranks'} {shown} of {world_size}"
 
 
 def _own_address(there: tuple[str, int]) -> str | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trainer.compat.deepspeed import skip_shm_build
 from trainer.compat.torch import run_exit_handlers
-from trainer.distributed.meeting import choose_network, meet
+from trainer.distributed.meeting import meet
+from trainer.distributed.rendezvous import RENDEZVOUS_SECONDS
 from trainer.errors import LaunchError
 
 # Read when a process group is made: the last collectives of a rank, for whoever looks why it hangs.
@@ -58,7 +59,7 @@ def from_environment() -> World:
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
 
 
-def init(world: World, rendezvous_seconds: float = 600) -> None:
+def init(world: World, rendezvous_seconds: float = RENDEZVOUS_SECONDS) -> None:
     """Start the process group (NCCL on GPU, gloo on CPU) and hand it to DeepSpeed.
 
     Its collectives wait for a day: how long a rank may keep the others waiting depends on what it does, and heartbeats
@@ -87,8 +88,7 @@ def init(world: World, rendezvous_seconds: float = 600) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif world.world_size > 1:
-        os.environ.update(choose_network(os.environ, backend))
-        store = meet(world.rank, world.world_size, rendezvous_seconds)
+        store = meet(world.rank, world.world_size, backend, rendezvous_seconds)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 

@@ -27,7 +27,7 @@ from trainer.files.locks import (
     try_lock,
 )
 from trainer.files.manifest import file_manifest, find_change, find_damage, sha256
-from trainer.files.parse import parse_json
+from trainer.files.parse import parse_json, read_json_lines
 
 __all__ = [
     "OWNER_FILE",
@@ -48,6 +48,7 @@ __all__ = [
     "parse_json",
     "partial_folder",
     "partial_path",
+    "read_json_lines",
     "read_owner",
     "remove_stale_partials",
     "run_lock_path",

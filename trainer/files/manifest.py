@@ -82,13 +82,12 @@ def find_change(folder: Path, manifest: Mapping[str, Any], memo: Path) -> str | 
         KeyError, TypeError, AttributeError: ``manifest`` is not one.
         OSError: a file is missing.
     """
-    seen = _signature(folder, manifest)
+    seen, newest = _signature(folder, manifest)
     try:
         if memo.read_text() == seen:
             return None
     except (OSError, ValueError):
         pass
-    newest = max(((folder / name).stat().st_ctime for name in manifest), default=0.0)
     damage = find_damage(folder, manifest)
     if damage is None and time.time() - newest > TIMES_ARE_COARSE_SECONDS:
         with contextlib.suppress(OSError):  # a cache of somebody else's: it is compared again the next time
@@ -96,10 +95,12 @@ def find_change(folder: Path, manifest: Mapping[str, Any], memo: Path) -> str | 
     return damage
 
 
-def _signature(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """Return what changes when a file or the manifest does: hash, size, inode and the kernel's time of each change."""
-    parts = []
-    for name, entry in sorted(manifest.items()):
-        status = (folder / name).stat()
-        parts.append([name, entry["sha256"], status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
-    return json.dumps(parts)
+def _signature(folder: Path, manifest: Mapping[str, Any]) -> tuple[str, float]:
+    """Return what changes when a file or the manifest does (hash, size, inode and the kernel's time of each change),
+    and the newest of those times, in seconds."""
+    stats = {name: (folder / name).stat() for name in sorted(manifest)}
+    parts = [
+        [name, manifest[name]["sha256"], found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+        for name, found in stats.items()
+    ]
+    return json.dumps(parts), max((found.st_ctime for found in stats.values()), default=0.0)

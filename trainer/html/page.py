@@ -41,23 +41,29 @@ def check_target(option: str, path: Path) -> None:
         raise config_error(option, path, f"the folder {folder} cannot be written", "name another folder")
 
 
-def assemble(template: str, parts: Mapping[str, str], style: str, script: str) -> str:
-    """Put the parts into a template. The same parts give the same bytes.
+def assemble(what: str, body: str, parts: Mapping[str, str], style: str, script: str) -> str:
+    """Put the parts into a page. The same parts give the same bytes.
 
     Args:
-        template: with ``{{name}}`` for each part, and for ``style``, ``script`` and ``policy``.
-        parts: markup; every text in it is escaped.
+        what: the page is: ``report``, ``data``.
+        body: the body element, with ``{{name}}`` for each part, and for ``script``.
+        parts: markup; every text in it is escaped. ``title`` is one of them, the page's.
         style: of this page, behind the one that all pages share.
         script: of this page.
     """
-    style = files("trainer.html").joinpath("base.css").read_text(encoding="utf-8") + style
+    style = _own("base.css") + style
     policy = (
         f"default-src 'none'; style-src 'sha256-{_hash(style)}'; script-src 'sha256-{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    filled = {**parts, "style": style, "script": script, "policy": policy}
+    filled = {**parts, "what": what, "style": style, "script": script, "policy": policy}
+    template = _own("page.html").replace("{{body}}", body)
     # in one pass over the template: nothing that is put in is looked through for more to put in
     return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], template)
+
+
+def _own(name: str) -> str:
+    return files("trainer.html").joinpath(name).read_text(encoding="utf-8")
 
 
 def as_json(value: Any) -> str:

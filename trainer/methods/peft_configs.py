@@ -7,7 +7,7 @@ from typing import Any
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import nn
 
-from trainer.config.method import MethodConfig, given
+from trainer.config.method import MethodConfig, default_alpha, given
 from trainer.config.rules.method import adalora_times
 from trainer.methods.targets import check_layers, down_names, layer_index, target_names
 
@@ -43,7 +43,7 @@ def _lora(model: nn.Module, method: MethodConfig, _: int) -> PeftConfig:
     return LoraConfig(
         task_type=TASK,
         r=r,
-        lora_alpha=2 * r if method.alpha is None else method.alpha,
+        lora_alpha=default_alpha(r) if method.alpha is None else method.alpha,
         lora_dropout=method.dropout,
         bias=method.bias,
         rank_pattern=dict(method.rank_pattern),

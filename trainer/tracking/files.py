@@ -20,6 +20,9 @@ Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE)
+"""A folder that has one of them is a run's."""
 STOP_FILE = "STOP"
 """Put into a run folder it asks the run to save and leave."""
 SUMMARY_KEYS = (

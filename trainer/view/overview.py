@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.data.prepare.checks import Finding
 from trainer.data.sources.rows import RejectedRow
-from trainer.files import parse_json
+from trainer.files import read_json_lines
 from trainer.html import visible
 from trainer.view.pieces import Piece
 from trainer.view.sharing import Sharing
@@ -159,7 +159,7 @@ def _round_width(least: float) -> int:
 def sample_rejected(files: Sequence[Path]) -> tuple[RejectedRow, ...]:
     """Read the first few rows of each reason in some ``refused.jsonl``; a missing or broken file shows none."""
     kept: dict[str, list[RejectedRow]] = {}
-    for record in islice((record for file in files for record in _read_records(file)), MAX_LINES_READ):
+    for record in islice((record for file in files for record in read_json_lines(file)), MAX_LINES_READ):
         texts = {key: visible(str(record.get(key, ""))) for key in ("where", "reason", "message")}
         raw = visible(str(record.get("raw", ""))[: MAX_RAW_SHOWN + 1])
         row = RejectedRow(**texts, raw=raw if len(raw) <= MAX_RAW_SHOWN else raw[:MAX_RAW_SHOWN] + "…")
@@ -167,16 +167,3 @@ def sample_rejected(files: Sequence[Path]) -> tuple[RejectedRow, ...]:
         if len(same_reason) < ROWS_A_REASON:
             same_reason.append(row)
     return tuple(row for rows in kept.values() for row in rows)
-
-
-def _read_records(file: Path) -> Iterator[dict[str, object]]:
-    if not file.is_file():
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record

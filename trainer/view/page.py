@@ -47,7 +47,7 @@ def render(overview: Overview) -> str:
         "footer": markup.footer(overview),
         "data": as_json([_example(example) for example in overview.examples]),
     }
-    return assemble(asset("page.html"), parts, asset("page.css"), asset("page.js"))
+    return assemble("data", asset("page.html"), parts, asset("page.css"), asset("page.js"))
 
 
 def asset(name: str) -> str:

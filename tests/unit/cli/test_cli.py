@@ -13,7 +13,7 @@ import yaml
 import trainer.cli.app
 import trainer.config
 from tests.helpers.processes import ROOT
-from trainer.cli.finished_run import find_run
+from trainer.cli.folders import find_run
 from trainer.cli.inspection import as_yaml
 from trainer.config import load, run_folder, to_yaml
 

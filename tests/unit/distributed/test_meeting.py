@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.helpers.processes import ROOT
 from trainer.distributed import meeting
-from trainer.distributed.addresses import is_loopback
-from trainer.distributed.meeting import choose_network, find_interface, refuse_copies
+from trainer.distributed.meeting import choose_network, find_interface
+from trainer.distributed.rendezvous import is_loopback, refuse_copies, refuse_tasks_a_node, slurm_port
 from trainer.errors import LaunchError
 
 NODES = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -58,3 +59,22 @@ def test_a_name_that_is_not_known_is_told() -> None:
 @pytest.mark.parametrize(("host", "own"), [("127.0.0.1", True), ("::1", True), ("10.0.0.1", False), ("node0", False)])
 def test_loopback(host: str, own: bool) -> None:
     assert is_loopback(host) is own
+
+
+@pytest.mark.parametrize("tasks", ["1", "1(x4)", "1(x2),1"])
+def test_one_task_a_node_is_taken(tasks: str) -> None:
+    refuse_tasks_a_node(tasks)
+
+
+@pytest.mark.parametrize("tasks", ["2", "8(x4)", "1(x2),2"])
+def test_several_are_refused(tasks: str) -> None:
+    with pytest.raises(LaunchError, match="starts as many torchruns on each node"):
+        refuse_tasks_a_node(tasks)
+
+
+def test_the_port_is_that_of_the_batch_script() -> None:
+    """Below 32768, where Linux begins to hand out ports, and the user's own where there is one."""
+    assert slurm_port({"SLURM_JOB_ID": "123456"}) == 23456
+    assert slurm_port({"SLURM_JOB_ID": "7", "MASTER_PORT": "29501"}) == 29501
+    script = (ROOT / "slurm" / "train.sbatch").read_text()
+    assert "MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))" in script

@@ -15,9 +15,7 @@ from trainer.errors import ConfigError
 from trainer.html import as_json, assemble, check_target, text, visible
 
 EVIL = "</script><img src=x onerror=alert(1)>\"'&amp;{{part}}"
-TEMPLATE = (
-    '<meta content="{{policy}}"><style>{{style}}</style><p title="{{part}}">{{part}}</p><script>{{script}}</script>'
-)
+BODY = '<body><p title="{{part}}">{{part}}</p><script>{{script}}</script></body>'
 
 
 def test_a_text_is_escaped_in_elements_and_attributes() -> None:
@@ -37,7 +35,8 @@ def test_json_cannot_end_its_script() -> None:
 
 
 def test_parts_are_put_in_once_and_the_policy_names_the_hashes() -> None:
-    page = assemble(TEMPLATE, {"part": text(EVIL)}, "p { color: red }", "go()")
+    page = assemble("test", BODY, {"part": text(EVIL), "title": "a page"}, "p { color: red }", "go()")
+    assert "<title>afina test: a page</title>" in page
     assert page.count(text(EVIL)) == 2, "{{part}} in a part stays what it is"
     style = re.search("<style>(.*?)</style>", page, re.DOTALL)
     assert style is not None

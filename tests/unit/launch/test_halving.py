@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import launch.sweep.sweep
-import launch.trials
 from launch.sweep.halving import best, score_until
 from launch.sweep.sweep import run_sweep
 from launch.trials import Trial
+from tests.helpers.trials import stand_in
 from trainer.config import to_yaml
 from trainer.tracking.files import MetricsFile
 
@@ -64,9 +63,7 @@ def loss(r: int, step: int) -> float:
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     made = Trainer()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.trials, "run_trial", made.run_trial)
-    monkeypatch.setattr(launch.sweep.sweep, "visible_gpus", lambda: 0)
+    stand_in(monkeypatch, tmp_path, made.run_trial)
     return made
 
 

@@ -18,8 +18,9 @@ from launch.report.ranking import Spread, rank_settings, spread
 from launch.report.runs import Run
 from launch.report.svg import Scale, scale, ticks_text
 from launch.report.values import differing_keys, independent, ordered, parse_value, show
-from launch.report.write import find_folder, report
+from launch.report.write import report
 from tests.helpers.report_folders import BASE_LOSS, write_comparison, write_csv, write_run, write_sweep
+from trainer.cli import main
 from trainer.errors import CheckpointError, ConfigError
 from trainer.tracking.files import read_metrics, read_summary
 
@@ -346,7 +347,7 @@ def test_the_verb_writes_page_and_numbers(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "s").symlink_to(folders / "sweep")
-    written = report("s", tmp_path / "out.html")
+    written = report(Path("runs/s"), tmp_path / "out.html")
     assert written == [tmp_path / "out.html", tmp_path / "out.csv"]
     with written[1].open() as file:
         lines = list(csv.DictReader(file))
@@ -356,12 +357,12 @@ def test_the_verb_writes_page_and_numbers(
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Best: r=")
     assert [line.split()[0] for line in out[-6:]] == ["1", "2", "3", "4", "5", "6"]
-    with pytest.raises(CheckpointError, match="did you mean runs/s"):
-        find_folder("ss")
+    assert main(["report", "ss"]) == CheckpointError.exit_code
+    assert "did you mean runs/s?" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"must end in \.html"):
-        report("s", tmp_path / "out.csv")
+        report(Path("runs/s"), tmp_path / "out.csv")
     with pytest.raises(ConfigError, match="there is no folder"):
-        report("s", tmp_path / "nowhere" / "out.html")
+        report(Path("runs/s"), tmp_path / "nowhere" / "out.html")
 
 
 def test_a_name_cannot_send_codes_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +370,7 @@ def test_a_name_cannot_send_codes_to_the_terminal(tmp_path: Path, capsys: pytest
         {"method": "lora\x1b[2J", "status": "failed", "tried": "{}", "folder": "", "error": "no\x1b]0;x\x07\nway"}
     ]
     write_csv(tmp_path / "compare.csv", rows_of_it)
-    report(str(tmp_path))
+    report(tmp_path)
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "lora⟨U+001B⟩[2J" in out

@@ -82,6 +82,26 @@ def test_keys_of_slurm_are_refused_elsewhere() -> None:
         load(["launch=torchrun", "launch.partition=gpu"])
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["launch=torchrun", "launch.warn_seconds=30"], r"launch\.warn_seconds=30: says what Slurm"),
+        (["launch=slurm", "launch.node_rank=1"], r"launch\.node_rank=1: is of nodes that are started by hand"),
+        (["launch=slurm", "launch.master_address=node7"], r"launch\.master_address=node7"),
+        (["launch=slurm", "sweep.parallel=2"], r"sweep\.parallel=2: .* launch\.array_parallel=2"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(keys: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(keys)
+
+
+def test_trials_at_once_are_of_a_sweep(tmp_path: Path) -> None:
+    keys = ["launch=slurm", "debug=tiny", "launch.array_parallel=2", f"run.dir={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"launch\.array_parallel=2: .* this is one run"):
+        submit(load(keys), keys)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
 def test_a_master_that_is_each_node_itself_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"launch\.master_address=.*is each node itself"):

@@ -20,6 +20,7 @@ from launch.sweep.space import read_space
 from launch.sweep.sweep import run_sweep, trials_at_once
 from launch.sweep.wandb_file import wandb_sweep
 from launch.trials import Trial
+from tests.helpers.trials import stand_in
 from trainer.config import load, to_yaml
 from trainer.errors import ConfigError
 
@@ -147,9 +148,7 @@ class Trainer:
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     made = Trainer()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.trials, "run_trial", made.run_trial)
-    monkeypatch.setattr(launch.sweep.sweep, "visible_gpus", lambda: 0)
+    stand_in(monkeypatch, tmp_path, made.run_trial)
     return made
 
 

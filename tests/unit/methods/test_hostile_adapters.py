@@ -46,7 +46,10 @@ def test_no_module_is_imported_by_its_word(theirs: Path, monkeypatch: pytest.Mon
 
 
 def test_it_loads_as_it_is(theirs: Path) -> None:
-    load_adapter(base(), theirs)
+    loaded, saved = load_adapter(base(), theirs).state_dict(), load_file(theirs / ADAPTER_FILE)
+    assert saved
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
 
 
 @pytest.mark.parametrize("values", [{"r": 2**20}, {"rank_pattern": {"q_proj": 2**22}}, {"r": 1e30}, {"r": 17}])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from trainer.config.messages import config_error
 from trainer.config.schema import LaunchConfig, TrainConfig
-from trainer.distributed.addresses import is_loopback, network_is_chosen
+from trainer.distributed.rendezvous import is_loopback, network_is_chosen
 
 SLURM_KEYS = (
     *("gpus_per_node", "cpus_per_node", "memory", "time", "partition", "account", "qos", "constraint", "script"),
     *("sbatch_args", "srun_args", "setup", "warn_seconds", "array_parallel"),
 )
+BY_HAND_KEYS = ("node_rank", "master_address", "master_port")
 # What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}|UNLIMITED|infinite", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
@@ -33,8 +34,9 @@ def check_launch(config: TrainConfig) -> None:
 
 
 def _torchrun(launch: LaunchConfig) -> None:
+    defaults = LaunchConfig()
     for name in SLURM_KEYS:
-        if value := getattr(launch, name):
+        if (value := getattr(launch, name)) != getattr(defaults, name):
             reason = f"says what Slurm is asked for, and launch={launch.kind} asks it for nothing"
             raise config_error(f"launch.{name}", value, reason, "launch=slurm")
     if launch.node_rank >= launch.nodes:
@@ -50,6 +52,11 @@ def _torchrun(launch: LaunchConfig) -> None:
 
 
 def _slurm(launch: LaunchConfig) -> None:
+    defaults = LaunchConfig()
+    for name in BY_HAND_KEYS:
+        if (value := getattr(launch, name)) != getattr(defaults, name):
+            reason = "is of nodes that are started by hand, and a job of Slurm knows its own"
+            raise config_error(f"launch.{name}", value, reason, "export MASTER_ADDR and MASTER_PORT, if at all")
     for name, value, pattern, example in (
         ("time", launch.time, _TIME, "04:00:00 or 2-00:00:00"),
         ("memory", launch.memory, _MEMORY, "120G, or 0 for all of a node's"),

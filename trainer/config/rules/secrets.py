@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from trainer.config.file_trust import texts_in
 from trainer.config.messages import config_error
 from trainer.config.schema import TrainConfig
 from trainer.redaction import redact
@@ -17,18 +16,7 @@ def check_secrets(config: TrainConfig) -> None:
     sent = {"model.name_or_path": model.name_or_path, "model.revision": model.revision, "data.path": data.path}
     sent |= {"data.validation": data.validation, "data.subset": data.subset, "data.split": data.split}
     for name, value in sent.items():
-        for text in _texts(value):
+        for _, text in texts_in(value):
             if redact(text, name) != text and not Path(text).exists():
                 reason = "is no file here, and holds a secret, which would be sent to the hub"
                 raise config_error(name, text, reason, "a token belongs into HF_TOKEN, or hf auth login")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for child in value.values():
-            yield from _texts(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _texts(child)

@@ -15,6 +15,9 @@ def check_sweep(config: TrainConfig) -> None:
         raise config_error("sweep.parallel", sweep.parallel, "must be auto or a whole number", "sweep.parallel=2")
     if sweep.parallel != "auto" and sweep.parallel < 1:
         raise config_error("sweep.parallel", sweep.parallel, "must be at least 1", "sweep.parallel=1")
+    if config.launch.kind == "slurm" and sweep.parallel != "auto":
+        reason = "is of one machine, and under Slurm each trial is a job"
+        raise config_error("sweep.parallel", sweep.parallel, reason, f"launch.array_parallel={sweep.parallel}")
     for multiple in sweep.alpha_over_rank:
         if not multiple > 0:
             reason = "must be multiples of method.r, greater than 0"
