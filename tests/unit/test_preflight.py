@@ -23,7 +23,7 @@ import time
 from datetime import timedelta
 import torch.distributed as dist
 from trainer.distributed.meeting import meet
-store = meet(1, 2, 60)
+store = meet(1, 2, "gloo", 60)
 dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
 time.sleep(300)
 """
