@@ -37,6 +37,13 @@ def logging_is_configured_by_each_test_alone() -> Iterator[None]:
     use_handler(None)
 
 
+@pytest.fixture(autouse=True)
+def a_shell_as_a_user_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the program exports for the processes it starts, in this very process in some tests, is no one else's."""
+    for name in ("PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
     """The lines that the program logs during the test."""
