@@ -84,9 +84,10 @@ format: $(INSTALLED)
 check: lint audit
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
 
-# One pytest run, and nothing after it: its summary line is the last thing said.
+# One pytest run, and nothing after it: its summary line is the last thing said. Two processes: one starts with the tests
+# of several ranks, the other with the commands, since most of what these wait for is one core's.
 test: lint packages
-	$(TEST_ENV) $(PY) -m pytest tests $(PYTEST_ARGS)
+	$(TEST_ENV) $(PY) -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What tests need beside Python: a Slurm to be requeued by, a browser to look at pages with. Quick when they are there.
 packages:

@@ -51,7 +51,10 @@ def smollm2(session_cache: Path) -> Path:
         return Path(fetch("smollm2_135m"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _cuda():
         _skip(on_gpu, "needs a CUDA device and a torch built for CUDA; run `make test` on such a machine")
@@ -59,6 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         hint = "apt-get install slurmctld slurmd slurm-client munge (`make test` does it as root)"
         _skip([item for item in items if item.get_closest_marker("slurm")], f"needs {', '.join(missing)}: {hint}")
+
+
+def _group(file: Path) -> str:
+    """Return what one process of `make test` runs from end to end: a file, or all that starts several ranks."""
+    inside = file.relative_to(Path(__file__).parent)
+    return inside.parts[0] if inside.parts[0] in ("distributed", "slurm") else inside.as_posix()
 
 
 def _cuda() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.helpers.processes import afina
+from tests.helpers.warm import afina
 
 OWN = "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '<|endoftext|>' }}{% endfor %}[assistant] "
 OWN = OWN.replace("[assistant] ", "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}")

@@ -17,8 +17,8 @@ import pytest
 
 import trainer.config
 from tests.helpers.browser import drop_policy, dump_dom, find_browser, requests_of_pages, run_script, widths_that_hold
-from tests.helpers.processes import afina
 from tests.helpers.tokenizers import write_rows
+from tests.helpers.warm import afina
 from trainer.data.load import inspect_data
 from trainer.data.run_data import Data
 

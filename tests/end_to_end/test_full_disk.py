@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import Finished, run
+from tests.helpers.processes import Finished
+from tests.helpers.warm import afina
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
-from trainer.cli import main
-sys.exit(main(sys.argv[2:]))
-"""
 KEYS = ["train", "debug=tiny", "optim.learning_rate=0.01", "eval.metrics=[loss]", "checkpoint.every_steps=2"]
 
 
-def limited(work: Path, limit_bytes: int, *arguments: str) -> Finished:
-    return run([sys.executable, "-c", LIMITED, str(limit_bytes), *arguments], cwd=work, check=False)
+def limited(work: Path, limit_bytes: int | None, *arguments: str) -> Finished:
+    return afina(*arguments, file_bytes=limit_bytes, cwd=work, check=False)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder with a finished run in it: how large its files are, and the tables cached."""
     folder = tmp_path_factory.mktemp("full-disk")
-    whole = limited(folder, -1, *KEYS, "run.name=whole")
+    whole = limited(folder, None, *KEYS, "run.name=whole")
     assert whole.returncode == 0, whole.output
     return folder
 
@@ -52,7 +46,7 @@ def test_an_adapter_that_does_not_fit_is_said_and_saved_by_the_same_command(work
     assert lost.returncode == 3, lost.output
     assert "Traceback" not in lost.output
     assert lost.output.splitlines()[-1].startswith("error: writing: the disk takes no more: File too large → make room")
-    again = limited(work, -1, *KEYS, "run.name=none")
+    again = limited(work, None, *KEYS, "run.name=none")
     assert again.returncode == 0, again.output
     assert (work / "runs" / "none" / "adapter" / "adapter_model.safetensors").exists()
 

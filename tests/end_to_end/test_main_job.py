@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.processes import afina, stop_tree, torchrun
+from tests.helpers import processes
+from tests.helpers.processes import stop_tree, torchrun
+from tests.helpers.warm import afina
 from trainer.tracking.files import read_metrics, read_summary
 
 STEPS = 8
@@ -33,8 +35,8 @@ def work(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(work: Path) -> Path:
-    """An undisturbed run of the tiny recipe."""
-    afina("train", "debug=tiny", "run.name=straight", "checkpoint.every_steps=2", cwd=work)
+    """An undisturbed run of the tiny recipe, started as users start it."""
+    processes.afina("train", "debug=tiny", "run.name=straight", "checkpoint.every_steps=2", cwd=work)
     return work / "runs" / "straight"
 
 

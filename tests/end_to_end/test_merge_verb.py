@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.processes import afina
+from tests.helpers.warm import afina
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tests.helpers.browser import (
     run_script,
     widths_that_hold,
 )
-from tests.helpers.processes import afina
 from tests.helpers.report_folders import write_comparison, write_run, write_sweep
+from tests.helpers.warm import afina
 
 KINDS = ("run", "sweep", "comparison")
 

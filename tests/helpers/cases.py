@@ -1,4 +1,4 @@
-"""Run many cases in one torchrun, each recorded as it ends, so that one that crashes or hangs loses no other.
+"""Run many cases in one group of ranks, each recorded as it ends, so that one that crashes or hangs loses no other.
 
 The script calls ``record_cases``, the test ``run_cases``. Between them stands a folder: ``skip.json`` names the cases
 that the script leaves out, and rank 0 appends a line to ``cases.jsonl`` at the start and at the end of each case.
@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT, torchrun
+from tests.helpers.processes import ROOT
+from tests.helpers.warm import ranks
 
 # Output behind it is that of the case.
 MARKER = "== case "
-# The tracebacks of all ranks, and what torchrun says behind them.
+# The tracebacks of all ranks.
 SHOWN_LINES = 150
 HUNG_SECONDS = 240
 STACKS = "hung-rank-{}.txt"
@@ -98,7 +99,7 @@ def run_cases(
     env: Mapping[str, str] | None = None,
     timeout_seconds: float = 600,
 ) -> Cases:
-    """Run a script of cases under torchrun, its first argument ``folder``, and return what its cases gave.
+    """Run a script of cases in ``nproc`` ranks, its first argument ``folder``, and return what its cases gave.
 
     After a crash it is started again for the cases that are left, ``MAX_STARTS`` times in all.
 
@@ -137,7 +138,7 @@ def _start(
     for old in folder.glob(STACKS.format("*")):
         old.unlink()
     try:
-        done = torchrun(script, folder, *args, nproc=nproc, env=variables, timeout_seconds=timeout_seconds, check=False)
+        done = ranks(script, folder, *args, nproc=nproc, env=variables, timeout_seconds=timeout_seconds, check=False)
     except AssertionError as timeout:
         return str(timeout)
     if done.returncode == 0:

@@ -66,10 +66,17 @@ def run(
             stop_tree(process)
         log.seek(0)
         finished = Finished(words, process.returncode, log.read().decode(errors="replace"))
+    return checked(finished, ending, check)
+
+
+def checked(finished: Finished, ending: str, check: bool) -> Finished:
+    """Return it; fail the test with its last lines at an ``ending`` (a timeout) or, with ``check``, a non-zero exit."""
+    __tracebackhide__ = True
     if not ending and check and finished.returncode != 0:
         ending = f"exited {finished.returncode}"
     if ending:
-        raise AssertionError(f"{ending}: {' '.join(words)}\n--- its last {SHOWN_LINES} lines\n{finished.tail()}")
+        words = " ".join(finished.command)
+        raise AssertionError(f"{ending}: {words}\n--- its last {SHOWN_LINES} lines\n{finished.tail()}")
     return finished
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapters import KINDS, adalora_model, base, logits, save_trained
 from tests.helpers.architectures import tiny
-from tests.helpers.processes import afina
+from tests.helpers.warm import afina
 from trainer.config import load, run_folder
 from trainer.config.method import MethodConfig
 from trainer.config.rules.method import changes_base, check_method
