@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: every architecture, trained, saved, and loaded by stock PEFT, against one plain process.
+"""On two ranks: every architecture, trained, saved, and loaded by stock PEFT, against one plain process.
 
 Tiny random models of each, with the tiny tokenizer beside them: LoRA on all linear layers under ZeRO-2 and ZeRO-3, and
 other methods on the architectures whose layers are unlike Llama's. The plain process gets the names of the layers

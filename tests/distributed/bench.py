@@ -1,4 +1,4 @@
-"""Build a run's loop from overrides without its folder, in a script of cases that torchrun starts."""
+"""Build a run's loop from overrides without its folder, in a script of cases that `run_cases` starts."""
 
 from __future__ import annotations
 

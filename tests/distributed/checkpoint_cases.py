@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: runs resumed from a checkpoint, at the same ZeRO stage and at others; a full disk."""
+"""On two ranks: runs resumed from a checkpoint, at the same ZeRO stage and at others; a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under torchrun: a run that goes on at another number of ranks and another ZeRO stage, from one start to the next.
+"""On several ranks: a run that goes on at another number of ranks and another ZeRO stage, from one start to the next.
 
 Arguments: the folder of the cases, the run folder that all starts share, and which start this is.
 """

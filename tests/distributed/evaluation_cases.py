@@ -1,4 +1,4 @@
-"""Under torchrun: every metric on real multiple-choice rows under ZeRO 0, 2 and 3, against stock transformers.
+"""On several ranks: every metric on real multiple-choice rows under ZeRO 0, 2 and 3, against stock transformers.
 
 Many tokens end an answer here, so that rows are done at different lengths: under ZeRO-3 a rank that stops calling while
 the other goes on would hang.

@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: what a rank holds while a model is loaded and split by ZeRO-3, and what comes of it.
+"""On two ranks: what a rank holds while a model is loaded and split by ZeRO-3, and what comes of it.
 
 ``RssAnon`` is memory of this process alone; pages of the model's files (``RssFile``) are shared by the ranks of a node,
 and the system takes them back when it needs them.

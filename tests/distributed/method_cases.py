@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: every method on every base precision under every ZeRO stage, against one plain process.
+"""On two ranks: every method on every base precision under every ZeRO stage, against one plain process.
 
 Each cell is trained, its adapter saved, and loaded by stock PEFT (bottleneck: by afina) on a fresh base, whose logits
 are compared with those of the plain process. Gradient checkpointing and packing change from cell to cell, so that each

@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: whole runs that overfit on few rows: the best weights, the early stop, the warning."""
+"""On two ranks: whole runs that overfit on few rows: the best weights, the early stop, the warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under torchrun on two ranks: what must hold of a step, of generation and of an adapter besides the update."""
+"""On two ranks: what must hold of a step, of generation and of an adapter besides the update."""
 
 from __future__ import annotations
 

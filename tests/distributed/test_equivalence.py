@@ -20,7 +20,7 @@ RANKS = (1, 2, 3)
 
 @pytest.fixture(scope="module")
 def distances(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Cases]:
-    """By the number of ranks: each case's largest relative distance to the plain process, from one torchrun of all."""
+    """By the number of ranks: each case's largest relative distance to the plain process, from one start of all."""
 
     @cache
     def run(ranks: int) -> Cases:

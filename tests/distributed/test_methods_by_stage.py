@@ -22,13 +22,13 @@ LOGITS = 1e-4
 UPDATE_BF16, LOGITS_BF16 = 0.2, 5e-2
 
 
-# Each a torchrun of its own.
+# Each a start of its own.
 GROUPS = ("full,lora,rslora", "dora,adalora,ia3", "prompt,prefix,bottleneck")
 
 
 @pytest.fixture(scope="module")
 def seen(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Cases]:
-    """By the group of methods: each case's distances of update and logits, from one torchrun of all of the group."""
+    """By the group of methods: each case's distances of update and logits, from one start of all of the group."""
 
     @cache
     def run(group: str) -> Cases:

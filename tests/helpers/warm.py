@@ -92,6 +92,7 @@ def _run(
             "target": target,
             "arguments": words,
             "ranks": ranks,
+            "file_bytes": file_bytes,
             "output": log.name,
             "cwd": os.fspath(cwd or os.getcwd()),
             "environment": {"OMP_NUM_THREADS": "1", **os.environ, **env},
