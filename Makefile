@@ -87,7 +87,7 @@ check: lint audit
 # One pytest run, and nothing after it: its summary line is the last thing said. Two processes: one starts with the tests
 # of several ranks, the other with the commands, since most of what these wait for is one core's.
 test: lint packages
-	$(TEST_ENV) $(PY) -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	$(TEST_ENV) $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What tests need beside Python: a Slurm to be requeued by, a browser to look at pages with. Quick when they are there.
 packages:

@@ -6,8 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports transformers or wandb: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,10 +53,19 @@ def smollm2(session_cache: Path) -> Path:
         return Path(fetch("smollm2_135m"))
 
 
-@pytest.hookimpl(tryfirst=True)
+class ByFile(LoadScopeScheduling):
+    """Give each process of `--dist loadfile` a file, but one of them all that starts several ranks, from end to end."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        _, kind, *_ = nodeid.split("/")
+        return kind if kind in ("distributed", "slurm") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _cuda():
         _skip(on_gpu, "needs a CUDA device and a torch built for CUDA; run `make test` on such a machine")
@@ -62,12 +73,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         hint = "apt-get install slurmctld slurmd slurm-client munge (`make test` does it as root)"
         _skip([item for item in items if item.get_closest_marker("slurm")], f"needs {', '.join(missing)}: {hint}")
-
-
-def _group(file: Path) -> str:
-    """Return what one process of `make test` runs from end to end: a file, or all that starts several ranks."""
-    inside = file.relative_to(Path(__file__).parent)
-    return inside.parts[0] if inside.parts[0] in ("distributed", "slurm") else inside.as_posix()
 
 
 def _cuda() -> bool:

@@ -1,4 +1,7 @@
-"""A job under a real Slurm, stopped in every way there is, goes on by itself and ends as if nothing had happened."""
+"""A job under a real Slurm, stopped in every way there is, goes on by itself and ends as if nothing had happened.
+
+Preempted on two nodes: test_story.py.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, afina, run
+from tests.helpers import warm
+from tests.helpers.processes import ROOT, afina
 from tests.helpers.slurm_sandbox import Sandbox
 from tests.slurm.conftest import LOOPBACK
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+STEPS = 150
 KEYS = [
-    *("debug=tiny", "batch.max_steps=150", "batch.epochs=50", "checkpoint.every_steps=10", "log.wandb=offline"),
+    *("debug=tiny", f"batch.max_steps={STEPS}", "batch.epochs=200", "checkpoint.every_steps=10", "log.wandb=offline"),
     *("data.validation=0", "eval.metrics=[loss]"),
 ]
 
@@ -31,11 +37,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(work: Path, tiny_model: Path) -> str:
-    """The adapter of the same run, which nobody stopped."""
-    words = ["-m", "trainer.train", *KEYS, "run.name=undisturbed", f"run.dir={work}"]
-    run([sys.executable, *words], cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
-    return adapter(work / "undisturbed")
+def undisturbed(work: Path, tiny_model: Path) -> Callable[[int], str]:
+    """By the number of steps: the adapter of the same run, which nobody stopped."""
+
+    @cache
+    def train(steps: int) -> str:
+        keys = [*KEYS, f"batch.max_steps={steps}", f"run.name=undisturbed-{steps}", f"run.dir={work}"]
+        warm.afina("train", *keys, cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
+        return adapter(work / f"undisturbed-{steps}")
+
+    return train
 
 
 def adapter(folder: Path) -> str:
@@ -68,8 +79,8 @@ def warn(slurm: Sandbox, job: str) -> None:
     slurm.call("scancel", "--batch", "-s", "USR1", job)
 
 
-def preempt(slurm: Sandbox, job: str) -> None:
-    slurm.call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+def reach_time_limit(slurm: Sandbox, job: str) -> None:
+    slurm.call("scontrol", "update", f"jobid={job}", "EndTime=now")  # looked at every half minute
 
 
 def requeue(slurm: Sandbox, job: str) -> None:
@@ -84,30 +95,30 @@ def lose_node(slurm: Sandbox, job: str) -> None:
         slurm.call("scontrol", "update", f"nodename={node}", "state=resume")
 
 
-STOPS: dict[str, tuple[Callable[[Sandbox, str], None], list[str], str | None]] = {
-    # How it is stopped, what is asked of Slurm, and what the job says of its first life, where Slurm lets it speak.
-    "warned": (warn, [], "asked to stop by SIGUSR1"),
-    "preempted": (preempt, ["launch.sbatch_args=['--exclusive']"], "preempted"),
-    "requeued": (requeue, [], None),
-    "node lost": (lose_node, [], None),
+STOPS: dict[str, tuple[Callable[[Sandbox, str], None], int, str | None]] = {
+    # How it is stopped, in how many steps, and what the job says of its first life, where Slurm lets it speak.
+    "warned": (warn, STEPS, "asked to stop by SIGUSR1"),
+    "at the time limit": (reach_time_limit, 5 * STEPS, "at the time limit"),
+    "requeued": (requeue, STEPS, None),
+    "node lost": (lose_node, STEPS, None),
 }
 
 
 @pytest.mark.parametrize("how", STOPS)
-def test_it_goes_on_by_itself(how: str, slurm: Sandbox, work: Path, undisturbed: str) -> None:
-    stop, options, said = STOPS[how]
+def test_it_goes_on_by_itself(how: str, slurm: Sandbox, work: Path, undisturbed: Callable[[int], str]) -> None:
+    stop, count, said = STOPS[how]
     name = how.replace(" ", "-")
     folder = work / name
-    job = submit(slurm, work, name, *options)
+    job = submit(slurm, work, name, f"batch.max_steps={count}")
     wait_for_step(folder, 15)
     wandb = (folder / "wandb" / "run_id.txt").read_text()
     stop(slurm, job)
     fields = slurm.wait(job, timeout_seconds=200)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log(folder)
-    assert adapter(folder) == undisturbed
+    assert adapter(folder) == undisturbed(count)
     assert (folder / "wandb" / "run_id.txt").read_text() == wandb
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, count + 1))
     lives = [json.loads(line) for line in (folder / "slurm.jsonl").read_text().splitlines()]
     assert lives[-1]["outcome"] == "finished"
     assert lives[-1]["first_step"] >= 10
