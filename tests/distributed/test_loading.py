@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("loading_cases.py")
 def peaks(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
     folder = tmp_path_factory.mktemp("loading")
     # glibc keeps freed pieces of such sizes as the small tensors here have: what is looked for is what lives.
-    return run_cases(SCRIPT, folder, folder / "model", env={"MALLOC_MMAP_THRESHOLD_": str(1 << 18)})
+    return run_cases(SCRIPT, folder, folder / "model", env={"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}, cold=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, Finished, torchrun
 from tests.helpers.warm import ranks
 
 # Output behind it is that of the case.
@@ -97,11 +97,13 @@ def run_cases(
     *args: str | os.PathLike[str],
     nproc: int = 2,
     env: Mapping[str, str] | None = None,
+    cold: bool = False,
     timeout_seconds: float = 600,
 ) -> Cases:
     """Run a script of cases in ``nproc`` ranks, its first argument ``folder``, and return what its cases gave.
 
-    After a crash it is started again for the cases that are left, ``MAX_STARTS`` times in all.
+    After a crash it is started again for the cases that are left, ``MAX_STARTS`` times in all. ``cold`` starts the ranks
+    by torchrun: for variables that are read once, at the start of a process, as glibc's are.
 
     Raises:
         AssertionError: it crashed outside its cases.
@@ -111,7 +113,8 @@ def run_cases(
     crashes: dict[str, str] = {}
     (folder / "skip.json").write_text("[]")
     for _ in range(MAX_STARTS):
-        crash = _start(script, folder, *args, nproc=nproc, env=env, timeout_seconds=end - time.monotonic())
+        start = torchrun if cold else ranks
+        crash = _start(start, script, folder, *args, nproc=nproc, env=env, timeout_seconds=end - time.monotonic())
         cases = Cases(folder)
         if crash is None:
             break
@@ -126,6 +129,7 @@ def run_cases(
 
 
 def _start(
+    start: Callable[..., Finished],
     script: Path,
     folder: Path,
     *args: str | os.PathLike[str],
@@ -138,7 +142,7 @@ def _start(
     for old in folder.glob(STACKS.format("*")):
         old.unlink()
     try:
-        done = ranks(script, folder, *args, nproc=nproc, env=variables, timeout_seconds=timeout_seconds, check=False)
+        done = start(script, folder, *args, nproc=nproc, env=variables, timeout_seconds=timeout_seconds, check=False)
     except AssertionError as timeout:
         return str(timeout)
     if done.returncode == 0:
