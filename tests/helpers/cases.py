@@ -102,8 +102,8 @@ def run_cases(
 ) -> Cases:
     """Run a script of cases in ``nproc`` ranks, its first argument ``folder``, and return what its cases gave.
 
-    After a crash it is started again for the cases that are left, ``MAX_STARTS`` times in all. ``cold`` starts the ranks
-    by torchrun: for variables that are read once, at the start of a process, as glibc's are.
+    After a crash it is started again for the cases that are left, ``MAX_STARTS`` times in all. ``cold`` starts them by
+    torchrun: for variables that are read once, at the start of a process, as glibc's are.
 
     Raises:
         AssertionError: it crashed outside its cases.
