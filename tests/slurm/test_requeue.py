@@ -81,6 +81,11 @@ def warn(slurm: Sandbox, job: str) -> None:
 
 def reach_time_limit(slurm: Sandbox, job: str) -> None:
     slurm.call("scontrol", "update", f"jobid={job}", "EndTime=now")  # looked at every half minute
+    end = time.monotonic() + 120
+    while slurm.fields(job)["Restarts"] == "0":
+        assert time.monotonic() < end, "it was not put back into the queue"
+        time.sleep(0.5)
+    slurm.call("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # minutes; the other has become its limit
 
 
 def requeue(slurm: Sandbox, job: str) -> None:
