@@ -16,9 +16,9 @@ GPU_BUDGET ?= 3600
 # Child processes (ninja, torchrun, afina) are looked up on PATH even when nobody activated .venv.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Tests run tiny models: more threads than this only contend. Demo and benchmarks keep torch's own choice.
-TEST_THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
-TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(TEST_THREADS)} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
+# Tests run tiny models, several processes at a time: threads would only wait for each other. Demo and benchmarks keep
+# torch's own choice.
+TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false WANDB_MODE=offline
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint audit lock format bench gpu clean distclean packages
@@ -82,7 +82,7 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 
 check: lint audit
-	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(PY) -m pytest tests/unit -n 2 --dist worksteal -m "not slow and not slurm and not gpu" $(PYTEST_ARGS)
 
 # One pytest run, and nothing after it: its summary line is the last thing said. Two processes: one starts with the tests
 # of several ranks, the other with the commands, since most of what these wait for is one core's.
