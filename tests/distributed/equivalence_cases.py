@@ -1,8 +1,7 @@
 """On any number of ranks: each way the batch can be cut, against one plain process.
 
-On two ranks five steps of every cut, stage and method, and on one, where nothing is split, of the stages that differ
-most; on one, two and three ranks twenty steps of tries and of padded rows, where an error that five steps hide has time
-to grow.
+On one and two ranks five steps of every cut, stage and method; on one, two and three ranks twenty steps of tries and of
+padded rows, where an error that five steps hide has time to grow.
 """
 
 from __future__ import annotations
@@ -36,12 +35,7 @@ def cases(world_size: int) -> dict[str, list[str]]:
         for zero in ("stage0", "stage2", "stage3")
         for packing in ("trie", "padded")
     }
-    if world_size > 2:
-        return twenty
-    five = five_steps()
-    if world_size == 1:
-        five = {name: keys for name, keys in five.items() if name.split()[1] in ("stage0", "stage3", "stage2_offload")}
-    return {**five, **twenty}
+    return twenty if world_size > 2 else {**five_steps(), **twenty}
 
 
 def five_steps() -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LINES = 60
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
 # torchrun needs a moment after SIGTERM to take its workers along.
 GRACE_SECONDS = 20
 
@@ -117,7 +118,6 @@ def torchrun(
     folder goes with them.
     """
     target = os.fspath(script_or_module)
-    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
     with tempfile.TemporaryDirectory(prefix="afina-", ignore_cleanup_errors=True) as scratch:
         return run(
             [
@@ -126,7 +126,7 @@ def torchrun(
                 *((target,) if target.endswith(".py") else ("-m", target)),
                 *args,
             ],
-            env={**own, "TMPDIR": scratch, **(env or {})},
+            env={**RANK_ENVIRONMENT, "TMPDIR": scratch, **(env or {})},
             cwd=cwd,
             timeout_seconds=timeout_seconds,
             check=check,

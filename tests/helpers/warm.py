@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.processes import ROOT, Finished, checked
+from tests.helpers.processes import RANK_ENVIRONMENT, ROOT, Finished, checked
 from tests.helpers.warm_server import AFINA
 
 LOAD_SECONDS = 120
@@ -69,23 +70,21 @@ class _Server:
         return answer
 
 
-_servers: list[_Server] = []
+_server = cache(_Server)
 
 
 def _run(
     target: str,
     arguments: tuple[str | os.PathLike[str], ...],
     *,
-    ranks: int | None,
+    ranks: int | None = None,
     file_bytes: int | None = None,
     env: Mapping[str, str],
-    cwd: str | os.PathLike[str] | None,
+    cwd: str | os.PathLike[str] | None = None,
     timeout_seconds: float,
     check: bool,
 ) -> Finished:
     __tracebackhide__ = True
-    if not _servers:
-        _servers.append(_Server())
     words = [os.fspath(word) for word in arguments]
     with tempfile.NamedTemporaryFile() as log:
         job = {
@@ -97,7 +96,7 @@ def _run(
             "cwd": os.fspath(cwd or os.getcwd()),
             "environment": {"OMP_NUM_THREADS": "1", **os.environ, **env},
         }
-        code = _servers[0].run(job, timeout_seconds)
+        code = _server().run(job, timeout_seconds)
         output = Path(log.name).read_text(errors="replace")
     finished = Finished((target, *words), -signal.SIGKILL if code is None else code, output)
     return checked(finished, f"ran past {timeout_seconds} s" if code is None else "", check)
@@ -113,8 +112,9 @@ def afina(
 ) -> Finished:
     """The command line, as ``processes.afina``; no file that it writes can be longer than ``file_bytes``."""
     __tracebackhide__ = True
-    how = {"ranks": None, "file_bytes": file_bytes, "env": env or {}, "cwd": cwd}
-    return _run(AFINA, args, **how, timeout_seconds=timeout_seconds, check=check)
+    return _run(
+        AFINA, args, file_bytes=file_bytes, env=env or {}, cwd=cwd, timeout_seconds=timeout_seconds, check=check
+    )
 
 
 def ranks(
@@ -127,8 +127,6 @@ def ranks(
 ) -> Finished:
     """``nproc`` processes of one thread that run a script, with the environment of torchrun's."""
     __tracebackhide__ = True
-    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
     with tempfile.TemporaryDirectory(prefix="afina-", ignore_cleanup_errors=True) as scratch:
-        env = {**own, "TMPDIR": scratch, **(env or {})}
-        target = os.fspath(script)
-        return _run(target, args, ranks=nproc, env=env, cwd=None, timeout_seconds=timeout_seconds, check=check)
+        env = {**RANK_ENVIRONMENT, "TMPDIR": scratch, **(env or {})}
+        return _run(os.fspath(script), args, ranks=nproc, env=env, timeout_seconds=timeout_seconds, check=check)

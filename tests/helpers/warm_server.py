@@ -27,7 +27,8 @@ OTHERS_SECONDS = 1.0
 
 
 def load() -> None:
-    """Import what the jobs import. Starts no thread, and computes nothing."""
+    """Import what the jobs import, and compute nothing: a fork leaves the threads behind. Two are there after these
+    imports, one of them jemalloc's; torch's own begin with the first computation."""
     import datasets  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     import wandb.sdk.launch.inputs.internal  # noqa: F401  (each run's start does)

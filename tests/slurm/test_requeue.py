@@ -1,7 +1,4 @@
-"""A job under a real Slurm, stopped in every way there is, goes on by itself and ends as if nothing had happened.
-
-Preempted on two nodes: test_story.py.
-"""
+"""A job under a real Slurm, stopped in every way there is, goes on by itself and ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from tests.slurm.conftest import LOOPBACK
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 150
+STEPS, LONG = 150, 750
 KEYS = [
     *("debug=tiny", f"batch.max_steps={STEPS}", "batch.epochs=200", "checkpoint.every_steps=10", "log.wandb=offline"),
     *("data.validation=0", "eval.metrics=[loss]"),
@@ -79,6 +76,10 @@ def warn(slurm: Sandbox, job: str) -> None:
     slurm.call("scancel", "--batch", "-s", "USR1", job)
 
 
+def preempt(slurm: Sandbox, job: str) -> None:
+    slurm.call("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+
+
 def reach_time_limit(slurm: Sandbox, job: str) -> None:
     slurm.call("scontrol", "update", f"jobid={job}", "EndTime=now")  # looked at every half minute
     end = time.monotonic() + 120
@@ -100,21 +101,23 @@ def lose_node(slurm: Sandbox, job: str) -> None:
         slurm.call("scontrol", "update", f"nodename={node}", "state=resume")
 
 
-STOPS: dict[str, tuple[Callable[[Sandbox, str], None], int, str | None]] = {
-    # How it is stopped, in how many steps, and what the job says of its first life, where Slurm lets it speak.
-    "warned": (warn, STEPS, "asked to stop by SIGUSR1"),
-    "at the time limit": (reach_time_limit, 5 * STEPS, "at the time limit"),
-    "requeued": (requeue, STEPS, None),
-    "node lost": (lose_node, STEPS, None),
+STOPS: dict[str, tuple[Callable[[Sandbox, str], None], list[str], str | None]] = {
+    # How it is stopped, what is asked for, and what the job says of its first life, where Slurm lets it speak.
+    "warned": (warn, [], "asked to stop by SIGUSR1"),
+    "preempted": (preempt, ["launch.sbatch_args=['--exclusive']"], "preempted"),
+    "at the time limit": (reach_time_limit, [f"batch.max_steps={LONG}"], "at the time limit"),
+    "requeued": (requeue, [], None),
+    "node lost": (lose_node, [], None),
 }
 
 
 @pytest.mark.parametrize("how", STOPS)
 def test_it_goes_on_by_itself(how: str, slurm: Sandbox, work: Path, undisturbed: Callable[[int], str]) -> None:
-    stop, count, said = STOPS[how]
+    stop, keys, said = STOPS[how]
+    count = LONG if f"batch.max_steps={LONG}" in keys else STEPS
     name = how.replace(" ", "-")
     folder = work / name
-    job = submit(slurm, work, name, f"batch.max_steps={count}")
+    job = submit(slurm, work, name, *keys)
     wait_for_step(folder, 15)
     wandb = (folder / "wandb" / "run_id.txt").read_text()
     stop(slurm, job)
