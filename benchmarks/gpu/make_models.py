@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+MADE = "MADE"  # written last: a folder without it was cut off
 ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -79,11 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("shapes", nargs="+", choices=list(SHAPES), metavar="SHAPE", help=" ".join(SHAPES))
     asked = parser.parse_args(arguments)
     for name in asked.shapes:
+        if (asked.folder / name / MADE).is_file():
+            print(f"{name}: there already", flush=True)
+            continue
         begin = time.perf_counter()
         parameters = make(SHAPES[name], asked.folder / name)
         for file in asked.tokenizer.iterdir():
             if file.name != "generation_config.json":
                 shutil.copy(file, asked.folder / name)
+        (asked.folder / name / MADE).touch()
         print(f"{name}: {parameters:,} parameters, {time.perf_counter() - begin:.1f} s", flush=True)
 
 
