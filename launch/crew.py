@@ -12,6 +12,7 @@ from pathlib import Path
 from launch import process
 from launch.environment import ONE_RUNS_OWN, child_environment, gpu_names
 from launch.trial_server import CannotFork, TrialServer
+from trainer.errors import TRIAL
 
 logger = logging.getLogger(__name__)
 
@@ -76,4 +77,4 @@ class Crew:
 
     def _environment(self) -> dict[str, str]:
         variables = child_environment(self._at_once, self._gpus)
-        return {name: value for name, value in variables.items() if name not in ONE_RUNS_OWN}
+        return {name: value for name, value in variables.items() if name not in ONE_RUNS_OWN} | {TRIAL: "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import trainer.config
@@ -62,16 +62,23 @@ def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | N
     return [*head, "-m", "trainer.train", *train_arguments(config, overrides, config_file)]
 
 
-def launch(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> int:
+def launch(
+    config: TrainConfig,
+    overrides: Sequence[str],
+    config_file: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> int:
     """Run the job on this node to its end; returns an exit code as :func:`launch.process.run` does.
 
     Args:
         config: the composed config of ``overrides`` and ``config_file``, already checked.
         overrides: Hydra overrides, passed on to every process.
         config_file: a config.yaml to start from instead of `conf/`.
+        variables: of the processes' environment, beside this one's.
 
     Raises:
         LaunchError: the processes died without a summary.
     """
     environment = child_environment(ranks_per_node(config), visible_gpus(), config.launch.master_address)
+    environment |= variables or {}
     return process.run(command(config, overrides, config_file), environment, trainer.config.run_folder(config))

@@ -19,7 +19,7 @@ from launch.crew import Crew
 from launch.environment import without_names_of_one_run
 from launch.stop_signals import StopSignals, stop_signals
 from trainer.config import TrainConfig
-from trainer.errors import AfinaError, LaunchError
+from trainer.errors import TRIAL, AfinaError, LaunchError
 from trainer.files import find_owner, try_lock
 from trainer.tracking.files import CONFIG_FILE, find_summary
 
@@ -80,7 +80,7 @@ def run_trial(trial: Trial, config_file: Path | None = None, crew: Crew | None =
     try:
         if trial.config.launch.kind == "torchrun":
             with without_names_of_one_run():
-                code = torchrun.launch(trial.config, trial.overrides, config_file)
+                code = torchrun.launch(trial.config, trial.overrides, config_file, {TRIAL: "1"})
         else:
             arguments = torchrun.train_arguments(trial.config, trial.overrides, config_file)
             code, output = (crew or Crew(forks=False)).run(arguments, trial.folder)

@@ -10,6 +10,7 @@ from trainer.redaction import redact
 
 INTERRUPTED_EXIT_CODE = 130  # what a shell says of a command that SIGINT has ended
 LAUNCHER_PIDS = "AFINA_LAUNCHER_PIDS"  # variable of a process that is started for a run: who waits for it, by commas
+TRIAL = "AFINA_TRIAL"  # variable of a run of a sweep or comparison: it tells the screen less
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command again resumes where this one was stopped
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.config import TrainConfig, changed_fields, load, to_yaml
 from trainer.errors import AfinaError
@@ -13,15 +15,16 @@ from trainer.tracking.files import CONFIG_FILE
 logger = logging.getLogger(__name__)
 
 
-def write_config(folder: Path, config: TrainConfig, step: int) -> None:
+def write_config(folder: Path, config: TrainConfig, step: int, taken: Mapping[str, Any] | None = None) -> None:
     """Write ``config.yaml``; where the run has another one, keep that as ``config-until-step-00000012.yaml``.
 
     Args:
         folder: the run folder.
         config: of the run from here on.
         step: that it is resumed from.
+        taken: what its null, auto and short names stand for.
     """
-    file, text = folder / CONFIG_FILE, to_yaml(config)
+    file, text = folder / CONFIG_FILE, to_yaml(config, taken)
     before = file.read_text() if file.exists() else text
     if step and before != text:
         write_atomically(folder / f"config-until-step-{step:08d}.yaml", before.encode())

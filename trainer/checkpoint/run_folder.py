@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.config_history import read_config
+from trainer.checkpoint.finished import finished_lines
 from trainer.checkpoint.owner import own_run, show_owner
 from trainer.checkpoint.resume import find_resume_point
 from trainer.config import TrainConfig, changed_result_fields, run_folder
@@ -101,10 +101,10 @@ def _decide(config: TrainConfig, total_steps: int, data_fingerprint: str) -> Run
         if (extended := _extend(config, folder, summary, total_steps)) is not None:
             return extended
         _same_result(config, folder)
-        logger.info(f"{folder} is finished; nothing is redone (run.overwrite=true starts afresh)")
+        for line in finished_lines(folder, read_config(folder) or config, summary):
+            logger.info(line)
         if summary.get("data_fingerprint") not in (None, data_fingerprint):
             logger.warning("its rows have changed since: what it reports is of the rows that it was trained on")
-        logger.info(json.dumps(summary, indent=1))
         return Run(folder, finished=summary)
     folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, resume_from=find_resume_point(folder, config.checkpoint.resume))

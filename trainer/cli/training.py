@@ -28,11 +28,15 @@ def train(
     if multirun:
         return sweep(arguments, config_file, dry_run)
     import trainer.config
+    from trainer.checkpoint.finished import answer_of_finished
 
     config = trainer.config.load(arguments, config_file)
     if config.sweep.axes or config.sweep.alpha_over_rank:
         hint = f"afina sweep {shlex.join(arguments)}"
         raise ConfigError("sweep.axes", reason="are those of a sweep, and this is one run", hint=hint)
+    if not dry_run and (said := answer_of_finished(config)) is not None:
+        print("\n".join(said))
+        return 0
     if config.launch.kind == "slurm":
         from launch.slurm import submit
 

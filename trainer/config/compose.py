@@ -34,6 +34,7 @@ from trainer.config.suggestions import (
     sections,
     unknown_key,
 )
+from trainer.config.taken import HEADING, TAKEN, repeated
 from trainer.errors import ConfigError
 from trainer.redaction import redact_all
 
@@ -65,15 +66,16 @@ def load(
     """
     choices, values = split(overrides)
     if config_file is None:
-        tree = _compose(choices)
+        tree, repeats = _compose(choices), []
     else:
         _refuse_groups(choices, config_file)
-        tree = _read(config_file)
+        tree, taken = _read(config_file)
+        repeats = list(repeated(tree, taken))
         refuse_calls(tree, config_file)
         if not only_to_compare:
             take_no_grants(tree, config_file, {name for name, _ in values})
     cfg = copy.deepcopy(_schema())
-    for name, value in [*_flatten(tree), *values]:
+    for name, value in [*_flatten(tree), *repeats, *values]:
         _assign(cfg, name, value)
     config = _resolve(cfg)
     rules.check(config)
@@ -94,7 +96,7 @@ def read_values(config_file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read.
     """
-    sections = ((name, body) for name, body in _read(config_file).items() if isinstance(body, Mapping))
+    sections = ((name, body) for name, body in _read(config_file)[0].items() if isinstance(body, Mapping))
     return {f"{section}.{key}": value for section, body in sections for key, value in body.items()}
 
 
@@ -108,9 +110,15 @@ def sources(overrides: Sequence[str] = ()) -> dict[str, str]:
     return files
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """Return the complete configuration as YAML, secrets redacted. :func:`load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(redact_all(dataclasses.asdict(config))))
+def to_yaml(config: TrainConfig, taken: Mapping[str, Any] | None = None) -> str:
+    """Return the complete configuration as YAML, secrets redacted. :func:`load` reads it back to an equal one.
+
+    Args:
+        config: all of it.
+        taken: by dotted key, what its null, auto and short names stand for in the run that is made with it.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.create(redact_all(dataclasses.asdict(config))))
+    return text + HEADING + yaml.safe_dump({TAKEN: dict(taken)}, sort_keys=False) if taken else text
 
 
 def _compose(choices: Mapping[str, str | None], with_hydra: bool = False) -> dict[str, Any]:
@@ -141,8 +149,8 @@ def _refuse_groups(choices: Mapping[str, str | None], config_file: Path) -> None
         raise config_error(group, option, reason, f"set keys instead, such as {example}=VALUE")
 
 
-def _read(config_file: Path) -> dict[str, Any]:
-    """Read a run's ``config.yaml``, interpolations untouched."""
+def _read(config_file: Path) -> tuple[dict[str, Any], Any]:
+    """Read a run's ``config.yaml``, interpolations untouched: its sections, and what stands under ``taken``."""
     if not config_file.is_file():
         raise config_error("config file", config_file, "there is no such file", "--config runs/NAME/config.yaml")
     try:
@@ -155,7 +163,8 @@ def _read(config_file: Path) -> dict[str, Any]:
         raise config_error(
             "config file", config_file, "must hold sections such as model and method", "`afina config > FILE`"
         )
-    return cast(dict[str, Any], tree)
+    taken = tree.pop(TAKEN, None)
+    return cast(dict[str, Any], tree), taken
 
 
 def _check_size(text: str) -> None:

@@ -149,6 +149,14 @@ METHODS: dict[str, Method] = {
     "bottleneck": Method("bottleneck adapters", 1e-3, BASE | {"layers", *BOTTLENECK_NEEDS}, BOTTLENECK_NEEDS),
 }
 
+# Why a method leaves nothing that could be folded into the base.
+NOT_MERGEABLE = {
+    "bottleneck": "its layers are not linear, and no weight of the base can do what they do",
+    "prompt": "its virtual tokens stand before the rows, and no weight of the base can do what they do",
+    "prefix": "its keys and values stand before the rows, and no weight of the base can do what they do",
+    "full": "there is no adapter: the folder model/ of the run is the trained model",
+}
+
 
 def given(value: T | None) -> T:
     """Return a value that ``rules/method.py`` lets no method go without."""

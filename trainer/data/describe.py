@@ -15,11 +15,12 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
     lengths = data.train.lengths
     label_tokens = data.train.label_tokens(np.arange(len(data.train)))
     steps = data.total_steps(config.batch)
+    passes = steps * config.batch.global_size / len(data.train)
     quantiles = " ".join(f"{q:.0f}" for q in np.quantile(lengths, (0, 0.5, 0.95, 1)))
     lines = [
         f"data: {len(data.train):,} rows to train on, {len(data.validation):,} held out, from {_name_files(data)}",
         f"tokens: {int(lengths.sum()):,}; a row min/median/95 %/max {quantiles}; {label_tokens:,} are in the loss",
-        f"steps: {steps:,} of {config.batch.global_size} examples",
+        f"steps: {steps:,}, each of {config.batch.global_size} examples: {passes:.3g} passes over the rows",
     ]
     dropped, truncated, refused = (sum(getattr(p, n) for p in data.parts) for n in ("dropped", "truncated", "refused"))
     if dropped or truncated:

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trainer.config.method import METHODS
+from trainer.config.method import METHODS, NOT_MERGEABLE
 from trainer.config.schema import TrainConfig
 from trainer.engine.device import give_back_memory
 from trainer.errors import CheckpointError
@@ -40,12 +40,6 @@ MAX_DISTANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # adapters of every strength; a random Llama of 22 layers): a right merge then has at most 0.6 of the base's distance,
 # one that left the adapter out all of it. One that moves them less is found, if it is left out, by the other checks.
 BASE_DISTANCE_FACTOR = 0.7
-NOT_MERGEABLE = {
-    "bottleneck": "its layers are not linear, and no weight of the base can do what they do",
-    "prompt": "its virtual tokens stand before the rows, and no weight of the base can do what they do",
-    "prefix": "its keys and values stand before the rows, and no weight of the base can do what they do",
-    "full": "there is no adapter: the folder model/ of the run is the trained model",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,16 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Return the last names of the modules that have adapters, in the model's order; none where no module is adapted.
+
+    Args:
+        model: with its adapters attached.
+    """
+    names = getattr(getattr(model, "base_model", None), "targeted_module_names", [])
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def describe_unreached(model: nn.Module, bits: int) -> str | None:
     """Return a sentence for the user where a model has experts that adapters pass over; else nothing."""
     experts = expert_parameters(model)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import TRIAL
 from trainer.tracking.logs import LineHandler, print_line, use_handler
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LOG_FILE = "log.txt"
 MAX_LINES = 200
 MAX_SILENCE_SECONDS = 30.0
+MAX_ANSWER = 60  # letters, where it is shown beside the one before
 
 # What a step line shows of the record, in this order; evaluations follow with every key that is not of training.
 TRAINING_KEYS = frozenset(
@@ -94,6 +96,8 @@ class Terminal:
         self._every = max(1, math.ceil(total_steps / MAX_LINES))
         self._eta = Eta(total_steps)
         self._last_line_time = -math.inf
+        self._answers: dict[str, str] = {}  # the last one to each prompt
+        self._is_trial = TRIAL in os.environ
         self._log_path = folder / LOG_FILE
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -124,19 +128,27 @@ class Terminal:
         self._print(text)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show answers: mappings with ``prompt``, ``reference`` and ``answer``."""
+        """Show answers: mappings with ``prompt``, ``reference`` and ``answer``. People see a prompt once, and then how
+        its answer changes; `log.txt` holds all of each. A trial of a sweep shows none."""
         if not rows:
             return
-        blocks = []
-        for number, row in enumerate(rows, start=1):
-            fields = [(name, _indented(_printable(str(row[name])))) for name in ("prompt", "reference", "answer")]
-            blocks.append("\n".join([f"sample {number}", *(f"  {name:<9}  {text}" for name, text in fields)]))
-        text = "\n".join(blocks)
-        self._write_log(text)
-        if self._bar is None:
-            self._print(text)
-        else:
+        self._write_log("\n".join(_sample(number, row) for number, row in enumerate(rows, start=1)))
+        prompts = [str(row["prompt"]) for row in rows]
+        is_known = self._answers.keys() >= set(prompts)
+        if not self._is_trial and is_known:
+            self._print("\n".join(self._change(number, row) for number, row in enumerate(rows, start=1)))
+        elif not self._is_trial and self._bar is None:
+            self._print("\n".join(_sample(number, row) for number, row in enumerate(rows, start=1)))
+        elif not self._is_trial:
             self._guard(lambda: self._table(rows))
+        self._answers.update({prompt: str(row["answer"]) for prompt, row in zip(prompts, rows, strict=True)})
+
+    def _change(self, number: int, row: Mapping[str, Any]) -> str:
+        """Format an answer beside the one before: ``sample 1: no → yes (reference yes)``."""
+        before, answer, reference = (
+            _shortened(text) for text in (self._answers[str(row["prompt"])], str(row["answer"]), str(row["reference"]))
+        )
+        return f"sample {number}: {answer if before == answer else f'{before} → {answer}'} (reference {reference})"
 
     def stop_bar(self) -> None:
         """Leave the bar as it stands; lines are printed plainly from here on."""
@@ -228,6 +240,17 @@ def _training_parts(record: Mapping[str, Any]) -> list[str]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _sample(number: int, row: Mapping[str, Any]) -> str:
+    fields = [(name, _indented(_printable(str(row[name])))) for name in ("prompt", "reference", "answer")]
+    return "\n".join([f"sample {number}", *(f"  {name:<9}  {text}" for name, text in fields)])
+
+
+def _shortened(text: str) -> str:
+    """Return a text as one line of at most ``MAX_ANSWER`` letters."""
+    line = " ".join(_printable(text).split())
+    return line if len(line) <= MAX_ANSWER else line[: MAX_ANSWER - 1] + "…"
 
 
 def _indented(text: str) -> str:

@@ -18,13 +18,14 @@ from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
 from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter
+from trainer.engine.state_bytes import state_bytes
 from trainer.engine.verify_kernels import choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
 from trainer.errors import ConfigError
 from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, count_parameters, create_runtime
-from trainer.methods.targets import describe_unreached
+from trainer.methods.targets import adapted_modules, describe_unreached
 from trainer.models.loading import compute_dtype, load_model
 from trainer.models.positions import learned_positions, trained_positions
 
@@ -86,7 +87,10 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     meter = Meter(world, model, dtype)
     peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
     words = {"packing": choice.lines[0], "kernels": choice.lines[1:], "experts": experts}
-    model_info = {**_describe_model(model, dtype, world), **peak, **words}
+    names = {"packing_taken": "trie" if choice.packing.uses_trie else "padded", "kernels_taken": list(choice.kernels)}
+    reduces_once = not runtime.trains_base_weights
+    state = state_bytes(model, config.zero, dtype, world.world_size, reduces_once)
+    model_info = {**_describe_model(model, dtype, world), "state_bytes": state, **peak, **words, **names}
     engine = Engine(
         model=model,
         loss=loss,
@@ -126,4 +130,5 @@ def _describe_model(model: nn.Module, dtype: torch.dtype, world: World) -> dict[
         "world_size": world.world_size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": world.device.type,
+        "targets": adapted_modules(model),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig
 from trainer.config.dataset_spec import is_template_file
-from trainer.config.schema import METRICS
 from trainer.data.run_data import Data
 from trainer.data.templates.template import Template
 from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live
-from trainer.errors import TrainingError
-from trainer.tracking.files import build_summary
+from trainer.errors import TRIAL, TrainingError
+from trainer.tracking.files import build_summary, read_metrics
+from trainer.tracking.result import result_lines
 from trainer.training.outcome import Outcome
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _stops_as_planned(config: TrainConfig, outcome: Outcome) -> bool:
 
 
 def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[str, Any], total_steps: int) -> None:
-    """Log how the run ended, which weights it leaves, and their scores beside those before training."""
+    """Log how the run ended, which weights it leaves, and their scores beside those before training. On rank 0."""
     if outcome.status == "preempted":
         stop_at = config.run.stop_at_step
         is_planned = _stops_as_planned(config, outcome)
@@ -118,12 +119,10 @@ def log_result(config: TrainConfig, outcome: Outcome, run: Run, summary: dict[st
         return
     if outcome.stopped_early:
         logger.info(f"stopped early, after step {outcome.steps} of {total_steps}: {outcome.stopped_early}")
-    metrics, best = summary["metrics"], config.eval.best_metric
+    best = config.eval.best_metric
     if best is not None and best in outcome.scores:
         at = f"step {outcome.best_step} of {total_steps}"
         logger.info(f"best {best} {outcome.scores[best]:.4f} at {at}: its weights are kept")
-    for name in ("eval_loss", *METRICS):
-        if name in metrics:
-            before = f"{metrics[f'{name}_before']:.4f} → " if f"{name}_before" in metrics else ""
-            logger.info(f"{name}: {before}{metrics[name]:.4f}")
-    logger.info(f"finished {outcome.steps} steps in {summary['wall_seconds']:.0f} s: {run.folder}")
+    lines = result_lines(run.folder, config, summary, read_metrics(run.folder), with_next=TRIAL not in os.environ)
+    for line in lines:
+        logger.info(line)

@@ -18,7 +18,6 @@ from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config import TrainConfig
 from trainer.config.identity import run_identity
 from trainer.data.batching.packing import Packing
-from trainer.data.describe import describe
 from trainer.data.load import load_data
 from trainer.data.run_data import Data
 from trainer.data.step_batches import StepLoader, StepSource
@@ -43,6 +42,7 @@ from trainer.training.outcome import Outcome
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
 from trainer.training.skipped_steps import SkippedSteps
+from trainer.training.start import log_start, values_taken
 from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -127,8 +127,8 @@ def run_job(job: Job) -> Outcome:
     built = build(config, world, job.base_dir, job.data, job.tokenizer)
     checkpointer = create_checkpointer(job, built)
     restored = checkpointer.restore(run.resume_from)
-    _write_run_files(job, restored.step)
     schedule = create_schedule(job)
+    _write_run_files(job, restored.step, values_taken(config, built.model_info, schedule.total_steps))
     tracker = Tracker.open(
         config,
         run.folder,
@@ -139,9 +139,10 @@ def run_job(job: Job) -> Outcome:
     )
     summary: dict[str, Any] = {}
     try:
-        _log_start(job, built.model_info, restored.step)
         monitor = open_monitor(config, restored.monitor_state, checkpointer)
         loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
+        if world.is_main:
+            log_start(config, job.data, built.model_info, run.folder, restored.step, loop.loader.source)
         with closing(loop.loader):
             outcome = loop.train(restored.step, restored.record)
         job.stage("end")
@@ -237,36 +238,16 @@ def create_generator(job: Job, built: Built) -> Generator:
     )
 
 
-def _write_run_files(job: Job, first_step: int) -> None:
+def _write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
     """Write what the run folder holds from the start, and archive checkpoints that the run has gone back behind."""
     world, folder = job.world, job.run.folder
     devices = distributed.gather_objects(device_name(world.device))
     hosts = distributed.gather_objects(socket.gethostname())
     if world.is_main:
         archive_after(folder, first_step)
-        write_config(folder, job.config, first_step)
+        write_config(folder, job.config, first_step, taken)
         copy_rejected_rows(job.data, folder)
         write_environment(folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
-
-
-def _log_start(job: Job, model_info: dict[str, Any], first_step: int) -> None:
-    for line in describe(job.data, job.config):
-        logger.info(line)
-    logger.info(
-        f"model: {job.config.model.name_or_path} in {model_info['dtype']} on {model_info['world_size']} × "
-        f"{model_info['device']}, ZeRO stage {job.config.zero.stage}; trained "
-        f"{model_info['trainable_parameters']:,} of {model_info['total_parameters']:,} "
-        f"parameters ({model_info['trainable_percent']:.2f} %)"
-    )
-    logger.info(
-        f"peak of a device: {model_info['peak_flops'] / 1e12:.4g} TFLOP/s in {model_info['dtype']} "
-        f"({model_info['peak_flops_source']})"
-    )
-    if model_info["experts"] is not None:
-        logger.info(model_info["experts"])
-    for line in (model_info["packing"], *model_info["kernels"]):
-        logger.info(line)
-    logger.info(f"run: {job.run.folder}" + (f", resumed after step {first_step}" if first_step else ""))
 
 
 def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[str, Any]:
@@ -279,7 +260,7 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
     summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint, stopped_by)
     if job.world.is_main:
         write_summary(job.run.folder, summary)
-    log_result(job.config, outcome, job.run, summary, total_steps)
+        log_result(job.config, outcome, job.run, summary, total_steps)
     return summary
 
 

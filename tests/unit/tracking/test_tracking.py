@@ -256,6 +256,31 @@ def test_piped_lines_are_plain_and_not_too_many(tmp_path, capsys, total_steps, m
     assert all(line in logged for line in lines)
 
 
+def test_prompts_of_samples_are_shown_once(tmp_path, capsys, monkeypatch):
+    def rows(*answers: str) -> list[dict[str, str]]:
+        return [{"prompt": f"question {n}", "reference": "yes", "answer": a} for n, a in enumerate(answers)]
+
+    tracker = open_tracker(tmp_path)
+    for answers in (("no", "yes"), ("yes", "yes"), ("y" * 99, "two\nlines")):
+        tracker.samples(rows(*answers))
+    tracker.close(SUMMARY)
+    assert capsys.readouterr().out.splitlines()[8:] == [
+        "sample 1: no → yes (reference yes)",
+        "sample 2: yes (reference yes)",
+        f"sample 1: yes → {'y' * 59}… (reference yes)",
+        "sample 2: yes → two lines (reference yes)",
+    ]
+    logged = (tmp_path / "log.txt").read_text()
+    assert logged.count("question 0") == 3
+    assert "y" * 99 in logged
+    monkeypatch.setenv("AFINA_TRIAL", "1")
+    tracker = open_tracker(tmp_path / "trial")
+    tracker.samples(rows("no", "yes"))
+    tracker.close(SUMMARY)
+    assert "question" not in capsys.readouterr().out
+    assert "question 1" in (tmp_path / "trial" / "log.txt").read_text()
+
+
 TERMINAL_RUN = """
 import logging, sys
 from pathlib import Path

@@ -1,0 +1,126 @@
+"""Say what a run is going to do, on one screen: what is trained, on what, how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.config.method import METHODS, default_alpha
+from trainer.config.taken import default_values
+from trainer.data.describe import describe
+from trainer.data.run_data import Data
+from trainer.data.step_batches import StepSource
+from trainer.engine.optimizer import peak_learning_rate, warmup_steps
+
+SHOWN_TARGETS = 8
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # as model.dtype calls them
+
+logger = logging.getLogger(__name__)
+
+
+def log_start(
+    config: TrainConfig, data: Data, model_info: dict[str, Any], folder: Path, first_step: int, source: StepSource
+) -> None:
+    """Log what the run is going to do. On rank 0.
+
+    Args:
+        config: the whole configuration.
+        data: the prepared rows.
+        model_info: ``Built.model_info``.
+        folder: the run folder.
+        first_step: that it is resumed after; 0 at a start.
+        source: of the batches: how much of the first step's rows is shared is told.
+    """
+    for line in start_lines(config, data, model_info):
+        logger.info(line)
+    step = source.make(first_step) if first_step < data.total_steps(config.batch) else None
+    if step is not None and step.computed_tokens:
+        logger.info(
+            f"a step: {step.useful_tokens:,} tokens of rows, {step.computed_tokens:,} computed "
+            f"({step.useful_tokens / step.computed_tokens:.2f} x), of the first step's rows"
+        )
+    logger.info(f"run: {folder}" + (f", resumed after step {first_step}" if first_step else ""))
+
+
+def values_taken(config: TrainConfig, model_info: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    """Return ``{dotted key: value}`` of what null, auto and short names stand for in this run."""
+    taken = default_values(config)
+    if config.schedule.warmup_steps is None:
+        taken["schedule.warmup_steps"] = warmup_steps(config.schedule, total_steps)
+    if config.batch.max_steps is None:
+        taken["batch.max_steps"] = total_steps
+    if config.model.dtype == "auto":
+        taken["model.dtype"] = DTYPES[model_info["dtype"]]
+    if config.batch.packing == "auto":
+        taken["batch.packing"] = model_info["packing_taken"]
+    if config.model.kernels == "auto":
+        taken["model.kernels"] = model_info["kernels_taken"] or "none"
+    if isinstance(config.method.target_modules, str) and model_info["targets"]:
+        taken["method.target_modules"] = model_info["targets"]
+    return taken
+
+
+def start_lines(config: TrainConfig, data: Data, model_info: dict[str, Any]) -> list[str]:
+    """Describe a run before its first step.
+
+    Args:
+        config: the whole configuration.
+        data: the prepared rows.
+        model_info: ``Built.model_info``.
+    """
+    info = model_info
+    lines = [
+        *describe(data, config),
+        f"model: {config.model.name_or_path} in {info['dtype']} on {info['world_size']} × {info['device']}, "
+        f"ZeRO stage {config.zero.stage}, gradient checkpointing {str(config.model.gradient_checkpointing).lower()}; "
+        f"trained {info['trainable_parameters']:,} of {info['total_parameters']:,} parameters "
+        f"({info['trainable_percent']:.2f} %)",
+        f"method: {', '.join(_method(config, info['targets']))}",
+        f"optimizer: {', '.join(_optimizer(config, data.total_steps(config.batch)))}",
+        f"memory: {info['state_bytes'] / 2**30:.2f} GiB a device for weights, gradients and optimizer; "
+        "activations come on top",
+        f"peak of a device: {info['peak_flops'] / 1e12:.4g} TFLOP/s in {info['dtype']} ({info['peak_flops_source']})",
+    ]
+    extra = [info["experts"]] if info["experts"] is not None else []
+    return [*lines, *extra, info["packing"], *info["kernels"]]
+
+
+def _method(config: TrainConfig, targets: list[str]) -> Iterator[str]:
+    """Name the method and those of its keys that have a value."""
+    method = config.method
+    yield METHODS[method.name].title
+    rank = method.r if method.name == "lora" else method.init_r if method.name == "adalora" else None
+    if rank is not None:
+        shown = {"lora": "r", "adalora": "init_r"}[method.name]
+        yield f"{shown}={rank}"
+        yield f"alpha={default_alpha(rank)} (2 * {shown})" if method.alpha is None else f"alpha={method.alpha:g}"
+        if method.name == "adalora":
+            yield f"target_r={method.target_r}"
+    for name in ("virtual_tokens", "reduction_factor", "placement"):
+        if (value := getattr(method, name)) is not None:
+            yield f"{name}={value}"
+    flags = [name for name in ("rslora", "dora") if getattr(method, name)]
+    yield from flags
+    if method.dropout:
+        yield f"dropout={method.dropout:g}"
+    if method.bits < 16:
+        kind = f" ({method.quant_type})" if method.bits == 4 else ""
+        yield f"base in {method.bits} bits{kind}"
+    if method.adapter:
+        yield f"from {method.adapter}"
+    if targets:
+        more = f" and {len(targets) - SHOWN_TARGETS} more" if len(targets) > SHOWN_TARGETS else ""
+        yield f"on {' '.join(targets[:SHOWN_TARGETS])}{more}"
+
+
+def _optimizer(config: TrainConfig, total_steps: int) -> Iterator[str]:
+    """Name the rate and where it comes from, its schedule, decay and clipping."""
+    optim, schedule = config.optim, config.schedule
+    source = f"{METHODS[config.method.name].title}'s default" if optim.learning_rate is None else "as given"
+    yield f"AdamW, learning rate {peak_learning_rate(config):g} ({source})"
+    yield f"{schedule.name} after {warmup_steps(schedule, total_steps)} warm-up steps"
+    yield f"weight decay {optim.weight_decay:g}"
+    yield f"gradient norm clipped at {optim.max_grad_norm:g}" if optim.max_grad_norm else "gradient norm not clipped"
