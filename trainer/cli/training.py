@@ -29,6 +29,7 @@ def train(
         return sweep(arguments, config_file, dry_run)
     import trainer.config
     from trainer.checkpoint.finished import answer_of_finished
+    from trainer.config.rules.rows import check_row_count
 
     config = trainer.config.load(arguments, config_file)
     if config.sweep.axes or config.sweep.alpha_over_rank:
@@ -37,6 +38,7 @@ def train(
     if not dry_run and (said := answer_of_finished(config)) is not None:
         print("\n".join(said))
         return 0
+    check_row_count(config)
     if config.launch.kind == "slurm":
         from launch.slurm import submit
 

@@ -30,6 +30,7 @@ class Meter:
         self.world = world
         self.flops = count_flops(model)
         self.peak = peak_flops(world.device, dtype)
+        self._best = self.peak.per_second
 
     def start(self) -> None:
         """Count the peak of memory from now on: what loading and verifying took is not a step's."""
@@ -46,7 +47,10 @@ class Meter:
             made: these batches.
             computed_flops: what the devices computed, over all ranks (:meth:`ModelFlops.of_batches`).
         """
-        available = seconds * self.peak.per_second * self.world.world_size
+        if self.peak.is_measured:
+            # Measured beside other work it was too low: what a step has done is a lower bound of what can be done.
+            self._best = max(self._best, computed_flops / seconds / self.world.world_size)
+        available = seconds * self._best * self.world.world_size
         useful_flops = self.flops.of_rows(made.lengths, made.label_tokens)
         return {
             "useful_tokens": made.useful_tokens,

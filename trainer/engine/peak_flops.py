@@ -54,10 +54,12 @@ class PeakFlops:
     Attributes:
         per_second: floating-point operations a second.
         source: where the number comes from, in words.
+        is_measured: here and now, so that other work on the machine may have made it too low.
     """
 
     per_second: float
     source: str
+    is_measured: bool = False
 
 
 @functools.cache
@@ -68,7 +70,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
     if published is not None:
         return PeakFlops(published, f"the data sheet of {name}")
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
-    return PeakFlops(_measure(sizes, device, dtype), f"measured on {name}")
+    return PeakFlops(_measure(sizes, device, dtype), f"measured on {name}", is_measured=True)
 
 
 def published_peak(name: str, dtype: torch.dtype) -> float | None:
