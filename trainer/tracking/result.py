@@ -60,8 +60,12 @@ def duration(seconds: float) -> str:
 
 
 def size_of(folder: Path) -> str:
-    """Format the bytes of all files below a folder: ``9.4 MiB``."""
-    size = float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    """Format the bytes of all files below a folder."""
+    return format_bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+
+def format_bytes(size: float) -> str:
+    """Format a number of bytes for people: ``9.4 MiB``."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
