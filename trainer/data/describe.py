@@ -20,7 +20,7 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
     lines = [
         f"data: {len(data.train):,} rows to train on, {len(data.validation):,} held out, from {_name_files(data)}",
         f"tokens: {int(lengths.sum()):,}; a row min/median/95 %/max {quantiles}; {label_tokens:,} are in the loss",
-        f"steps: {steps:,}, each of {config.batch.global_size} examples: {passes:.3g} pass{'' if passes == 1 else 'es'} over the rows",
+        f"steps: {steps:,}, each of {config.batch.global_size} examples: {passes:.3g} x the rows",
     ]
     dropped, truncated, refused = (sum(getattr(p, n) for p in data.parts) for n in ("dropped", "truncated", "refused"))
     if dropped or truncated:
