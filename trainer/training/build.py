@@ -27,6 +27,7 @@ from trainer.methods import attach, count_parameters, create_runtime
 from trainer.methods.targets import describe_unreached
 from trainer.models.loading import compute_dtype, load_model
 from trainer.models.positions import learned_positions, trained_positions
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +88,16 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
     words = {"packing": choice.lines[0], "kernels": choice.lines[1:], "experts": experts}
     model_info = {**_describe_model(model, dtype, world), **peak, **words}
-    engine = Engine(
-        model=model,
-        loss=loss,
-        config=config,
-        world=world,
-        dtype=dtype,
-        runtime=runtime,
-        reads_adapters="lora" in choice.kernels,
-    )
+    with ProgressCounter("starting DeepSpeed"):
+        engine = Engine(
+            model=model,
+            loss=loss,
+            config=config,
+            world=world,
+            dtype=dtype,
+            runtime=runtime,
+            reads_adapters="lora" in choice.kernels,
+        )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
 
