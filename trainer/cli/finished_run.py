@@ -10,11 +10,13 @@ import typer
 from trainer.cli.folders import find_run
 from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
 from trainer.errors import ConfigError
+from trainer.tracking.logs import say_loading
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
     """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
     folder = find_run(run)
+    say_loading()
     import trainer.inference.score
     from launch import table
 
@@ -37,6 +39,7 @@ def generate(
     """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
     _check_bits(bits)
     folder = find_run(run)
+    say_loading()
     import trainer.inference.generate
 
     answers = trainer.inference.generate.generate_run(
@@ -65,6 +68,7 @@ def chat(
     """Talk with a run's model, switching adapters on the way. Answers come as they are written; /help."""
     _check_bits(bits)
     folder = find_run(run)
+    say_loading()
     import trainer.inference.chat
 
     trainer.inference.chat.chat_run(
@@ -78,9 +82,11 @@ def merge(
     overrides: Overrides = None,
 ) -> None:
     """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
+    folder = find_run(run)
+    say_loading()
     import trainer.inference.merge
 
-    result = trainer.inference.merge.merge_run(find_run(run), to, overrides or [])
+    result = trainer.inference.merge.merge_run(folder, to, overrides or [])
     print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
     allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
     print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -14,10 +15,11 @@ import typer
 from trainer.cli.folders import find_folder
 from trainer.cli.options import ConfigFile, Overrides
 from trainer.errors import LaunchError
-from trainer.tracking.logs import configure_logging
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def config(
@@ -58,6 +60,7 @@ def doctor(
     from launch.doctor.ranks import measure_ranks
 
     config = trainer.config.load(overrides or [], config_file, with_data=False)
+    logger.info("checking this machine")
     findings = check_all(config)
     table.show(HEADS, [finding.row() for finding in findings], [STYLES[finding.state] for finding in findings])
     sys.stdout.flush()  # before what the ranks print
@@ -93,7 +96,9 @@ def report(
 
     reason = "is no folder of a run, a sweep or a comparison"
     hint = "give the folder that `afina train` or `afina sweep` wrote"
-    files = write.report(find_folder("report", what, is_reportable, reason, hint), to)
+    folder = find_folder("report", what, is_reportable, reason, hint)
+    logger.info(f"reading {folder}")
+    files = write.report(folder, to)
     print(f"written: {', '.join(map(str, files))}")
 
 
@@ -101,11 +106,11 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
     """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
     import trainer.models.embedded
 
-    configure_logging(stream=sys.stdout)
     if name is None:
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)
     else:
+        logger.info(f"looking for {name} in the cache")
         print(trainer.models.embedded.fetch(name))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -54,6 +57,7 @@ def train(
     if config.launch.kind == "torchrun":
         from launch import torchrun
 
+        logger.info(f"starting torchrun: {torchrun.ranks_per_node(config)} processes")
         return torchrun.launch(config, arguments, config_file)
     import trainer.train
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.rank_split import Limits
+from trainer.data.batching.rank_split import Limits, rows_a_round
 from trainer.data.run_data import Rows
 from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.errors import DataError
+from trainer.tracking.counter import ProgressCounter
 
 
 def choice_accuracy(
@@ -51,14 +52,16 @@ def choice_accuracy(
     ]
     packing, correct = Packing(False, limits, pad_id), 0
     layout = packing.split(prompts, world.world_size)
-    micros = layout.micros[world.rank]
-    for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, with_choices), strict=True):
-        between_batches()
-        logits = label_logits(batch.to(world.device))
-        for place, row in enumerate(micro):
-            letters = choices[with_choices[row]]
-            found = logits[place, [tokens[letter] for letter in letters]].float()
-            correct += letters[int(found.argmax())] == answers[with_choices[row]]
+    batches = packing.batches(prompts, layout, world.rank, with_choices)
+    with ProgressCounter("evaluating choices", len(with_choices)) as counter:
+        for micro, batch, count in zip(layout.micros[world.rank], batches, rows_a_round(layout.micros), strict=True):
+            between_batches()
+            logits = label_logits(batch.to(world.device))
+            for place, row in enumerate(micro):
+                letters = choices[with_choices[row]]
+                found = logits[place, [tokens[letter] for letter in letters]].float()
+                correct += letters[int(found.argmax())] == answers[with_choices[row]]
+            counter.advance(count)
     (total,) = sum_over_ranks([float(correct)], world.device)
     return total / len(with_choices)
 

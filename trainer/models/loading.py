@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +22,7 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -127,13 +129,14 @@ def load_model(
     if any(Path(folder).glob("*.bin")) and not any(Path(folder).glob("*.safetensors")):
         logger.info(f"{folder}: the weights are pickles, read as data: what asks for more is refused")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=dtype,
-            **extra,
-        )
+        with _counted(folder):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=dtype,
+                **extra,
+            )
     except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
@@ -145,6 +148,25 @@ def load_model(
     if model.gradient_checkpointing:
         _checkpoint_gradients(loaded, selective=model.gradient_checkpointing == "selective")
     return loaded
+
+
+@contextlib.contextmanager
+def _counted(folder: str) -> Iterator[None]:
+    """Count the tensors that transformers loads inside, in the place of its own bar."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    name = Path(folder).name if Path(folder).is_dir() else folder
+    with ProgressCounter(f"loading {name}", unit="tensors") as counter:
+
+        def count(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            is_weights = options.get("desc") == "Loading weights" and len(args) == 1
+            return counter.over(args[0], len(args[0])) if is_weights else factory(*args, **options)
+
+        before = set_tqdm_hook(count)
+        try:
+            yield
+        finally:
+            set_tqdm_hook(before)
 
 
 def _checkpoint_gradients(model: Any, selective: bool) -> None:

@@ -10,11 +10,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from textwrap import wrap
+from typing import IO, TYPE_CHECKING, TextIO
 
 from trainer.redaction import redact
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 LOGGERS = ("trainer", "launch")
+MIN_COLUMNS = 20  # of a terminal; one that says 0 does not know
 PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
 
@@ -25,7 +30,7 @@ def configure_logging(*, rank: int = 0, stream: TextIO | None = None) -> None:
         rank: this process's; on all but 0 only errors are printed, behind ``[rank N]``.
         stream: where to; ``None``: ``sys.stdout``, as it is when a record comes.
     """
-    use_handler(LineHandler(lambda text: print_line(text, stream), rank))
+    use_handler(LineHandler(lambda text: print_line(text, stream), rank, stream=stream or sys.stdout))
 
 
 class LineHandler(logging.Handler):
@@ -34,10 +39,20 @@ class LineHandler(logging.Handler):
     Args:
         write: called with the text, without a newline at its end.
         rank: as in :func:`configure_logging`.
+        stream: where the lines go, and a counter's bar may.
+        bar: that is on the screen already; the lines go above it.
     """
 
-    def __init__(self, write: Callable[[str], object], rank: int = 0) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], object],
+        rank: int = 0,
+        *,
+        stream: TextIO | None = None,
+        bar: Progress | None = None,
+    ) -> None:
         super().__init__(logging.ERROR if rank else logging.INFO)
+        self.stream, self.bar = stream, bar
         self._write = write
         self._rank = f"[rank {rank}] " if rank else ""
 
@@ -69,15 +84,66 @@ def use_handler(handler: LineHandler | None) -> LineHandler | None:
     return before
 
 
+def say_loading() -> None:
+    """Say that libraries are loaded, which takes ten seconds, unless they are; on stderr, before any is."""
+    if "torch" not in sys.modules:
+        print_line("loading libraries", sys.stderr)
+
+
+def current_handler() -> LineHandler | None:
+    """Return the handler that has the records now."""
+    return next((h for h in logging.getLogger(LOGGERS[0]).handlers if isinstance(h, LineHandler)), None)
+
+
+def draws_bars(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal on which a line can be drawn again (TERM=dumb cannot)."""
+    try:
+        return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    except ValueError:  # it was closed
+        return False
+
+
 def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print to a stream (``None``: ``sys.stdout``). One that was closed, or whose reader has gone, never raises."""
     target = sys.stdout if stream is None else stream
     try:
-        print(encodable(text, target), file=target, flush=True)
+        print(encodable(fitted(text, target), target), file=target, flush=True)
     except (OSError, ValueError):
         # `| head` has what it wanted, or the terminal was closed. What is being done was not.
         if stream is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def print_above(bar: Progress, text: str) -> None:
+    """Print above a bar, neither marked up nor coloured."""
+    bar.console.print(fitted(text, bar.console.file), markup=False, highlight=False, soft_wrap=True)
+
+
+def fitted(text: str, stream: IO[str]) -> str:
+    """Return the text as a terminal shows it best: long lines are wrapped between words. For a pipe it stays as it is.
+
+    A word that is longer than a line (a path) stays whole.
+    """
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return text
+    return "\n".join(part for line in text.split("\n") for part in _wrapped(line, columns))
+
+
+def _wrapped(line: str, columns: int) -> list[str]:
+    if len(line) <= columns or columns < MIN_COLUMNS:
+        return [line]
+    indent = line[: len(line) - len(line.lstrip())] + "  "
+    return wrap(
+        line,
+        columns,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        expand_tabs=False,
+        replace_whitespace=False,
+    )
 
 
 def encodable(text: str, stream: TextIO) -> str:

@@ -28,6 +28,7 @@ from trainer.methods import attach, count_parameters, create_runtime
 from trainer.methods.targets import adapted_modules, describe_unreached
 from trainer.models.loading import compute_dtype, load_model
 from trainer.models.positions import learned_positions, trained_positions
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -91,15 +92,16 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     reduces_once = not runtime.trains_base_weights
     state = state_bytes(model, config.zero, dtype, world.world_size, reduces_once)
     model_info = {**_describe_model(model, dtype, world), "state_bytes": state, **peak, **words, **names}
-    engine = Engine(
-        model=model,
-        loss=loss,
-        config=config,
-        world=world,
-        dtype=dtype,
-        runtime=runtime,
-        reads_adapters="lora" in choice.kernels,
-    )
+    with ProgressCounter("starting DeepSpeed"):
+        engine = Engine(
+            model=model,
+            loss=loss,
+            config=config,
+            world=world,
+            dtype=dtype,
+            runtime=runtime,
+            reads_adapters="lora" in choice.kernels,
+        )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig
+from trainer.tracking.logs import say_loading
 
 
 def view(config: TrainConfig, html: Path | None, examples: int) -> None:
@@ -25,6 +26,7 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
 
     if html is not None:
         check_target("--html", html)
+    say_loading()
     from trainer.models.embedded import resolve
     from trainer.models.loading import load_tokenizer
     from trainer.silence import silence_libraries

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from trainer.files import (
 )
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,10 @@ def fetch(name: str) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.parent / f".{name}.lock", _log_waiting):
+        waiting = ExitStack()
+        waited = ProgressCounter("another process is fetching the model; waiting for it")
+        with waiting, lock(folder.parent / f".{name}.lock", lambda: waiting.enter_context(waited)):
+            waiting.close()
             if not _is_complete(folder, model):
                 _build(folder, model)
     except OSError as error:
@@ -96,10 +101,6 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
     if name_or_path.startswith(("/", "./", "../", "~")):
         raise ModelError("model.name_or_path", value=name_or_path, reason="there is no such folder")
     return name_or_path
-
-
-def _log_waiting() -> None:
-    logger.info("another process is fetching the model; waiting for it")
 
 
 def _build(folder: Path, model: Embedded) -> None:
