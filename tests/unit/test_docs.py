@@ -11,7 +11,7 @@ import typer.main
 
 import launch.sweep.sweep
 import trainer.config
-from tests.helpers.docs import PAGES, anchors, commands, links, prose
+from tests.helpers.docs import PAGES, anchors, bare_brackets, blocks, commands, links, prose
 from tests.helpers.layout import FLOORS
 from tests.helpers.processes import ROOT
 from trainer.cli.app import app
@@ -107,6 +107,13 @@ def check_command(words: list[str]) -> None:
         trainer.config.load(words[words.index("trainer.train") + 1 :])
     elif words[0] == "sbatch":
         trainer.config.load(words[words.index("slurm/train.sbatch") + 1 :])
+
+
+@each_page
+def test_lists_are_quoted_for_the_shell(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    typed = [block.text for block in blocks(page) if block.language == "bash"]
+    assert [found for text in [*spans, *typed] for found in bare_brackets(text)] == []
 
 
 def test_every_promise_of_security_names_its_test() -> None:

@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
-    """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
+    """Score a run on its held-out rows. With the run's config and your overrides ('eval.metrics=[exact_match]')."""
     folder = find_run(run)
     import trainer.inference.score
     from launch import table

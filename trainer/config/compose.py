@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from trainer.compat.hydra import forget_initialization
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.file_trust import refuse_calls, take_no_grants
-from trainer.config.messages import config_error, nearest, one_line
+from trainer.config.messages import as_typed, config_error, nearest, one_line
 from trainer.config.overrides import split
 from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
 from trainer.config.rules import check as rules
@@ -208,17 +208,19 @@ def _type_error(name: str, value: Any) -> ConfigError:
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     other = "keys and values" if typing.get_origin(spec.base) is dict else "a list such as [a, b]"
     kind = kinds.get(spec.base, other) + (" or null" if spec.optional else "")
-    return config_error(name, value, f"must be {kind}", f"for example {name}={_example(spec)}")
+    return config_error(name, value, f"must be {kind}", f"for example {as_typed(name, _example(spec, value))}")
 
 
-def _example(spec: ConfigField) -> str:
-    """Return a value of the right type: the default where it shows the type."""
+def _example(spec: ConfigField, value: Any) -> Any:
+    """Return a value of the right type: a list of what was typed, the default where it shows the type."""
     default = default_value(spec.field)
+    if typing.get_origin(spec.base) is list and isinstance(value, (str, int, float)):
+        return [value]
     if isinstance(default, list):
-        return f"[{','.join(default or ['a', 'b'])}]"
+        return default or ["a", "b"]
     if default in (None, "???"):
-        return {int: "16", float: "1.0"}.get(spec.base, "VALUE")
-    return one_line(default)
+        return {int: 16, float: 1.0}.get(spec.base, "VALUE")
+    return default
 
 
 def _resolve(cfg: DictConfig) -> TrainConfig:
