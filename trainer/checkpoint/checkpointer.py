@@ -254,8 +254,9 @@ class Checkpointer:
         for key, value in self.run_identity.items():
             was = saved.get(key)
             if was != value:
-                hint = "the same data, or another run.name" if key == "data" else f"{as_typed(key, was)}, or another run.name"
+                own = "the same data" if key == "data" else as_typed(key, was)
                 reason = f"was {was} when the checkpoint was written, and changes what it means"
+                hint = f"{own}, or another run.name"
                 raise CheckpointError(f"{folder}: {key}", value=value, reason=reason, hint=hint)
 
 

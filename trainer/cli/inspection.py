@@ -135,8 +135,7 @@ def print_config(config: TrainConfig, overrides: list[str], config_file: Path | 
     """Print a composed config; where each group came from stands on top as comments, so that it stays YAML."""
     import trainer.config
 
-    files = {"all": str(config_file)} if config_file else trainer.config.sources(overrides)
-    for group, file in files.items():
+    for group, file in trainer.config.sources(overrides, config_file).items():
         print(f"# {group}: {file}")
     print(trainer.config.to_yaml(config), end="")
 

@@ -100,8 +100,9 @@ def _value(name: str, override: Override) -> Any:
 
 def _several(text: str, name: str, override: Override) -> ConfigError:
     if _takes_list(name) and "[" not in override.get_value_string():
-        hint = as_typed(name, _as_list(override.get_value_string()))
-        return config_error(name, override.get_value_string(), "is several values, which a list holds in brackets", hint)
+        listed = override.get_value_string()
+        reason = "is several values, which a list holds in brackets"
+        return config_error(name, listed, reason, as_typed(name, _as_list(listed)))
     sampler = "sweep.sampler=random " if override.is_interval_sweep() else ""
     hint = f"afina sweep {sampler}{shlex.quote(text)}"
     if name in config_fields() and config_fields()[name].base is Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.docs import bare_brackets
-from trainer.config import expand_sweep, load
+from trainer.config import expand_sweep, load, to_yaml
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -270,7 +270,8 @@ print(json.dumps([refused, heavy]))
     [
         ("method: {rr: 8}", "method.r=8"),
         ("metod: {r: 8}", "method"),
-        ("method: 8", "a section with keys"),
+        ("method: 8", "one of adalora"),
+        ("batch: 8", "a section with keys"),
         ("method: [", "cannot be read as YAML"),
         ("- a", "must hold sections"),
         ("", "must hold sections"),
@@ -294,7 +295,7 @@ def test_config_file_must_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", ["model=tiny", "rank=large", "rank=null", "experiment=demo"])
 def test_groups_are_refused_on_top_of_a_config_file(tmp_path: Path, choice: str) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("method: {r: 8}\n")
+    file.write_text(to_yaml(load()))
     with pytest.raises(ConfigError, match=r"complete → set keys instead, such as \w+\.\w+=VALUE"):
         load([choice], config_file=file)
 

@@ -88,17 +88,20 @@ COMPARISONS = [
 def test_the_hints_of_a_comparison_lead_out_of_the_mistake(typed: str) -> None:
     words = [typed]
     seen: list[list[str]] = []
-    while True:
+    while (error := refusal(words)) is not None:
+        seen.append(words)
+        found = re.search(r"(?:^|: |for example |like )('[^']+'|\S+)$", error.hint)
+        assert found, error.hint
+        words = words_in_bash(found[1])
         assert words not in seen, f"the hints go in a circle: {seen}"
         assert len(seen) < 5
-        seen.append(words)
-        try:
-            _, candidates = launch.compare.compare.plan_comparison(["debug=tiny", *words])
-        except ConfigError as error:
-            found = re.search(r"(?:^|: |for example |like )('[^']+'|\S+)$", error.hint)
-            assert found, error.hint
-            words = words_in_bash(found[1])
-        else:
-            assert len(seen) > 1
-            assert candidates
-            return
+    assert seen, "it was no mistake"
+
+
+def refusal(words: list[str]) -> ConfigError | None:
+    """Return the error that a comparison is refused with."""
+    try:
+        launch.compare.compare.plan_comparison(["debug=tiny", *words])
+    except ConfigError as error:
+        return error
+    return None
