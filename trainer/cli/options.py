@@ -13,7 +13,11 @@ Overrides = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="start from a run's config.yaml, or from the groups with the keys of your own YAML on top"),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="start from a run's config.yaml, or from the groups with the keys of your own YAML on top",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be run, start nothing")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
