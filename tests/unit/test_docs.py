@@ -15,6 +15,7 @@ from tests.helpers.docs import PAGES, anchors, bare_brackets, blocks, commands, 
 from tests.helpers.layout import FLOORS
 from tests.helpers.processes import ROOT
 from trainer.cli.app import app
+from trainer.cli.keys import find_keys
 
 MAX_README_LINES = 160
 MAX_WIDTH = 120
@@ -95,7 +96,9 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "afina":
         context = VERBS[words[1]].make_context(words[1], words[2:])
         overrides = list(context.params.get("overrides") or [])
-        if words[1] == "sweep":
+        if context.params.get("keys"):
+            find_keys(overrides)
+        elif words[1] == "sweep":
             launch.sweep.sweep.plan_sweep(overrides)
         elif words[1] == "slurm-script":
             trainer.config.load(["launch=slurm", *overrides], with_data=False)

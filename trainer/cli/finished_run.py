@@ -13,7 +13,10 @@ from trainer.errors import ConfigError
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
-    """Score a run on its held-out rows. With the run's config and your overrides ('eval.metrics=[exact_match]')."""
+    """Score a run on its held-out rows.
+
+    With the run's config, and your overrides on top.
+    """
     folder = find_run(run)
     import trainer.inference.score
     from launch import table
@@ -34,7 +37,10 @@ def generate(
     bits: Bits = None,
     device_map: Annotated[str | None, typer.Option(metavar="MAP", help="auto spreads a big base over devices")] = None,
 ) -> None:
-    """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
+    """Answer a prompt with a run's model.
+
+    Sampling is set by overrides of generate.
+    """
     _check_bits(bits)
     folder = find_run(run)
     import trainer.inference.generate
@@ -62,7 +68,10 @@ def chat(
     no_adapter: NoAdapter = False,
     bits: Bits = None,
 ) -> None:
-    """Talk with a run's model, switching adapters on the way. Answers come as they are written; /help."""
+    """Talk with a run's model.
+
+    Answers come as they are written; /adapter switches on the way, /help says what else there is.
+    """
     _check_bits(bits)
     folder = find_run(run)
     import trainer.inference.chat
@@ -77,7 +86,10 @@ def merge(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="the folder that is made")],
     overrides: Overrides = None,
 ) -> None:
-    """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
+    """Merge a run's adapter into its base, proved.
+
+    The merged model is read back from disk and compared with the live adapter, or deleted.
+    """
     import trainer.inference.merge
 
     result = trainer.inference.merge.merge_run(find_run(run), to, overrides or [])

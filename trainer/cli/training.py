@@ -23,7 +23,10 @@ def train(
     dry_run: DryRun = False,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="every combination a run: same as sweep")] = False,
 ) -> int:
-    """Check the config, then train: here, with launch=torchrun in a process a device, with launch=slurm as a job."""
+    """Check the config, then train; given again: resume.
+
+    Here, with launch=torchrun in a process a device, with launch=slurm as a job. A finished run is not trained again.
+    """
     arguments = overrides or []
     if multirun:
         return sweep(arguments, config_file, dry_run)
@@ -63,7 +66,10 @@ def sweep(
         typer.Option("--wandb-file", metavar="FILE", help="write the sweep for W&B's agents, start nothing"),
     ] = None,
 ) -> int:
-    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32, or sweep=rank_alpha."""
+    """Train every combination of values, rank the runs.
+
+    Values by commas, or a sweep of conf/sweep: rank_alpha, learning_rate, targets.
+    """
     import launch.sweep.sweep
     from launch.sweep.space import read_space
 
@@ -101,7 +107,10 @@ def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path
 
 
 def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
-    """Train several methods on the same rows, side by side: memory, speed, quality; a table and a picture."""
+    """Train methods side by side: memory, speed, quality.
+
+    On the same rows in the same order; a table and a picture.
+    """
     import launch.compare.compare
 
     if not dry_run:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TextIO
 
@@ -70,14 +72,47 @@ def use_handler(handler: LineHandler | None) -> LineHandler | None:
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print to a stream (``None``: ``sys.stdout``). One that was closed, or whose reader has gone, never raises."""
+    """Print to a stream (``None``: ``sys.stdout``), on a terminal wrapped at words. One that was closed, or whose
+    reader has gone, never raises."""
     target = sys.stdout if stream is None else stream
     try:
-        print(encodable(text, target), file=target, flush=True)
+        print(encodable(wrap_words(text) if target.isatty() else text, target), file=target, flush=True)
     except (OSError, ValueError):
         # `| head` has what it wanted, or the terminal was closed. What is being done was not.
         if stream is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def wrap_words(text: str, width: int | None = None) -> str:
+    """Wrap each line at words, those after the first as far in as it is; a word is never broken.
+
+    Args:
+        text: any lines.
+        width: in columns; ``None``: the terminal's.
+    """
+    columns = terminal_width() if width is None else width
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= columns else _wrap_line(line, columns) for line in lines)
+
+
+def _wrap_line(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    wrapped = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapped)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal: ``COLUMNS`` where it is set, 80 in a pipe."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def encodable(text: str, stream: TextIO) -> str:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.tracking.logs import LineHandler, print_line, use_handler
+from trainer.tracking.logs import LineHandler, print_line, use_handler, wrap_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -167,7 +167,8 @@ class Terminal:
         if bar is None:
             print_line(text)
         else:
-            self._guard(lambda: bar.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True))
+            shown = wrap_words(_printable(text), bar.console.width)
+            self._guard(lambda: bar.console.print(shown, markup=False, highlight=False, soft_wrap=True))
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from rich.table import Table
