@@ -10,6 +10,7 @@ import typer
 from trainer.cli.folders import find_run
 from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
 from trainer.errors import ConfigError
+from trainer.tracking.logs import print_line
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
@@ -93,13 +94,13 @@ def merge(
     import trainer.inference.merge
 
     result = trainer.inference.merge.merge_run(find_run(run), to, overrides or [])
-    print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
+    print_line(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
     allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
-    print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
-    print(f"likeliest token: the same at {100 * result.top_token_agreement:.1f} % of the positions")
+    print_line(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
+    print_line(f"likeliest token: the same at {100 * result.top_token_agreement:.1f} % of the positions")
     if result.training_distance is not None:
-        print(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
-    print(f"merged: {to}")
+        print_line(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
+    print_line(f"merged: {to}")
 
 
 def _check_bits(bits: int | None) -> None:

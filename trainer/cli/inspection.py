@@ -15,7 +15,7 @@ from trainer.cli.completion import complete_embedded, complete_folder
 from trainer.cli.folders import find_folder
 from trainer.cli.options import ConfigFile, Overrides
 from trainer.errors import LaunchError
-from trainer.tracking.logs import configure_logging
+from trainer.tracking.logs import configure_logging, print_line
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -110,7 +110,7 @@ def report(
     reason = "is no folder of a run, a sweep or a comparison"
     hint = "give the folder that `afina train` or `afina sweep` wrote"
     files = write.report(find_folder("report", what, is_reportable, reason, hint), to)
-    print(f"written: {', '.join(map(str, files))}")
+    print_line(f"written: {', '.join(map(str, files))}")
 
 
 def fetch(
@@ -151,7 +151,7 @@ def print_matrix() -> None:
     heads, rows, notes = build_matrix()
     table.show(heads, rows)
     works, refused = count_cells(rows)
-    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+    print_line("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
 
 
 def print_config(config: TrainConfig, overrides: list[str], config_file: Path | None) -> None:

@@ -10,6 +10,7 @@ import typer
 from trainer.cli.completion import complete_folder
 from trainer.cli.folders import RUNS, find_folder
 from trainer.cli.options import Overrides, Run
+from trainer.tracking.logs import print_line
 
 METAVAR, HELP = "RUN…", "run or sweep folders, or names of such in runs/"
 Folders = Annotated[list[str], typer.Argument(metavar=METAVAR, help=HELP, autocompletion=complete_folder)]
@@ -59,9 +60,9 @@ def cancel(folders: Folders) -> int:
         runs = _runs_in(_find(typed))
         live = [run for run in runs if jobs.standing(run).is_live] if len(runs) > 1 else runs
         for run in live:
-            print(jobs.stop(run))
+            print_line(jobs.stop(run))
         if not live:
-            print(f"{typed}: none of its {len(runs)} runs is running or queued")
+            print_line(f"{typed}: none of its {len(runs)} runs is running or queued")
     return 0
 
 

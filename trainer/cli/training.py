@@ -12,6 +12,7 @@ import typer
 from trainer.cli.inspection import print_config
 from trainer.cli.options import ConfigFile, DryRun, Overrides
 from trainer.errors import ConfigError
+from trainer.tracking.logs import print_line
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
@@ -118,7 +119,7 @@ def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
     folder, candidates = launch.compare.compare.plan_comparison(overrides or [])
     print(f"# comparison of {len(candidates)} methods in {folder}")
     for candidate in candidates:
-        print(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
+        print_line(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
     return 0
 
 
