@@ -16,7 +16,7 @@ from trainer.distributed.rendezvous import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries
-from trainer.tracking.logs import configure_logging, say_loading
+from trainer.tracking.logs import configure_logging, print_line, say_loading
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if known_error.rank in (None, world.rank):
             rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
-            print(f"{rank}error: {known_error}", file=sys.stderr, flush=True)
+            print_line(f"{rank}error: {known_error}", sys.stderr)
         return known_error.exit_code
 
 

@@ -24,7 +24,7 @@ from tests.helpers.architectures import tiny
 from tests.helpers.deepspeed_reaches import CASES
 from tests.helpers.layout import sources
 from tests.helpers.processes import ROOT
-from trainer.compat import REACHES, Reach, bitsandbytes, datasets, deepspeed, hydra, peft, transformers, wandb
+from trainer.compat import REACHES, Reach, bitsandbytes, datasets, deepspeed, hydra, peft, transformers, typer, wandb
 from trainer.compat import torch as compat_torch
 from trainer.errors import LaunchError
 
@@ -322,6 +322,19 @@ def prompts_have_their_names() -> None:
         adapted = get_peft_model(tiny("llama"), config)
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         assert set(peft.prompt_parameters(trained)) == names
+
+
+@check("typer.use_completion_scripts")
+def a_shell_is_given_our_script() -> None:
+    from typer._completion_shared import _completion_scripts, get_completion_script
+
+    before = dict(_completion_scripts)
+    try:
+        typer.use_completion_scripts({"bash": "complete -F %(complete_func)s %(prog_name)s"})
+        script = get_completion_script(prog_name="afina", complete_var="_AFINA_COMPLETE", shell="bash")
+    finally:
+        _completion_scripts.update(before)
+    assert script == "complete -F _afina_completion afina"
 
 
 @check("hydra.overrides_parser")

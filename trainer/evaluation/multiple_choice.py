@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from trainer.config.messages import as_typed
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits, rows_a_round
@@ -77,7 +78,12 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
     wanted = set("".join(rows.texts("choices")))
     if not wanted:
         reason = "needs rows with options (data.format=multiple_choice), and no held-out row has any"
-        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="eval.metrics=[loss,exact_match]")
+        raise DataError(
+            "eval.metrics",
+            value="choice_accuracy",
+            reason=reason,
+            hint=as_typed("eval.metrics", ["loss", "exact_match"]),
+        )
     tokens: dict[str, int] = {}
     lengths, answers = rows.prompt_lengths, rows.texts("answer")
     first = {answer: row for row, answer in enumerate(answers) if answer in wanted}

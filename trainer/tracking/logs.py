@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
-from textwrap import wrap
 from typing import IO, TYPE_CHECKING, TextIO
 
 from trainer.redaction import redact
@@ -104,7 +105,8 @@ def draws_bars(stream: TextIO) -> bool:
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print to a stream (``None``: ``sys.stdout``). One that was closed, or whose reader has gone, never raises."""
+    """Print to a stream (``None``: ``sys.stdout``), on a terminal wrapped at words. One that was closed, or whose
+    reader has gone, never raises."""
     target = sys.stdout if stream is None else stream
     try:
         print(encodable(fitted(text, target), target), file=target, flush=True)
@@ -120,30 +122,44 @@ def print_above(bar: Progress, text: str) -> None:
 
 
 def fitted(text: str, stream: IO[str]) -> str:
-    """Return the text as a terminal shows it best: long lines are wrapped between words. For a pipe it stays as it is.
-
-    A word that is longer than a line (a path) stays whole.
-    """
+    """Return the text as a terminal shows it best: long lines are wrapped at words. For a pipe it stays as it is."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError, AttributeError):
         return text
-    return "\n".join(part for line in text.split("\n") for part in _wrapped(line, columns))
+    return text if columns < MIN_COLUMNS else wrap_words(text, columns)
 
 
-def _wrapped(line: str, columns: int) -> list[str]:
-    if len(line) <= columns or columns < MIN_COLUMNS:
-        return [line]
-    indent = line[: len(line) - len(line.lstrip())] + "  "
-    return wrap(
-        line,
-        columns,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
+def wrap_words(text: str, width: int | None = None) -> str:
+    """Wrap each line at words, those after the first further in; a word that is longer than a line stays whole.
+
+    Args:
+        text: any lines.
+        width: in columns; ``None``: the terminal's.
+    """
+    columns = terminal_width() if width is None else width
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= columns else _wrap_line(line, columns) for line in lines)
+
+
+def _wrap_line(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    wrapped = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
         expand_tabs=False,
         replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    return "\n".join(wrapped)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal: ``COLUMNS`` where it is set, 80 in a pipe."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def encodable(text: str, stream: TextIO) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trainer.config.messages import nearest
+from trainer.config.messages import as_typed, nearest
 from trainer.data.formats.fields import RowFields
 from trainer.data.sources.rows import Row
 from trainer.errors import DataError
@@ -57,7 +57,7 @@ def detect_format(row: Row, format: str, columns: Mapping[str, str]) -> str:
         row.where,
         value=f"fields {', '.join(sorted(row.fields)) or 'none'}",
         reason=f"fit no known format: {'; '.join(known)}",
-        hint=f"name your columns: data.columns={{{_suggest_columns(row, columns)}}}",
+        hint=f"name your columns: {as_typed('data.columns', _suggest_columns(row, columns))}",
     )
 
 
@@ -71,15 +71,15 @@ def _check_columns(columns: Mapping[str, str]) -> None:
         raise DataError(f"data.columns.{key}", value=column, reason="is no field of any format", hint=hint)
 
 
-def _suggest_columns(row: Row, columns: Mapping[str, str]) -> str:
-    """Suggest ``ours: theirs`` for the format that the fields come nearest to."""
-    best, most = "instruction: YOURS, output: YOURS", 0
+def _suggest_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """Suggest ``{ours: theirs}`` for the format that the fields come nearest to."""
+    best, most = {"instruction": "YOURS", "output": "YOURS"}, 0
     for needs in REQUIRED_FIELDS.values():
         for names in needs:
             found = {name: _likely_column(name, row, columns) for name in names}
             score = sum(theirs is not None for theirs in found.values())
             if score == len(names) and score > most and len(set(found.values())) == score:
-                best, most = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if ours != theirs), score
+                best, most = {ours: str(theirs) for ours, theirs in found.items() if ours != theirs}, score
     return best
 
 
