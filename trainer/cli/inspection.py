@@ -134,7 +134,8 @@ def fetch(
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)
     else:
-        logger.info(f"looking for {name} in the cache")
+        if name in trainer.models.embedded.EMBEDDED:
+            logger.info(f"looking for {name} in the cache")
         print(trainer.models.embedded.fetch(name))
 
 
