@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from trainer import deny_others_writing, keep_working_folder_out
-from trainer.cli import finished_run, inspection, jobs, training
+from trainer.cli import finished_run, inspection, jobs, runs, training
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
 from trainer.tracking.logs import configure_logging
@@ -32,6 +32,8 @@ VERBS: dict[str, Callable[..., object]] = {
     "sweep": training.sweep,
     "compare": training.compare,
     "report": inspection.report,
+    "runs": runs.runs,
+    "show": runs.show,
     "config": inspection.config,
     "doctor": inspection.doctor,
     "data": inspection.data,
