@@ -44,6 +44,7 @@ LAUNCH_MAY_IMPORT = (
     "trainer.html",
     "trainer.redaction",
     "trainer.tracking.files",
+    "trainer.tracking.result",
 )
 
 

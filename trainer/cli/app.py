@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from trainer import deny_others_writing, keep_working_folder_out
-from trainer.cli import finished_run, inspection, jobs, training
+from trainer.cli import finished_run, inspection, jobs, runs, training
 from trainer.cli.completion import SCRIPTS
 from trainer.cli.help import PANELS, Verb
 from trainer.compat.typer import use_completion_scripts
@@ -36,6 +36,8 @@ VERBS: dict[str, Callable[..., object]] = {
     "sweep": training.sweep,
     "compare": training.compare,
     "report": inspection.report,
+    "runs": runs.runs,
+    "show": runs.show,
     "config": inspection.config,
     "doctor": inspection.doctor,
     "data": inspection.data,

@@ -58,6 +58,9 @@ def train(
         print(f"# in folder: {trainer.config.run_folder(config)}")
         print_config(config, arguments, config_file)
         return 0
+    from trainer.models.hub import check_hub
+
+    check_hub(config)  # before torch
     if config.launch.kind == "torchrun":
         from launch import torchrun
 
@@ -83,15 +86,18 @@ def sweep(
     """
     import launch.sweep.sweep
     from launch.sweep.space import read_space
+    from trainer.models.hub import check_hub
 
     arguments = overrides or []
     if dry_run or wandb_file is not None:
         return _show_sweep(arguments, config_file, wandb_file)
-    if read_space(arguments, config_file).config.launch.kind == "slurm":
+    config = read_space(arguments, config_file).config
+    if config.launch.kind == "slurm":
         from launch.slurm.submit import submit_sweep
 
         folder, trials = launch.sweep.sweep.plan_sweep(arguments, config_file)
         return submit_sweep(trials[0].config, folder, trials, config_file)
+    check_hub(config)
     return launch.sweep.sweep.run_sweep(arguments, config_file)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.config.messages import as_typed, config_error, in_grammar
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
+from trainer.methods.base_record import base_name
 from trainer.methods.bottleneck import BOTTLENECK_TYPE, bottleneck_metadata
 from trainer.methods.load import ADAPTER_FILE, find_base_changing_init, read_adapter_config, read_tensors
 from trainer.methods.parameters import trainable_parameters
@@ -141,9 +142,7 @@ def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: di
             hint = as_typed("method.target_modules", sorted(kinds))
             raise config_error("method.target_modules", sorted(own_kinds), reason, hint)
         layers, own_layers = _layer_numbers(modules), _layer_numbers(own_modules)
-        reason = (
-            f"the adapter to start from ({folder}, of {metadata.get('base_model_name_or_path')}) is in others: {layers}"
-        )
+        reason = f"the adapter to start from ({folder}, of {base_name(folder, metadata)}) is in others: {layers}"
         raise config_error("method.layers", own_layers, reason, "its layers and its own base")
     if differing := sorted(set(saved) ^ set(own)):
         raise _cannot_start(
@@ -152,7 +151,7 @@ def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: di
     for name, tensor in own.items():
         if saved[name].shape != tensor.shape:
             reason = f"has {name} of shape {tuple(saved[name].shape)}, and this run needs {tuple(tensor.shape)}"
-            raise _cannot_start(folder, reason, f"its own base, {metadata.get('base_model_name_or_path')}")
+            raise _cannot_start(folder, reason, f"its own base, {base_name(folder, metadata)}")
 
 
 def _modules(tensors: dict[str, Tensor]) -> set[str]:

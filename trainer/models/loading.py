@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trainer.compat.bitsandbytes import keep_4bit_layout
+from trainer.compat.hub import hub_obstacle, was_not_reached
 from trainer.compat.torch import cpu_multiplies_bf16, cpu_multiplies_fp16
 from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
@@ -22,6 +23,7 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
+from trainer.models.hub import is_hub_model, model_error, tell_of_cache
 from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
@@ -74,15 +76,26 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
 
     if model.trust_remote_code:
         _tell_of_remote_code(folder)
+    is_hub = _look_for_hub(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(folder, error) from error
+    if is_hub:
+        tell_of_cache(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _look_for_hub(folder: str) -> bool:
+    """Return whether a model is asked of the hub; where that cannot be reached, the libraries are set offline."""
+    is_hub = is_hub_model(folder)
+    if is_hub:
+        hub_obstacle()
+    return is_hub
 
 
 @cache
@@ -128,6 +141,7 @@ def load_model(
         _tell_of_remote_code(folder)
     if any(Path(folder).glob("*.bin")) and not any(Path(folder).glob("*.safetensors")):
         logger.info(f"{folder}: the weights are pickles, read as data: what asks for more is refused")
+    _look_for_hub(folder)
     try:
         with _counted(folder):
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -223,6 +237,8 @@ def _quant_storage_dtype(wanted: str, dtype: torch.dtype, zero_stage: int) -> to
 
 
 def _not_loadable(folder: str, error: Exception) -> ModelError:
+    if is_hub_model(folder) and was_not_reached(error):
+        return model_error(folder)
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     hint = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
     if "attention implementation" in reason:

@@ -22,6 +22,9 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
         ConfigError: there cannot be a page at ``html``; raised before anything is done.
     """
     from trainer.html import check_target
+    from trainer.models.hub import check_hub
+
+    check_hub(config)  # before torch
     from trainer.view import page
 
     if html is not None:

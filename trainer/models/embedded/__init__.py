@@ -42,11 +42,13 @@ class Embedded:
         about: one line for people: name, license, dtype, size.
         recipe: identity of what ``build`` makes; changes whenever the result does.
         build: fills an empty folder.
+        hub_id: what it was made of, on the hub; ``None``: it is nowhere else.
     """
 
     about: str
     recipe: str
     build: Callable[[Path], None]
+    hub_id: str | None = None
 
 
 def fetch(name: str) -> Path:
@@ -132,6 +134,11 @@ def _is_complete(folder: Path, model: Embedded) -> bool:
 
 
 EMBEDDED = {
-    "smollm2_135m": Embedded("SmolLM2-135M-Instruct (Apache-2.0), bf16, 270 MB", "smollm2_135m-1", build_smollm2),
+    "smollm2_135m": Embedded(
+        "SmolLM2-135M-Instruct (Apache-2.0), bf16, 270 MB",
+        "smollm2_135m-1",
+        build_smollm2,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     "tiny": Embedded("a random two-layer Llama for tests, 0.5 MB", "tiny-2", build_tiny),
 }
