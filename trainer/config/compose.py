@@ -22,6 +22,7 @@ from trainer.config.messages import config_error, nearest, one_line
 from trainer.config.overrides import split
 from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
 from trainer.config.rules import check as rules
+from trainer.config.rules.tracking import check_trackers_installed
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
     FREE,
@@ -77,6 +78,8 @@ def load(
         _assign(cfg, name, value)
     config = _resolve(cfg)
     rules.check(config)
+    if with_data and not only_to_compare:
+        check_trackers_installed(config)
     if config.method.adapter is not None:
         config.method.adapter = str(find_adapter("method.adapter", config.method.adapter))
     if with_data:

@@ -90,7 +90,7 @@ def load_run(
 
 
 def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> TrainConfig:
-    """Load a run's config for inference: what it was warm-started or resumed from does not matter any more.
+    """Load a run's config for inference: neither what it started from nor where it was tracked matters any more.
 
     Raises:
         ConfigError: an override cannot be used.
@@ -99,7 +99,7 @@ def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True)
         if typed.startswith("method.adapter="):
             hint = f"--adapter NAME={typed.partition('=')[2]}"
             raise config_error("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
-    defaults = ["method.adapter=null", "checkpoint.resume=auto", *_saved_template_override(run)]
+    defaults = ["method.adapter=null", "checkpoint.resume=auto", "log.trackers=[]", *_saved_template_override(run)]
     return load([*defaults, *overrides], run / "config.yaml", with_data)
 
 
