@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from trainer import deny_others_writing
+from trainer import api, deny_others_writing
 from trainer.compat.deepspeed import skip_shm_build
-from trainer.config import load
+from trainer.config import TrainConfig, load
 from trainer.distributed import process_group as distributed
 from trainer.distributed.rendezvous import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
@@ -63,6 +64,16 @@ def load_libraries() -> None:
     if not torch.cuda.is_available():
         skip_shm_build(on_cpu=True)  # asks DeepSpeed which of its operators could be built, which takes a second
     silence_libraries()
+
+
+class _Callable(ModuleType):
+    """Once imported, this module stands in the package where ``trainer.train(config)`` stood: it can be called, too."""
+
+    def __call__(self, config: TrainConfig) -> api.Result:
+        return api.train(config)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

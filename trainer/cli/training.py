@@ -49,9 +49,9 @@ def train(
         from launch import torchrun
 
         return torchrun.launch(config, arguments, config_file)
-    import trainer.train
+    from trainer.train import main
 
-    return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
+    return main([*(["--config", str(config_file)] if config_file else []), *arguments])
 
 
 def sweep(

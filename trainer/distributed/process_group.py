@@ -94,8 +94,13 @@ def init(world: World, rendezvous_seconds: float = RENDEZVOUS_SECONDS) -> None:
 
 
 def shutdown() -> None:
-    """End the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    """End the process group, if there is one; another can be started then."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # its own groups with it: it would take them for the next one's
+    else:
         dist.destroy_process_group()
 
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.config import TrainConfig, find_adapter, load, read_values
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
+from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
+from trainer.evaluation.generator import Generator
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
 from trainer.models.embedded import resolve
@@ -46,6 +50,21 @@ class RunModel:
     def model(self) -> Any:
         """Return the base with the adapter that is on it now."""
         return self.switcher.model
+
+    def answer(self, prompt: str, input: str = "", name: str | None = None) -> str:
+        """Answer one prompt, in the template of training, as ``afina generate``; the ``generate`` keys say how.
+
+        Args:
+            prompt: the instruction.
+            input: what the instruction is about, as in an Alpaca row.
+            name: of the adapter that answers; ``None``: the one that is on the base.
+        """
+        config = self.config
+        template = Template(self.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
+        model = self.model if name is None else self.switcher.use(name)
+        torch.manual_seed(config.run.seed)
+        generator = Generator(model, self.tokenizer, config.generate, template.end_ids(), model.device)
+        return generator.decode(generator.answer([template.encode_prompt(prompt, input)])[0]).strip()
 
 
 def load_run(
