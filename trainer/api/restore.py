@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from trainer.errors import LaunchError
 from trainer.tracking.logs import LOGGERS, use_handler
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -25,9 +24,6 @@ LIBRARIES = (
 def restored() -> Iterator[None]:
     """Let anything be changed inside the ``with`` block that training changes of its process, and change it back:
     signal handlers, environment, umask, loggers, filters of warnings, the hook of exceptions, torch's switches.
-
-    Raises:
-        LaunchError: the process has a process group: it is not ours to end.
     """
     with ExitStack() as undo:
         undo.enter_context(_environment())
@@ -81,8 +77,6 @@ def _torch_switches() -> Iterator[None]:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise LaunchError("trainer.train", reason="this process has a process group of its own", hint="end it first")
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory

@@ -69,11 +69,16 @@ def train(config: TrainConfig) -> Result:
     _refuse_ranks()
     folder = trainer.config.run_folder(config).absolute()
     with restored():
+        import torch
+
         from trainer.distributed.process_group import from_environment, shutdown
         from trainer.engine.device import give_back_memory
         from trainer.silence import silence_libraries
         from trainer.training.run import train as train_here
 
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reason = "needs a process group of its own, and this process has one"
+            raise LaunchError("trainer.train", reason=reason, hint="torch.distributed.destroy_process_group()")
         configure_logging()
         silence_libraries()
         world = from_environment()
