@@ -9,9 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from trainer import deny_others_writing
-from trainer.config import load
+from trainer import api, deny_others_writing
+from trainer.config import TrainConfig, load
 from trainer.distributed.rendezvous import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
@@ -67,6 +68,16 @@ def load_libraries() -> None:
     if not torch.cuda.is_available():
         skip_shm_build(on_cpu=True)  # asks DeepSpeed which of its operators could be built, which takes a second
     silence_libraries()
+
+
+class _Callable(ModuleType):
+    """Once imported, this module stands in the package where ``trainer.train(config)`` stood: it can be called, too."""
+
+    def __call__(self, config: TrainConfig) -> api.Result:
+        return api.train(config)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":
