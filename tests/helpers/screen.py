@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.helpers.processes import stop_tree
 
 ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:[34][0-8]|9[0-7]|10[0-7])[0-9;]*m")
+QUIET_SECONDS = 0.3  # before a prompt is answered: it is shown before the command listens
 LINES = 1000  # of the screen that is kept: more than a command writes, so that nothing scrolls off
 # What the machine of the test may have set, and a user's shell has not.
 UNSET = ("NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS")
@@ -98,6 +99,7 @@ def record(
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     typed: str = "",
+    prompt: str | None = None,
     stdout_apart: bool = False,
     timeout_seconds: float = 300,
 ) -> Recording:
@@ -108,7 +110,8 @@ def record(
         columns: of the pseudo-terminal; ``None``: stdout and stderr are one pipe.
         env: laid over this process's environment; ``NO_COLOR`` and its like come from here alone.
         cwd: where it runs.
-        typed: its stdin, typed at once; on a terminal Ctrl-D follows, in a pipe it ends there.
+        typed: its stdin, to its end; on a terminal a line each time that ``prompt`` is shown, then Ctrl-D.
+        prompt: what stands last on a terminal when a line may be typed.
         stdout_apart: stdout is a pipe, read into ``Recording.stdout``, and stderr alone is recorded.
         timeout_seconds: after them it is ended, and the test fails.
     """
@@ -132,10 +135,19 @@ def record(
     os.close(theirs)
     if apart:
         os.close(apart[1])
-    _type(process, ours if columns else None, typed)
     recording = Recording(columns=columns)
+    lines = [*typed.splitlines(keepends=True), "\x04"] if prompt and columns else []
+
+    def answer_prompt() -> None:
+        if lines and ESCAPE.sub("", recording.raw).rstrip().endswith(str(prompt)):
+            os.write(ours, (lines.pop(0) if len(lines) > 1 else lines[0]).encode())
+
     try:
-        _read(recording, ours, apart[0] if apart else None, begin, timeout_seconds)
+        if process.stdin is not None:
+            with suppress(BrokenPipeError):
+                process.stdin.write(typed.encode())
+                process.stdin.close()
+        _read(recording, ours, apart[0] if apart else None, begin, timeout_seconds, answer_prompt)
         recording.returncode = process.wait(max(1.0, timeout_seconds - (time.monotonic() - begin)))
     finally:
         stop_tree(process)
@@ -151,24 +163,22 @@ def afina(*args: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
     return [Path(sys.executable).with_name("afina"), *args]
 
 
-def _type(process: subprocess.Popen[bytes], terminal: int | None, typed: str) -> None:
-    if terminal is not None:
-        if typed:
-            os.write(terminal, typed.encode() + b"\x04")
-        return
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(typed.encode())
-        process.stdin.close()
-
-
-def _read(recording: Recording, shown: int, apart: int | None, begin: float, timeout_seconds: float) -> None:
+def _read(
+    recording: Recording,
+    shown: int,
+    apart: int | None,
+    begin: float,
+    timeout_seconds: float,
+    on_quiet: Callable[[], None],
+) -> None:
     """Read until the command and its children have let go of what they write to."""
     decoders = {shown: b"", **({apart: b""} if apart is not None else {})}
     while decoders:
         left = timeout_seconds - (time.monotonic() - begin)
-        ready = select.select(list(decoders), [], [], max(0.0, left))[0]
-        assert ready, f"ran past {timeout_seconds} s; it has shown\n{recording.raw[-4000:]}"
+        assert left > 0, f"ran past {timeout_seconds} s; it has shown\n{recording.raw[-4000:]}"
+        ready = select.select(list(decoders), [], [], QUIET_SECONDS)[0]
+        if not ready:
+            on_quiet()
         for source in ready:
             try:
                 read = os.read(source, 1 << 16)

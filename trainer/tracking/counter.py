@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from trainer.tracking.logs import LineHandler, current_handler, draws_bars, print_above, use_handler
@@ -85,6 +85,16 @@ class ProgressCounter:
         if self.total is not None:
             return f"{self.done:,}/{self.total:,}{unit}"
         return f"{self.done:,}{unit}" if self.done else ""
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Say that libraries are loaded inside, which takes ten seconds, unless they have been before."""
+    if "torch" in sys.modules:
+        yield
+        return
+    with ProgressCounter("loading libraries"):
+        yield
 
 
 class _Lines:
