@@ -110,7 +110,6 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)
     else:
-        logger.info(f"looking for {name} in the cache")
         print(trainer.models.embedded.fetch(name))
 
 

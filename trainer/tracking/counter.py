@@ -21,25 +21,32 @@ LOOK_SECONDS = 1.0  # whether one is due, where the stage itself has nothing to 
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
-_said: dict[str, float] = {}  # when a stage's last plain line was, by its name
+_said: dict[str, float] = {}  # when the last plain line of a stage was
 
 
 class ProgressCounter:
     """Show how far a long stage is, while the context is open. Only where lines are shown (rank 0); no collective.
 
-    On a terminal: a bar, gone at the end. Elsewhere a line at the start and every 30 s, the same stage again included.
+    On a terminal: a bar, gone at the end. Elsewhere a line at the start and every 30 s.
 
     Args:
         what: verb and object, such as ``evaluating``.
         total: of all ranks; ``None``: not known (yet).
         unit: what is counted, where ``what`` does not say it.
+        recurs: it comes again and again, as evaluations do: its start is a line once in 30 s, too.
         now: seconds of a clock.
     """
 
     def __init__(
-        self, what: str, total: int | None = None, unit: str = "", now: Callable[[], float] = time.monotonic
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        recurs: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.what, self.total, self.unit, self.recurs, self.done = what, total, unit, recurs, 0
         self._now, self._begin = now, now()
         self._shown: _Lines | _Bar | None = None
 
@@ -103,6 +110,8 @@ class _Lines:
     def __init__(self, counter: ProgressCounter, now: Callable[[], float]) -> None:
         self._counter, self._now = counter, now
         self._lock, self._done = threading.Lock(), threading.Event()
+        if not counter.recurs:
+            _said.pop(counter.what, None)
         self.update()
         self._thread = threading.Thread(target=self._look, name="counter", daemon=True)
         self._thread.start()

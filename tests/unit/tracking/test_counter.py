@@ -48,12 +48,15 @@ def test_a_line_comes_at_the_start_and_each_30_seconds(name: str, clock: Clock, 
     assert logged[1:] == [f"{name} 300/1,000 (0:30)", f"{name} 600/1,000 (1:00)", f"{name} 900/1,000 (1:30)"]
 
 
-def test_the_same_stage_again_is_said_no_more_often(name: str, clock: Clock, logged: list[str]) -> None:
+def test_a_stage_that_recurs_is_said_no_more_often(name: str, clock: Clock, logged: list[str]) -> None:
     for _ in range(20):
-        with ProgressCounter(name, 2, now=clock) as counter:
+        with ProgressCounter(name, 2, recurs=True, now=clock) as counter:
             clock.seconds += 2
             counter.advance(2)
     assert logged == [f"{name} 0/2", f"{name} 2/2 (0:02)"], "two lines in 40 seconds"
+    with ProgressCounter(name, 2, now=clock), ProgressCounter(name, 2, now=clock):
+        pass
+    assert logged[2:] == [f"{name} 0/2"] * 2, "what does not recur is always told"
 
 
 def test_a_stage_that_hangs_in_one_call_says_so(
