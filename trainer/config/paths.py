@@ -77,7 +77,8 @@ def _missing_file(name: str, path: str, hint: str) -> ConfigError:
     given = Path(path).expanduser()
     beside = os.listdir(given.parent) if os.access(given.parent, os.R_OK) and given.parent.is_dir() else []
     near = nearest(given.name, beside, 0.8)
-    hint = as_typed(name, str(given.parent / near)) if near else hint
+    if near:  # of one data set among several, its place in the list, which cannot be typed
+        hint = f"{name}={given.parent / near}" if "[" in name else as_typed(name, str(given.parent / near))
     return config_error(name, path, f"there is no such file (looked from {Path.cwd()})", hint)
 
 
