@@ -32,6 +32,11 @@ def state():
         torch.distributed.is_initialized(),
     ]
 
+def parameters():
+    import gc, torch
+    gc.collect()
+    return sum(type(thing) is torch.nn.Parameter for thing in gc.get_objects())
+
 signal.signal(signal.SIGHUP, lambda *_: None)
 before = state()
 """
@@ -48,6 +53,8 @@ config = trainer.load(["debug=tiny", "run.name=tracked", "run.deterministic=true
 with contextlib.redirect_stdout(Interrupts()):
     stopped = trainer.train(config)
 resumed = trainer.train(config)
+loaded = None
+assert parameters() == 0, "a model is still there"
 try:
     trainer.train(trainer.load(["debug=tiny", "run.name=failed", "optim.learning_rate=1e30"]))
     error = None
