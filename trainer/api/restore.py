@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from trainer.tracking.logs import LOGGERS, use_handler
 
@@ -39,7 +40,7 @@ def restored() -> Iterator[None]:
         yield
 
 
-def _set_handler(number: int, handler: signal._HANDLER) -> None:
+def _set_handler(number: int, handler: Any) -> None:
     if handler is not None:  # one that was not set from Python cannot be, either
         signal.signal(number, handler)
 

@@ -24,10 +24,9 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
     from trainer.html import check_target
     from trainer.models.hub import check_hub
 
-    check_hub(config)  # before torch
-
     if html is not None:
         check_target("--html", html)
+    check_hub(config)  # before torch
     with loading_libraries():
         from trainer.models.embedded import resolve
         from trainer.models.loading import load_tokenizer
