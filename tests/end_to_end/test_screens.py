@@ -30,10 +30,10 @@ VERBS = {
     "keys": ("config", "--keys", "learning"),
     "wrong_key": ("train", *TINY, "optim.learnin_rate=1e-4"),
 }
-STAGES = (
-    "loading verifying starting evaluating generating preparing prepared comparing folding hashing writing measuring"
+PROGRESS = re.compile(
+    r"(loading|verifying|starting|evaluating|generating|prepar(ing|ed)|comparing|folding|hashing|writing|measuring"
+    r"|tiny is ready)\b"
 )
-PROGRESS = re.compile(rf"({STAGES.replace(' ', '|')}|tiny is ready)\b")
 NUMBER = re.compile(r"\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
 # What one machine says and another does not: the time left, a time in minutes, a CPU's name, the letters of a curve.
 UNLIKE = (
@@ -94,6 +94,6 @@ def lines_of(text: str, home: Path) -> list[str]:
     for line in text.replace(str(home), ".").replace("\r\n", "\n").split("\n"):
         for pattern, instead in UNLIKE:
             line = pattern.sub(instead, line)
-        if line.strip() and not PROGRESS.match(line):
+        if line.strip(" …0123456789.") and not PROGRESS.match(line):
             found.append(re.sub(r" {2,}", "  ", NUMBER.sub("#", line)).rstrip())
     return found
