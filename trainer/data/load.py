@@ -108,8 +108,8 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
         found += checks.check_leakage(mixture.hashes[0][train.indices], validation.tables.hashes[0], names)
     found += checks.check_mixture(mixture.hashes[1], mixture.starts, mixture.row_name)
     found += checks.check_row_count(len(train))
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
-    return Data(train, validation, _hash(train, validation), tuple(template.end_ids()), tuple(tables), tuple(found))
+    end_ids = _end_ids(data_config, tokenizer, tables)
+    return Data(train, validation, _hash(train, validation), end_ids, tuple(tables), tuple(found))
 
 
 def _hold_out(
@@ -124,6 +124,15 @@ def _hold_out(
             raise
         train_rows, held_out = np.arange(len(mixture)), np.arange(0)
     return train_rows, Rows(mixture, held_out)
+
+
+def _end_ids(data_config: DataConfig, tokenizer: Any, tables: Sequence[PreparedTable]) -> tuple[int, ...]:
+    """Return the tokens that end an answer, as the template writes them, and a text."""
+    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+    formats = {table.format for table in tables}
+    of_answers = template.end_ids() if formats - {"text"} else []
+    of_texts = [int(tokenizer.eos_token_id)] if "text" in formats else []
+    return tuple(dict.fromkeys([*of_answers, *of_texts]))
 
 
 def _hash(train: Rows, validation: Rows) -> str:

@@ -103,7 +103,8 @@ class Encoder:
     def __init__(self, spec: EncodingSpec) -> None:
         self.spec = spec
         self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
-        self.end_ids = frozenset(self.template.end_ids())
+        is_text = spec.format == "text"  # a text ends with the tokenizer's own end, whatever the chat template writes
+        self.end_ids = frozenset([spec.tokenizer.eos_token_id] if is_text else self.template.end_ids())
         self.bos_id = spec.tokenizer.bos_token_id
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
