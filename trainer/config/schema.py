@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config.dataset_spec import FORMATS
+from trainer.config.dataset_spec import FORMATS, TEXT_UNITS
 from trainer.config.execution import (
     CheckpointConfig,
     CompareConfig,
@@ -89,6 +89,12 @@ class DataConfig:
     )
     format: str = key("auto", "shape of a row; auto recognises it by its fields", choices=FORMATS)
     columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
+    text_unit: str = key(
+        "line",
+        "what a row of a .txt file is: line (blank ones are left out), paragraph (blank lines between) or file",
+        choices=TEXT_UNITS,
+        newer=True,
+    )
     split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
     subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
     revision: str | None = key(None, "commit, tag or branch of a hub id; pin it for repeatable runs")
@@ -105,8 +111,9 @@ class DataConfig:
     max_length: int = key(1024, "longest example in tokens, answer and end token included", ge=8)
     on_too_long: str = key(
         "error",
-        "an example longer than max_length: error stops, drop leaves it out, truncate cuts the prompt from its left",
-        choices=("error", "drop", "truncate"),
+        "an example longer than max_length: error stops, drop leaves it out, truncate cuts a prompt from its left (a "
+        "text at its end), split makes pieces of it and loses nothing",
+        choices=("error", "drop", "truncate", "split"),
     )
     train_on: str = key(
         "completion",
@@ -115,6 +122,12 @@ class DataConfig:
         choices=("completion", "assistant", "last_assistant", "all"),
     )
     validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
+    group_by: str | None = key(
+        None,
+        "rows that stay on one side of the split; null: those that begin with the same user turn; a column (id, "
+        "document): those with one value in it; row: none, each row by itself",
+        newer=True,
+    )
     max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
     max_refused: Any = key(
         0, "rows that may be unusable before it is an error: a whole number, or a share below 1", changes_result=False

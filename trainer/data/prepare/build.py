@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import check_table
+from trainer.data.prepare.checks import Finding, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
@@ -69,10 +69,14 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
                 logger.info(f"prepared {rows:,} rows so far")
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
-    np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
+    np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
     findings = counter.findings() + check_table(
         stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
     )
+    if source.has_text_files and source.spec.text_unit == "line" and rows > 1:
+        what = "each line of a .txt file is a row, with an end token of its own"
+        hint = "data.text_unit=paragraph or file, where lines belong together"
+        findings.append(Finding("text_unit", "note", rows, f"{what} → {hint}", ()))
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
