@@ -108,6 +108,13 @@ class DataConfig:
         "chat template only; user: instruction, blank line, input in one user turn; system: instruction as system turn",
         choices=("user", "system"),
     )
+    control_tokens: str = key(
+        "text",
+        "what a control token is (<|im_start|>) that stands in a row: text, so many characters; or parse, the token "
+        "itself, for rows that are rendered already: their own turns say what is in the loss",
+        choices=("text", "parse"),
+        newer=True,
+    )
     max_length: int = key(1024, "longest example in tokens, answer and end token included", ge=8)
     on_too_long: str = key(
         "error",

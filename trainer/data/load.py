@@ -18,6 +18,7 @@ from trainer.data.prepare.prepare import default_cache, prepare
 from trainer.data.prepare.rejections import first_refused
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
+from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Template
 from trainer.data.validation_split import count_wanted, join_groups, split_rows
 from trainer.errors import DataError
@@ -113,7 +114,9 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
         found += checks.check_leakage(trained, held, validation.row_name)
     found += checks.check_mixture(mixture.hashes[1], mixture.starts, mixture.row_name)
     found += checks.check_row_count(len(train))
-    end_ids = _end_ids(data_config, tokenizer, tables)
+    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+    found += checks.check_begin_token(template, data_config.control_tokens == "parse", len(mixture))
+    end_ids = _end_ids(data_config, template, tables)
     return Data(train, validation, _hash(train, validation), end_ids, tuple(tables), tuple(found))
 
 
@@ -131,13 +134,13 @@ def _hold_out(
     return train_rows, Rows(mixture, held_out)
 
 
-def _end_ids(data_config: DataConfig, tokenizer: Any, tables: Sequence[PreparedTable]) -> tuple[int, ...]:
+def _end_ids(data_config: DataConfig, template: Template, tables: Sequence[PreparedTable]) -> tuple[int, ...]:
     """Return the tokens that end an answer, as the template writes them, and a text."""
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
     formats = {table.format for table in tables}
+    of_rendered = RenderedRows(template).end_ids if data_config.control_tokens == "parse" else []
     of_answers = template.end_ids() if formats - {"text"} else []
-    of_texts = [int(tokenizer.eos_token_id)] if "text" in formats else []
-    return tuple(dict.fromkeys([*of_answers, *of_texts]))
+    of_texts = [int(template.tokenizer.eos_token_id)] if "text" in formats else []
+    return tuple(dict.fromkeys([*of_answers, *of_rendered, *of_texts]))
 
 
 def _hash(train: Rows, validation: Rows) -> str:

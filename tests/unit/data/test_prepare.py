@@ -99,6 +99,7 @@ def test_a_second_call_builds_nothing(asked: Asked) -> None:
         {"on_too_long": "drop"},
         {"train_on": "all"},
         {"alpaca_role": "system"},
+        {"control_tokens": "parse"},
     ],
 )
 def test_the_fingerprint_changes_with_what_matters(asked: Asked, keys: dict[str, Any]) -> None:
@@ -211,6 +212,7 @@ def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not
         "format",
         "columns",
         "text_unit",
+        "control_tokens",
         "split",
         "subset",
         "revision",

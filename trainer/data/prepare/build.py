@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import Finding, check_table
+from trainer.data.prepare.checks import Finding, check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
@@ -50,6 +50,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     counter = RejectionCounter(spec.on_too_long)
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
+    controls: set[str] = set()
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
     with (
         closing(encode_chunks(source.chunks(), spec, number)) as chunks,
@@ -63,6 +64,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             parts.append(chunk.stats)
             rows += len(chunk.stats)
             counter.add(chunk.rejected)
+            controls |= chunk.controls
             rejected.writelines(map(to_json_line, chunk.rejected))
             if time.monotonic() - logged > LOG_EVERY_SECONDS:
                 logged = time.monotonic()
@@ -70,9 +72,13 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
-    findings = counter.findings() + check_table(
-        stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
-    )
+
+    def row_name(row: int) -> str:
+        return f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
+
+    findings = counter.findings() + check_table(stats, row_name)
+    if spec.control_tokens == "text":
+        findings += check_controls(stats, sorted(controls), row_name)
     if source.has_text_files and source.spec.text_unit == "line" and rows > 1:
         what = "each line of a .txt file is a row, with an end token of its own"
         hint = "data.text_unit=paragraph or file, where lines belong together"

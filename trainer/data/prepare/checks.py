@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.prepare.encode import DOUBLE_BOS, NO_END, SPLIT, TRUNCATED
+from trainer.data.prepare.encode import CONTROL, DOUBLE_BOS, NO_END, SPLIT, TRUNCATED
+from trainer.data.templates.template import Template
 
 MAX_PLACES = 5  # rows named in a finding
 MIN_ROWS = 100
 ONE_CLASS_SHARE = 0.9
 SHORT_ANSWER_TOKENS = 32
+NAMED_CONTROLS = 3
 MUCH_LOST_SHARE = 0.1  # of all tokens, cut away
 MIN_CLASS_ROWS = 20  # in fewer rows, one class for nearly all is chance
 
@@ -60,6 +62,23 @@ def check_table(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Findi
         *_finding("double_bos", "warning", two_begins, begins, one_begin, row_name),
     ]
     return found + _check_lengths(stats, row_name) + _check_one_class(stats, row_name)
+
+
+def check_controls(stats: np.ndarray, names: list[str], row_name: Callable[[int], str]) -> list[Finding]:
+    """Say which rows hold control tokens in their text: where most do, they are rendered already.
+
+    Args:
+        stats: dtype ``encode.ROW_STATS``, shape (rows,).
+        names: of the control tokens.
+        row_name: row -> ``file:line``.
+    """
+    held = (stats["flags"] & CONTROL) > 0
+    listed = ", ".join(names[:NAMED_CONTROLS]) + (" …" if len(names) > NAMED_CONTROLS else "")
+    what = f"control tokens ({listed}) stand in the text and are read as characters"
+    if held.sum() * 2 > len(stats):
+        hint = "data.control_tokens=parse, if the rows are rendered already; else take them out"
+        return _finding("control_tokens", "warning", held, what, hint, row_name)
+    return _finding("control_tokens", "note", held, what, "take them out, if they are not meant as text", row_name)
 
 
 def _check_lengths(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
@@ -166,6 +185,29 @@ def check_held_out(
     why = f"{which} {alike}, and such rows stay on one side of the split"
     message = f"{asked}: {why} → data.group_by=COLUMN groups them by a column, row by none; or data.validation=FILE"
     return [Finding("few_held_out", "warning", rows, message, ())]
+
+
+def check_begin_token(template: Template, parse: bool, rows: int) -> list[Finding]:
+    """Say where a begin token was put that the template or the rows do not write, and where one is left out.
+
+    Args:
+        template: that the rows are written with.
+        parse: whether rows may be rendered already.
+        rows: how many there are.
+    """
+    token = template.tokenizer.bos_token
+    wanted = f"this tokenizer puts {token} before a text"
+    if template.bos_id is None or template.chat_template is None:
+        return []
+    if template.adds_bos:
+        message = f"{wanted}, and data.template writes none: it is put there, in the saved template too"
+    elif not template.writes_bos():
+        message = f"{wanted}, and its chat template writes none: there is none → data.template=FILE.jinja to have one"
+    elif parse:
+        message = f"{wanted}: it is put before rows that are rendered already and have none"
+    else:
+        return []
+    return [Finding("begin_token", "note", rows, message, ())]
 
 
 def check_row_count(rows: int) -> list[Finding]:

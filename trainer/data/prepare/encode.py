@@ -5,7 +5,7 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from trainer.data.formats.turns import Example
 from trainer.data.prepare.grouping import group_hash, hash_bytes
 from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
+from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Encoded, Template
 
-NO_END, DOUBLE_BOS, TRUNCATED, SPLIT = 1, 2, 4, 8  # bits of ROW_STATS["flags"]
+NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL = 1, 2, 4, 8, 16  # bits of ROW_STATS["flags"]
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -58,7 +59,7 @@ class EncodingSpec:
         tokenizer: a fast Hugging Face tokenizer.
         format: of the rows, never ``auto``.
         columns: our field names -> the rows'.
-        template, alpaca_role, train_on, max_length, on_too_long, group_by: of the ``data`` group.
+        template, alpaca_role, train_on, max_length, on_too_long, group_by, control_tokens: of the ``data`` group.
     """
 
     tokenizer: Any
@@ -70,6 +71,7 @@ class EncodingSpec:
     max_length: int
     on_too_long: str
     group_by: str | None = None
+    control_tokens: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,13 @@ class EncodedChunk:
         rows: a serialised Arrow record batch of ``SCHEMA``; empty when no row was usable.
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
+        controls: control tokens that the texts of rows hold.
     """
 
     rows: bytes
     stats: np.ndarray
     rejected: tuple[RejectedRow, ...]
+    controls: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +122,17 @@ class Encoder:
         self.spec = spec
         self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
         is_text = spec.format == "text"  # a text ends with the tokenizer's own end, whatever the chat template writes
-        self.end_ids = frozenset([spec.tokenizer.eos_token_id] if is_text else self.template.end_ids())
+        end_ids = [spec.tokenizer.eos_token_id] if is_text else self.template.end_ids()
+        self.rendered = RenderedRows(self.template) if spec.control_tokens == "parse" else None
+        self.end_ids = frozenset([*end_ids, *(self.rendered.end_ids if self.rendered else ())])
+        self.controls: set[str] = set()
         self.bos_id = spec.tokenizer.bos_token_id
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Encode or reject every row of a chunk, in its order."""
         records: list[_Record] = []
         rejected: list[RejectedRow] = []
+        self.controls.clear()
         for row in parse_rows(chunk):
             if isinstance(row, RejectedRow):
                 rejected.append(row)
@@ -135,21 +143,31 @@ class Encoder:
                 message = str(error).removeprefix(row.where).lstrip(": ")
                 rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
         stats = np.array([r.stats for r in records], dtype=ROW_STATS)
-        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected))
+        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), frozenset(self.controls))
 
     def _records(self, row: Row) -> list[_Record]:
         """Encode a row: into one record, or several where it is split."""
         spec, example = self.spec, parse_example(row, self.spec.format, self.spec.columns)
-        whole, is_text = self.template.encode(example), example.text is not None
+        controls = self.template.safe_tokenizer.find_in(_texts(example))
+        self.controls.update(controls)
+        whole, example = self._encode(example)
+        is_text, said = example.text is not None, CONTROL if controls else 0
         hashes = _hash_row(whole, example, group_hash(example, row, spec.group_by))
         pieces = fit_to_max_length(whole, spec.max_length, spec.on_too_long, row.where, is_text, self.template.bos_id)
         if pieces[0] is whole:
-            return [self._record(example, whole, hashes, 0)]
+            return [self._record(example, whole, hashes, said)]
         if spec.on_too_long == "split":
             last = len(pieces) - 1
-            return [self._record(example, piece, hashes, SPLIT, i == last) for i, piece in enumerate(pieces)]
+            return [self._record(example, piece, hashes, said | SPLIT, i == last) for i, piece in enumerate(pieces)]
         (cut,) = pieces
-        return [self._record(example, cut, hashes, TRUNCATED, not is_text, len(whole.ids) - len(cut.ids))]
+        return [self._record(example, cut, hashes, said | TRUNCATED, not is_text, len(whole.ids) - len(cut.ids))]
+
+    def _encode(self, example: Example) -> tuple[Encoded, Example]:
+        """Encode an example, and return it as it is scored."""
+        if self.rendered is None:
+            return self.template.encode(example), example
+        example = self.rendered.without_ends(example)
+        return self.rendered.encode(example) or self.template.encode(example), example
 
     def _record(
         self, example: Example, cut: Encoded, hashes: _Hashes, flags: int, has_end: bool = True, lost: int = 0
@@ -157,7 +175,7 @@ class Encoder:
         ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)
         label_count = int(loss_mask[1:].sum())  # nothing predicts the first token
         if not label_count:
-            reason = "has no token in the loss" + (" once it is cut" if flags else "")
+            reason = "has no token in the loss" + (" once it is cut" if flags & (TRUNCATED | SPLIT) else "")
             raise RowError("empty_loss_mask", example.where, reason=reason, hint="leave the row out")
         row_hash = _hash(ids) if flags & SPLIT else hashes.row
         stats = (
@@ -176,6 +194,13 @@ class Encoder:
         if self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2:
             flags |= DOUBLE_BOS
         return flags
+
+
+def _texts(example: Example) -> Iterator[str]:
+    yield example.text or ""
+    for turn in example.turns:
+        yield turn.text
+        yield turn.input
 
 
 def _hash_row(whole: Encoded, example: Example, group: int) -> _Hashes:

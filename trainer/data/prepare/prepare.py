@@ -94,6 +94,8 @@ def _fingerprint(source: Source, data_config: DataConfig, template: Template, kn
     dataset, tokenizer = source.spec, template.tokenizer
     lengths = (data_config.max_length, data_config.on_too_long)
     encoding = [VERSION, dataset.format, sorted(dataset.columns.items()), *lengths, template.describe()]
+    if data_config.control_tokens != "text":
+        encoding.append(data_config.control_tokens)
     named = [tokenizer.bos_token, tokenizer.eos_token]  # chat templates write them by name
     digest = hashlib.sha256(source.digest(known_hashes).encode())
     digest.update(json.dumps([encoding, tokenizer.backend_tokenizer.to_str(), named]).encode())
@@ -141,6 +143,7 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
         max_length=data_config.max_length,
         on_too_long=data_config.on_too_long,
         group_by=data_config.group_by,
+        control_tokens=data_config.control_tokens,
     )
     try:
         with partial_folder(folder) as partial:
