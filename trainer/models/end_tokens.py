@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.data.templates.time_limit import TimeLimit
 from trainer.files import write_atomically
+
+_TIME_LIMIT = TimeLimit(10.0)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,8 @@ def _with_eos(tokenizer: Any, end: str) -> Any:
 def _prompt(tokenizer: Any) -> str | None:
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        with _TIME_LIMIT.limited():
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception:  # a template is code of its author's, and may be missing
         return None
 

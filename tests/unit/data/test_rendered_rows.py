@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.prepared_data import Asked
-from tests.helpers.tokenizers import adds_bos, sentencepiece_like, write_rows
+from tests.helpers.tokenizers import adds_bos, llama3_like, sentencepiece_like, write_rows
 from trainer.config import load
 from trainer.data.load import inspect_data
 from trainer.models.embedded.tiny import CHATML
@@ -59,6 +59,13 @@ def test_most_rows_hold_control_tokens(tokens: Any, rows: list[dict[str, Any]]) 
     assert END in found.message
     assert "data.control_tokens=parse" in found.message
     assert "control_tokens" not in tokens(rows, PARSE)[1]
+
+
+def test_markers_of_another_model(tokens: Any) -> None:
+    _, findings, _ = tokens(TEXT, PARSE, "data.template=plain", tokenizer=llama3_like())
+    found = findings["control_tokens"]
+    assert (found.level, found.count) == ("warning", len(TEXT))
+    assert "this tokenizer has no such tokens" in found.message
 
 
 def test_a_single_row_that_holds_one_is_text(tokens: Any, asked: Asked) -> None:

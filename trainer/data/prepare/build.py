@@ -73,16 +73,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
 
-    def row_name(row: int) -> str:
-        return f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
-
-    findings = counter.findings() + check_table(stats, row_name)
-    if spec.control_tokens == "text":
-        findings += check_controls(stats, sorted(controls), row_name)
-    if source.has_text_files and source.spec.text_unit == "line" and rows > 1:
-        what = "each line of a .txt file is a row, with an end token of its own"
-        hint = "data.text_unit=paragraph or file, where lines belong together"
-        findings.append(Finding("text_unit", "note", rows, f"{what} → {hint}", ()))
+    findings = counter.findings() + _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
@@ -93,6 +84,19 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
         "format": spec.format,
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
+
+
+def _check(source: Source, spec: EncodingSpec, stats: np.ndarray, controls: set[str]) -> list[Finding]:
+    def row_name(row: int) -> str:
+        return f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
+
+    found = check_table(stats, row_name)
+    found += check_controls(stats, sorted(controls), spec.control_tokens == "parse", row_name)
+    if source.has_text_files and source.spec.text_unit == "line" and len(stats) > 1:
+        what = "each line of a .txt file is a row, with an end token of its own"
+        hint = "data.text_unit=paragraph or file, where lines belong together"
+        found.append(Finding("text_unit", "note", len(stats), f"{what} → {hint}", ()))
+    return found
 
 
 def _workers_for(source: Source) -> int:

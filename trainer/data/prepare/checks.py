@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.prepare.encode import CONTROL, DOUBLE_BOS, NO_END, SPLIT, TRUNCATED
+from trainer.data.prepare.encode import CONTROL, DOUBLE_BOS, FOREIGN, NO_END, SPLIT, TRUNCATED
 from trainer.data.templates.template import Template
 
 MAX_PLACES = 5  # rows named in a finding
@@ -64,21 +64,27 @@ def check_table(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Findi
     return found + _check_lengths(stats, row_name) + _check_one_class(stats, row_name)
 
 
-def check_controls(stats: np.ndarray, names: list[str], row_name: Callable[[int], str]) -> list[Finding]:
+def check_controls(stats: np.ndarray, names: list[str], parse: bool, row_name: Callable[[int], str]) -> list[Finding]:
     """Say which rows hold control tokens in their text: where most do, they are rendered already.
 
     Args:
         stats: dtype ``encode.ROW_STATS``, shape (rows,).
-        names: of the control tokens.
+        names: of the control tokens and turn markers that they hold.
+        parse: whether control tokens are taken for genuine.
         row_name: row -> ``file:line``.
     """
-    held = (stats["flags"] & CONTROL) > 0
     listed = ", ".join(names[:NAMED_CONTROLS]) + (" …" if len(names) > NAMED_CONTROLS else "")
+    own, foreign = ((stats["flags"] & bit) > 0 for bit in (CONTROL, FOREIGN))
+    if foreign.sum() * 2 > len(stats) and not own.any():
+        what = f"turn markers ({listed}) stand in the text, and this tokenizer has no such tokens,"
+        return _finding("control_tokens", "warning", foreign, what, "give `messages`, or the model of these", row_name)
     what = f"control tokens ({listed}) stand in the text and are read as characters"
-    if held.sum() * 2 > len(stats):
+    if parse or not own.any():
+        return []
+    if own.sum() * 2 > len(stats):
         hint = "data.control_tokens=parse, if the rows are rendered already; else take them out"
-        return _finding("control_tokens", "warning", held, what, hint, row_name)
-    return _finding("control_tokens", "note", held, what, "take them out, if they are not meant as text", row_name)
+        return _finding("control_tokens", "warning", own, what, hint, row_name)
+    return _finding("control_tokens", "note", own, what, "take them out, if they are not meant as text", row_name)
 
 
 def _check_lengths(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
@@ -197,13 +203,11 @@ def check_begin_token(template: Template, parse: bool, rows: int) -> list[Findin
     """
     token = template.tokenizer.bos_token
     wanted = f"this tokenizer puts {token} before a text"
-    if template.bos_id is None or template.chat_template is None:
-        return []
     if template.adds_bos:
         message = f"{wanted}, and data.template writes none: it is put there, in the saved template too"
     elif not template.writes_bos():
         message = f"{wanted}, and its chat template writes none: there is none → data.template=FILE.jinja to have one"
-    elif parse:
+    elif parse and template.bos_id is not None:
         message = f"{wanted}: it is put before rows that are rendered already and have none"
     else:
         return []

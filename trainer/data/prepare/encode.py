@@ -20,7 +20,7 @@ from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_r
 from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Encoded, Template
 
-NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL = 1, 2, 4, 8, 16  # bits of ROW_STATS["flags"]
+NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN = 1, 2, 4, 8, 16, 32  # bits of ROW_STATS["flags"]
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -82,7 +82,7 @@ class EncodedChunk:
         rows: a serialised Arrow record batch of ``SCHEMA``; empty when no row was usable.
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
-        controls: control tokens that the texts of rows hold.
+        controls: control tokens that the texts of rows hold, and turn markers of other tokenizers.
     """
 
     rows: bytes
@@ -148,10 +148,10 @@ class Encoder:
     def _records(self, row: Row) -> list[_Record]:
         """Encode a row: into one record, or several where it is split."""
         spec, example = self.spec, parse_example(row, self.spec.format, self.spec.columns)
-        controls = self.template.safe_tokenizer.find_in(_texts(example))
-        self.controls.update(controls)
+        own, foreign = self.template.safe_tokenizer.find_in(_texts(example))
+        self.controls |= own | foreign
         whole, example = self._encode(example)
-        is_text, said = example.text is not None, CONTROL if controls else 0
+        is_text, said = example.text is not None, CONTROL * bool(own) | FOREIGN * bool(foreign)
         hashes = _hash_row(whole, example, group_hash(example, row, spec.group_by))
         pieces = fit_to_max_length(whole, spec.max_length, spec.on_too_long, row.where, is_text, self.template.bos_id)
         if pieces[0] is whole:

@@ -7,9 +7,7 @@ what ends it, is taken from the chat template; where there is none, it is ChatML
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from trainer.data.formats.turns import Example
 from trainer.data.templates.plain_templates import user_text
@@ -33,8 +31,8 @@ class RenderedRows:
     def __init__(self, template: Template) -> None:
         self._template = template
         template.safe_tokenizer.is_text_genuine = True
-        self._control = control = template.safe_tokenizer.control
-        layout = _find_layout(template.tokenizer, template.chat_template, control)
+        self._control = template.safe_tokenizer.control
+        layout = _find_layout(template)
         if layout is None and all(token in template.tokenizer.get_vocab() for token in ("<|im_start|>", "<|im_end|>")):
             layout = CHATML
         self._opening = layout[0] if layout else None
@@ -107,21 +105,14 @@ class RenderedRows:
         return out
 
 
-def _find_layout(tokenizer: Any, source: str | None, control: re.Pattern[str]) -> tuple[str, str] | None:
-    """Return what a chat template writes before an answer, and the token right after it; ``None`` where that is not
-    known."""
-
-    def apply(turns: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": text} for role, text in turns]
-        keys: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        return str(tokenizer.apply_chat_template(messages, chat_template=source, **keys))
-
-    asked, answered = ("user", "\ue000"), ("assistant", "\ue001")
-    try:
-        before = apply([asked], False)
-        opening = apply([asked], True).removeprefix(before)
-        end = control.match(apply([asked, answered], False).partition("\ue001")[2].lstrip())
-    except Exception:  # a template is code of its author's, and may be missing
+def _find_layout(template: Template) -> tuple[str, str] | None:
+    """Return what the chat template writes before an answer, and the token right after it; ``None`` where that is not
+    known. A template that is not in use (``data.template=plain``) tells it too."""
+    asked, answered = {"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}
+    before, opened = template.write_chat([asked]), template.write_chat([asked], add_generation_prompt=True)
+    whole = template.write_chat([asked, answered])
+    if before is None or opened is None or whole is None:
         return None
-    opening = _THOUGHT.sub("", opening)
+    opening = _THOUGHT.sub("", opened.removeprefix(before))
+    end = template.safe_tokenizer.control.match(whole.partition("\ue001")[2].lstrip())
     return (opening, end[0]) if end and opening.strip() and "\ue000" not in opening else None

@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.data.sources.rows import RowError
 
+_TURN_MARKERS = re.compile(r"<\|(?:im_start|im_end|start_header_id|eot_id)\|>|<(?:start|end)_of_turn>")
 Span = tuple[int, int]  # characters, from and to
 
 
@@ -104,9 +105,11 @@ class SafeTokenizer:
             _with_special_tokens(tokenizer.backend_tokenizer, markers) if markers else tokenizer.backend_tokenizer
         )
 
-    def find_in(self, texts: Iterable[str]) -> list[str]:
-        """Return the control tokens that texts hold."""
-        return [found[0] for text in texts for found in self.control.finditer(text)]
+    def find_in(self, texts: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Return the control tokens that texts hold, and the turn markers of other tokenizers."""
+        texts = list(texts)
+        own = {found[0] for text in texts for found in self.control.finditer(text)}
+        return own, {found[0] for text in texts for found in _TURN_MARKERS.finditer(text)} - own
 
     def tokenize(self, rendered: RenderedText, turns_in_loss: Collection[int], where: str) -> TokenizedText:
         """Tokenize a text, with the answers of some turns in the loss.

@@ -73,15 +73,16 @@ class Template:
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
         self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
         source = None if name in NAMES else _read_template(name)
-        self.adds_bos = source is not None and self.bos_id is not None and not self.writes_bos(source)
-        if self.adds_bos:
-            source = f"{{{{- bos_token }}}}{source}"
+        self.adds_bos = False
         self._chat: ChatTemplate | None = None
         if source is not None or (name == "chat" and tokenizer.chat_template):
             hint = (
                 "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
             )
             self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", hint)
+            if source is not None and not self.writes_bos():
+                source, self.adds_bos = f"{{{{- bos_token }}}}{source}", True
+                self._chat = ChatTemplate(tokenizer, source, name, hint)
         self._source = source
         self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
 
@@ -92,15 +93,20 @@ class Template:
             return self._source
         return self.tokenizer.chat_template if self._chat else None
 
-    def writes_bos(self, source: str | None = None) -> bool:
-        """Return whether a chat template (the tokenizer's own, where none is given) writes the begin token first; where
-        it takes no simple conversation, what it writes is left as it is."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
-        except Exception:  # a template is code of its author's; what it raises is said of the first row
+    def write_chat(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
+        """Return what the chat template writes, in use or not; ``None`` where there is none or it refuses."""
+        chat = self._chat
+        if chat is None and self.tokenizer.chat_template:
+            chat = ChatTemplate(self.tokenizer, None, "the chat template", "")
+        return None if chat is None else chat.write(messages, add_generation_prompt)
+
+    def writes_bos(self) -> bool:
+        """Return whether the chat template writes the token that the tokenizer itself puts before a text; so too where
+        there is no such token or template, or it takes no simple conversation."""
+        if self._chat is None or self.bos_id is None:
             return True
-        return str(text).lstrip().startswith(self.tokenizer.bos_token)
+        text = self._chat.write([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
+        return text is None or text.lstrip().startswith(self.tokenizer.bos_token)
 
     def encode(self, example: Example) -> Encoded:
         """Encode one example.
