@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import check_table
+from trainer.data.prepare.checks import Finding, check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
@@ -50,6 +50,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     rejections = RejectionCounter(spec.on_too_long)
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
+    controls: set[str] = set()
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
     with (
         ProgressCounter(what, unit="rows") as counter,
@@ -64,14 +65,14 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             parts.append(chunk.stats)
             rows += len(chunk.stats)
             rejections.add(chunk.rejected)
+            controls |= chunk.controls
             rejected.writelines(map(to_json_line, chunk.rejected))
             counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
-    np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
-    findings = rejections.findings() + check_table(
-        stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
-    )
+    np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
+
+    findings = rejections.findings() + _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
@@ -82,6 +83,19 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
         "format": spec.format,
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
+
+
+def _check(source: Source, spec: EncodingSpec, stats: np.ndarray, controls: set[str]) -> list[Finding]:
+    def row_name(row: int) -> str:
+        return f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
+
+    found = check_table(stats, row_name)
+    found += check_controls(stats, sorted(controls), spec.control_tokens == "parse", row_name)
+    if source.has_text_files and source.spec.text_unit == "line" and len(stats) > 1:
+        what = "each line of a .txt file is a row, with an end token of its own"
+        hint = "data.text_unit=paragraph or file, where lines belong together"
+        found.append(Finding("text_unit", "note", len(stats), f"{what} → {hint}", ()))
+    return found
 
 
 def _workers_for(source: Source) -> int:
