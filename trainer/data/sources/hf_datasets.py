@@ -82,20 +82,16 @@ def load_hub(spec: DatasetSpec) -> Any:
 
 
 def read_chunks(table: Any, name: str) -> Iterator[Chunk]:
-    """Read the rows of a data set in chunks, numbered from 1, with the values that ``datasets`` gives in Python.
+    """Read the rows of a data set in chunks, numbered from 1.
 
     Raises:
         DataError: its files are damaged.
     """
     try:
-        yield from chunk_rows(number_rows(table.with_format(None).iter(CHUNK_LINES), name, _to_rows), 0, name)
+        yield from chunk_rows(number_rows(table.with_format("arrow").iter(CHUNK_LINES), name), 0, name)
     except (OSError, ValueError, OverflowError, ImportError) as error:
         hint = "leave out columns that are no text, or save it again"
         raise DataError(name, reason=f"cannot be read ({_shorten(error)})", hint=hint) from error
-
-
-def _to_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def _list_splits(splits: list[str]) -> str:
