@@ -28,7 +28,7 @@ class DatasetSpec:
         columns: our field names -> its column names (``{instruction: question}``).
         weight: how many times each of its training rows is used in a pass; 0.5 takes a seeded half, 2 takes each twice.
         rows: use exactly so many of its training rows instead, drawn by the seed, repeated when there are fewer.
-        split: of a dataset that has several.
+        split: of a dataset that has several, of a folder or glob by the names of its files.
         revision: commit, tag or branch of a hub id.
         subset: of a hub id that has several (its configuration, ``main`` in ``openai/gsm8k``).
     """
@@ -52,6 +52,11 @@ def is_hub_id(path: str) -> bool:
     """Return whether a path that is not on this machine may name a data set of the hub: ``owner/name``."""
     shaped = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
     return shaped is not None and not path.lower().endswith(DATA_SUFFIXES)
+
+
+def is_split_name(validation: str) -> bool:
+    """Return whether ``data.validation`` names a split of ``data.path``, and no file: one bare word."""
+    return re.fullmatch(r"\w+", validation) is not None
 
 
 def is_template_file(template: str) -> bool:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, parse_dataset_specs
+from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_split_name, parse_dataset_specs
 from trainer.config.messages import config_error, nearest
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
@@ -33,6 +33,17 @@ def find_data(name: str, path: str) -> str:
     if is_glob(path):
         raise config_error(name, path, f"matches no file (looked from {Path.cwd()})", f"{name}='FOLDER/*.jsonl'")
     raise _missing_file(name, path, f"{name}=PATH/TO/FILE.jsonl")
+
+
+def find_validation(validation: str) -> str:
+    """Return the absolute path of held-out data; the name of a split of ``data.path`` stays as it is.
+
+    Raises:
+        ConfigError: nothing is there, and it is no word.
+    """
+    if is_split_name(validation) and not any(map(os.path.exists, _candidates(validation))):
+        return validation
+    return find_data("data.validation", validation)
 
 
 def find_adapter(name: str, path: str) -> Path:

@@ -89,7 +89,7 @@ class DataConfig:
     )
     format: str = key("auto", "shape of a row; auto recognises it by its fields", choices=FORMATS)
     columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
-    split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
+    split: str = key("train", "which split of a dataset that has several; files of a folder tell theirs by name")
     subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
     revision: str | None = key(None, "commit, tag or branch of a hub id; pin it for repeatable runs")
     template: str = key(
@@ -114,7 +114,7 @@ class DataConfig:
         "every assistant turn, history too; last_assistant: the last one only; all: everything",
         choices=("completion", "assistant", "last_assistant", "all"),
     )
-    validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
+    validation: Any = key(0.1, "held-out rows: a number, a share below 1, a split of data.path, or a path; 0: none")
     max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
     max_refused: Any = key(
         0, "rows that may be unusable before it is an error: a whole number, or a share below 1", changes_result=False

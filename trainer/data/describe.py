@@ -8,6 +8,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.run_data import Data
 
 NAMED_FILES = 3
+TOLD_NOTES = ("other_split", "not_used")  # what the data hold and nobody trains on
 
 
 def describe(data: Data, config: TrainConfig) -> list[str]:
@@ -31,8 +32,9 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
         files = ", ".join(str(p.refused_file) for p in data.parts if p.refused)
         lines.append(f"refused: {refused:,} rows that cannot be used, see {files}")
     for finding in data.findings:
-        if finding.level == "warning":
-            lines.append(f"warning: {finding.message}" + (f" ({', '.join(finding.where)})" if finding.where else ""))
+        if finding.level == "warning" or finding.kind in TOLD_NOTES:
+            where = f" ({', '.join(finding.where)})" if finding.where else ""
+            lines.append(f"{finding.level}: {finding.message}{where}")
     return lines
 
 

@@ -17,6 +17,7 @@ from trainer.data.prepare.prepare import default_cache, prepare
 from trainer.data.prepare.rejections import first_refused
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
+from trainer.data.splits_in_use import check_splits, held_out_specs
 from trainer.data.templates.template import Template
 from trainer.data.validation_split import split_rows
 from trainer.errors import DataError
@@ -63,7 +64,8 @@ def _prepare_all(data_config: DataConfig, tokenizer: Any) -> list[PreparedTable]
     """Prepare the tables of all parts; that of a validation file is the last."""
     parts = _parse_specs(data_config, data_config.path)
     if isinstance(data_config.validation, str):
-        parts += _parse_specs(data_config, data_config.validation)
+        validation = data_config.validation
+        parts += held_out_specs(validation, parts, _parse_specs(data_config, validation))
     cache = Path(data_config.cache_dir).expanduser() if data_config.cache_dir else default_cache()
     return [prepare(part, data_config, tokenizer, cache) for part in parts]
 
@@ -95,7 +97,7 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
     data_config, seed = config.data, config.run.seed
     parts = _parse_specs(data_config, data_config.path)
     mixture = concatenate_tables(tables[: len(parts)])
-    found = [finding for table in tables for finding in table.findings]
+    found = [*(finding for table in tables for finding in table.findings), *check_splits(tables)]
     if isinstance(data_config.validation, str):
         held_out = concatenate_tables(tables[len(parts) :])
         train_rows, validation = np.arange(len(mixture)), Rows(held_out, np.arange(len(held_out)))

@@ -9,11 +9,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.metrics import CHAT
 from tests.helpers.tokenizers import QWEN_LIKE, with_template, write_rows
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.data.formats.parse import parse_example

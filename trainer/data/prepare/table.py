@@ -13,6 +13,7 @@ from datasets import Dataset
 from trainer.data.prepare.checks import Finding
 from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_rejected
 from trainer.data.sources.open import Source
+from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
 
 # The files of a table's folder, besides REJECTED_FILE.
@@ -41,6 +42,8 @@ class PreparedTable:
         truncated: rows that were cut.
         format: the rows' format, never ``auto``.
         findings: what was found in the rows.
+        files: absolute paths of what the rows were read from.
+        left_alone: what lies beside them, and belongs to other splits.
     """
 
     table: Dataset
@@ -55,6 +58,8 @@ class PreparedTable:
     truncated: int
     format: str
     findings: tuple[Finding, ...]
+    files: tuple[str, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,4 +96,8 @@ def open_table(folder: Path, source: Source) -> PreparedTable:
     hashes = np.load(folder / HASHES_FILE, mmap_mode="r")
     findings = tuple(Finding(**{**found, "where": tuple(found["where"])}) for found in made["findings"])
     numbers = (made["refused"], made["dropped"], made["truncated"], made["format"])
-    return PreparedTable(table, lengths, label_counts, hashes, folder.name, source.names, folder, *numbers, findings)
+    files = tuple(str(file.parent if source.table is not None else file) for file in source.files)
+    of_source = (files, source.left_alone)
+    return PreparedTable(
+        *(table, lengths, label_counts, hashes, folder.name, source.names, folder, *numbers, findings, *of_source)
+    )

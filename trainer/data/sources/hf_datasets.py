@@ -11,6 +11,7 @@ from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
 from trainer.data.sources.readers import chunk_rows, number_rows
 from trainer.data.sources.rows import CHUNK_LINES, Chunk
+from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
 
 
@@ -46,6 +47,13 @@ def load_saved(folder: Path, spec: DatasetSpec) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"was written by save_to_disk, and cannot be read ({_shorten(error)})"
         raise DataError("data.path", value=spec.path, reason=reason, hint="save it again") from error
+
+
+def other_splits(folder: Path, spec: DatasetSpec) -> tuple[LeftAlone, ...]:
+    """Name the splits of a saved data set that are not ``spec.split``."""
+    index = folder / "dataset_dict.json"
+    splits = json.loads(index.read_text(encoding="utf-8"))["splits"] if index.is_file() else []
+    return tuple(LeftAlone(s, f"{folder.name}/{s}", str(folder / s)) for s in splits if s != spec.split)
 
 
 def load_hub(spec: DatasetSpec) -> Any:
