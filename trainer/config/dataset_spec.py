@@ -11,9 +11,11 @@ from trainer.config.messages import config_error, nearest, one_line
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
 FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
 FIELDS = frozenset(
-    ["instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion"]
-    + ["text", "question", "options", "answer", "tools", "subject"]
+    ["instruction", "input", "output", "system", "history", "messages", "conversations", "contents", "prompt"]
+    + ["completion", "response", "text", "question", "options", "answer", "tools", "functions", "subject"]
 )
+# What `data.columns` maps: a row's fields, keys of its messages, and a column of true and false: which rows to keep.
+COLUMNS = FIELDS | {"user", "assistant", "role", "content", "keep"}
 TEMPLATES = ("chat", "alpaca", "alpaca_short", "plain")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
@@ -75,11 +77,11 @@ def check_columns(name: str, columns: Any) -> None:
             name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}"
         )
     for key, column in columns.items():
-        if key not in FIELDS:
-            near = nearest(str(key), sorted(FIELDS))
-            swapped = column if column in FIELDS else None
+        if key not in COLUMNS:
+            near = nearest(str(key), sorted(COLUMNS))
+            swapped = column if column in COLUMNS else None
             hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
-            reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
+            reason = f"{key} is no field of ours; they are {', '.join(sorted(COLUMNS))}"
             raise config_error(name, one_line(columns), reason, hint)
 
 

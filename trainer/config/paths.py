@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def find_data(name: str, path: str) -> str:
     Raises:
         ConfigError: nothing is there.
     """
+    _refuse_address(name, path)
     for whole in _candidates(path):
         if os.path.exists(whole) or (is_glob(path) and any(glob.iglob(whole, recursive=True))):
             return whole
@@ -33,6 +35,14 @@ def find_data(name: str, path: str) -> str:
     if is_glob(path):
         raise config_error(name, path, f"matches no file (looked from {Path.cwd()})", f"{name}='FOLDER/*.jsonl'")
     raise _missing_file(name, path, f"{name}=PATH/TO/FILE.jsonl")
+
+
+def _refuse_address(name: str, path: str) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is None:
+        return
+    on_hub = re.search(r"(?:huggingface\.co/|hf://)datasets/([\w.-]+/[\w.-]+)", path)
+    hint = f"{name}={on_hub[1]}" if on_hub else f"download it first (curl -LO, aws s3 cp …), then {name}=FILE"
+    raise config_error(name, path, "is an address, and rows are read from files or from a hub id", hint)
 
 
 def find_validation(validation: str) -> str:

@@ -14,7 +14,7 @@ from trainer.config.schema import DataConfig, TrainConfig
 from trainer.data.mixture import ConcatenatedTables, concatenate_tables, limit_rows, mix_rows
 from trainer.data.prepare import checks
 from trainer.data.prepare.prepare import default_cache, prepare
-from trainer.data.prepare.rejections import first_refused
+from trainer.data.prepare.rejections import first_refused, summarize_hints, summarize_rows
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
 from trainer.data.splits_in_use import check_splits, held_out_specs
@@ -79,16 +79,15 @@ def _check_refused(data_config: DataConfig, tables: Sequence[PreparedTable]) -> 
         return
     concerned = [table for table in tables if table.refused]
     on_too_long = data_config.on_too_long
-    first = [line for table in concerned for line in first_refused(table.refused_file, NAMED_REFUSED, on_too_long)]
+    first = [row for table in concerned for row in first_refused(table.refused_file, NAMED_REFUSED, on_too_long)]
+    shown = first[:NAMED_REFUSED]
     files = ", ".join(str(table.refused_file) for table in concerned)
-    too_long = any(f.kind == "too_long" and f.level == "refused" for table in concerned for f in table.findings)
     raise DataError(
         "data.max_refused",
         value=limit,
-        reason=f"{refused:,} of {rows:,} rows cannot be used: {'; '.join(first[:NAMED_REFUSED])}"
+        reason=f"{refused:,} of {rows:,} rows cannot be used: {summarize_rows(shown)}"
         f"{'; …' if refused > NAMED_REFUSED else ''} (all of them are in {files})",
-        hint=f"fix them, or data.max_refused={refused} to train without them"
-        + (", or for the too long ones data.max_length or data.on_too_long=drop" if too_long else ""),
+        hint=f"{summarize_hints(shown) or 'fix them'}; or data.max_refused={refused} to train without them",
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.data.prepare.checks import check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
+from trainer.data.prepare.unused import check_unused
 from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.open import Source
 
@@ -47,7 +49,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     name = source.names[0] if len(source.names) == 1 else f"{source.spec.path} ({len(source.names)} files)"
     logger.info(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
     begin = logged = time.monotonic()
-    counter = RejectionCounter(spec.on_too_long)
+    counter, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
@@ -63,6 +65,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             parts.append(chunk.stats)
             rows += len(chunk.stats)
             counter.add(chunk.rejected)
+            unused.update(chunk.unused)
             rejected.writelines(map(to_json_line, chunk.rejected))
             if time.monotonic() - logged > LOG_EVERY_SECONDS:
                 logged = time.monotonic()
@@ -70,9 +73,8 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
-    findings = counter.findings() + check_table(
-        stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
-    )
+    findings = counter.findings() + check_unused(unused, spec.format, spec.columns)
+    findings += check_table(stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}")
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {

@@ -6,6 +6,7 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from trainer.data.formats.detect import explain
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
@@ -76,11 +78,13 @@ class EncodedChunk:
         rows: a serialised Arrow record batch of ``SCHEMA``; empty when no row was usable.
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
+        unused: fields that nobody reads -> rows that hold something in them.
     """
 
     rows: bytes
     stats: np.ndarray
     rejected: tuple[RejectedRow, ...]
+    unused: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class Encoder:
         self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
         self.end_ids = frozenset(self.template.end_ids())
         self.bos_id = spec.tokenizer.bos_token_id
+        self._unused: Counter[str] = Counter()
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Encode or reject every row of a chunk, in its order."""
@@ -117,13 +122,16 @@ class Encoder:
             try:
                 records.append(self._record(row))
             except RowError as error:
+                error = explain(error, row, self.spec.format, self.spec.columns)
                 message = str(error).removeprefix(row.where).lstrip(": ")
-                rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
+                rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row), error.hint))
         stats = np.array([r.stats for r in records], dtype=ROW_STATS)
-        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected))
+        unused, self._unused = self._unused, Counter()
+        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), unused)
 
     def _record(self, row: Row) -> _Record:
         example = parse_example(row, self.spec.format, self.spec.columns)
+        self._unused.update(example.unused)
         whole = self.template.encode(example)
         cut = fit_to_max_length(whole, self.spec, row.where, example.text is not None, self.template.bos_id)
         ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)

@@ -38,7 +38,7 @@ from trainer.files import (
 )
 
 logger = logging.getLogger(__name__)
-VERSION = 7  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 8  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 
 
 def prepare(

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from trainer.data.prepare.checks import Finding
-from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_rejected
+from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_hints, summarize_rows
 from trainer.data.sources.open import Source
 from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
@@ -66,7 +66,7 @@ class PreparedTable:
 
     @property
     def refused_file(self) -> Path:
-        """Every row that is not in the table, one JSON object a line: ``where``, ``reason``, ``message``, ``raw``."""
+        """Every row that is not in the table, a JSON object a line: ``where reason message raw hint``."""
         return self.folder / REJECTED_FILE
 
     def row_name(self, row: int) -> str:
@@ -88,9 +88,10 @@ def open_table(folder: Path, source: Source) -> PreparedTable:
     made = json.loads((folder / MARKER).read_text())
     if not made["rows"]:
         rejected = folder / REJECTED_FILE
-        first = [summarize_rejected(row) for row in islice(read_rejected(rejected), NAMED_REJECTED)]
-        why = f": {'; '.join(first)}; all of them are in {rejected}" if first else ", it is empty"
-        raise DataError("data.path", value=source.spec.path, reason=f"holds no usable row{why}", hint="fix the rows")
+        first = list(islice(read_rejected(rejected), NAMED_REJECTED))
+        why = f": {summarize_rows(first)}; all of them are in {rejected}" if first else ", it is empty"
+        hint = summarize_hints(first) or "fix the rows"
+        raise DataError("data.path", value=source.spec.path, reason=f"holds no usable row{why}", hint=hint)
     table = Dataset.from_file(str(folder / ROWS_FILE))
     lengths, label_counts = np.load(folder / COUNTS_FILE, mmap_mode="r")
     hashes = np.load(folder / HASHES_FILE, mmap_mode="r")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from trainer.data.sources.arrow_rows import convert_row, row_converters
 from trainer.data.sources.csv_records import read_csv
-from trainer.data.sources.json_arrays import json_rows
+from trainer.data.sources.json_arrays import json_rows, refuse_json_array
 from trainer.data.sources.rows import BOM, CHUNK_LINES, Chunk, ParsedRow, reject_non_utf8
 from trainer.errors import DataError
 
@@ -70,6 +70,7 @@ def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str)
     elif kind in (".txt", ".text"):
         yield from chunk_rows(_read_text_lines(bounded_lines(stream, name), name), file, name)
     else:
+        refuse_json_array(stream, name)
         yield from chunk_lines(bounded_lines(stream, name), file, name)
 
 

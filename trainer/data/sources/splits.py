@@ -1,7 +1,7 @@
 """Tell the splits of a folder's files by their names, as ``datasets`` does: test rows must never be trained on unseen.
 
-``data/train-00000-of-00002.parquet``, ``validation/part.jsonl``, ``my_test.csv``: the word may stand anywhere in the path
-between marks. A file that says nothing is training data, unless another says that it is.
+``data/train-00000-of-00002.parquet``, ``validation/part.jsonl``, ``my_test.csv``: the word may stand anywhere between
+marks. A file that says nothing is training data, unless another says that it is.
 """
 
 from __future__ import annotations
