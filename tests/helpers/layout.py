@@ -29,6 +29,7 @@ LEVEL = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for roo
 NEIGHBOURS = {
     "cli": {"train"},
     "serve_trials": {"train"},
+    "data": {"tracking"},
     "errors": {"redaction"},
     "files": {"errors"},
     "compat": {"errors"},
@@ -43,6 +44,7 @@ LAUNCH_MAY_IMPORT = (
     "trainer.html",
     "trainer.redaction",
     "trainer.tracking.files",
+    "trainer.tracking.result",
 )
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trainer.config.messages import config_error, nearest, one_line
+from trainer.config.messages import as_typed, config_error, in_grammar, nearest, one_line
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
 FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
@@ -74,15 +74,31 @@ def check_columns(name: str, columns: Any) -> None:
     """
     if not isinstance(columns, dict) or not all(isinstance(v, str) and v for v in columns.values()):
         raise config_error(
-            name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}"
+            name,
+            one_line(columns),
+            "must map our fields to your columns",
+            _columns_as_typed(name, {"instruction": "question"}),
         )
     for key, column in columns.items():
+<<<<<<< HEAD
         if key not in COLUMNS:
             near = nearest(str(key), sorted(COLUMNS))
             swapped = column if column in COLUMNS else None
             hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
             reason = f"{key} is no field of ours; they are {', '.join(sorted(COLUMNS))}"
+=======
+        if key not in FIELDS:
+            near = nearest(str(key), sorted(FIELDS))
+            swapped = column if column in FIELDS else None
+            hint = _columns_as_typed(name, {swapped: key} if swapped else {near or "instruction": column})
+            reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
+>>>>>>> main
             raise config_error(name, one_line(columns), reason, hint)
+
+
+def _columns_as_typed(name: str, columns: dict[str, str]) -> str:
+    """Return a mapping as it is typed; of one data set among several, as it stands in its entry of the list."""
+    return f"columns: {in_grammar(columns)}" if "[" in name else as_typed(name, columns)
 
 
 def parse_dataset_specs(

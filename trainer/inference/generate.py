@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from trainer.data.templates.template import Template
-from trainer.evaluation.generator import Generator
+from trainer.evaluation.generator import Generator, TokenCounter
 from trainer.inference.run_model import load_run
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -49,4 +50,6 @@ def generate_run(
         model = loaded.switcher.use(name)
         torch.manual_seed(config.run.seed)
         generator = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
-        yield name, generator.decode(generator.answer([ids])[0]).strip()
+        with ProgressCounter("generating", config.generate.max_new_tokens, "tokens") as counter:
+            answer = generator.answer([ids], TokenCounter(counter.advance))[0]
+        yield name, generator.decode(answer).strip()

@@ -13,9 +13,9 @@ from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
+from trainer.inference.find_base import find_base, warn_of_other_base
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
-from trainer.models.embedded import resolve
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
 from trainer.silence import silence_libraries
 
@@ -84,7 +84,7 @@ def load_run(
         model_config = dataclasses.replace(config.model, revision=None)
         tokenizer = load_tokenizer(str(_run_model_dir(run, config)), model_config)
     else:
-        tokenizer = load_tokenizer(_resolve_base(config), config.model)
+        tokenizer = load_tokenizer(find_base(run, config), config.model)
     notes = _describe_differences(config, adapters)
     return RunModel(config, switcher, tokenizer, distributed.from_environment(), requested, notes)
 
@@ -187,7 +187,8 @@ def _load_base(
     device = distributed.from_environment().device
     method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
     dtype = compute_dtype(config.model.dtype, device, zero_stage=2)
-    folder = str(_run_model_dir(run, config)) if is_full else _resolve_base(config)
+    folder = str(_run_model_dir(run, config)) if is_full else find_base(run, config)
+    warn_of_other_base(folder, choices)
     model_config = dataclasses.replace(config.model, revision=None) if is_full else config.model
     base: Any = load_model(folder, model_config, method, dtype, device, zero_stage=0, device_map=device_map)
     patch_rms_norms(base)
@@ -196,10 +197,6 @@ def _load_base(
         return model.to(device) if device_map is None and method.bits == 16 else model
 
     return place(base).eval(), place
-
-
-def _resolve_base(config: TrainConfig) -> str:
-    return resolve(config.model.name_or_path, config.model.revision)
 
 
 def _saved_template_override(run: Path) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig
+from trainer.tracking.logs import say_loading
 
 
 def view(config: TrainConfig, html: Path | None, examples: int) -> None:
@@ -21,10 +22,14 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
         ConfigError: there cannot be a page at ``html``; raised before anything is done.
     """
     from trainer.html import check_target
+    from trainer.models.hub import check_hub
+
+    check_hub(config)  # before torch
     from trainer.view import page
 
     if html is not None:
         check_target("--html", html)
+    say_loading()
     from trainer.models.embedded import resolve
     from trainer.models.loading import load_tokenizer
     from trainer.silence import silence_libraries

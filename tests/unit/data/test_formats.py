@@ -40,11 +40,11 @@ def test_unknown_fields_are_answered_with_columns() -> None:
     columns = {"instruction": "Frage", "output": "Antwort"}
     assert detect_format(row({"Frage": "a", "Antwort": "b"}), "auto", columns) == "alpaca"
     for fields, hint in (
-        ({"question": "a", "reply": "b"}, "data.columns={prompt: question, completion: reply}"),
-        ({"instruction": "a", "response": "b", "context": "c"}, "data.columns={output: response}"),
-        ({"Instruction": "a", "Output": "b"}, "data.columns={instruction: Instruction, output: Output}"),
-        ({"mesages": CHAT}, "data.columns={messages: mesages}"),
-        ({"x": 1}, "data.columns={instruction: YOURS, output: YOURS}"),
+        ({"question": "a", "reply": "b"}, "'data.columns={prompt:question,completion:reply}'"),
+        ({"instruction": "a", "response": "b", "context": "c"}, "'data.columns={output:response}'"),
+        ({"Instruction": "a", "Output": "b"}, "'data.columns={instruction:Instruction,output:Output}'"),
+        ({"mesages": CHAT}, "'data.columns={messages:mesages}'"),
+        ({"x": 1}, "'data.columns={instruction:YOURS,output:YOURS}'"),
     ):
         with pytest.raises(DataError) as caught:
             detect_format(row(fields), "auto", {})

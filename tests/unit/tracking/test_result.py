@@ -10,7 +10,7 @@ import pytest
 
 from trainer.config import load
 from trainer.config.method import METHODS, NOT_MERGEABLE
-from trainer.tracking.result import duration, result_lines, size_of
+from trainer.tracking.result import duration, result_lines, size_of, size_text
 
 SUMMARY = {
     "status": "finished",
@@ -68,19 +68,9 @@ def test_a_folder_without_its_adapter_offers_none(tmp_path: Path) -> None:
     assert not [line for line in lines_of(tmp_path) if "adapter" in line or "merge" in line or "chat" in line]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (119.4, "119 s"), (120, "2 min 00 s"), (7199, "119 min 59 s"), (7500, "2 h 05 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**30, "3.0 GiB")],
-)
-def test_sizes(size: int, text: str, tmp_path: Path) -> None:
+def test_times_and_sizes_are_short(tmp_path: Path) -> None:
+    assert [duration(s) for s in (42, 515.4, 11_520)] == ["42 s", "8 min 35 s", "3 h 12 min"]
+    assert [size_text(b) for b in (812, 1536, 9_800_000, 5e9)] == ["812 B", "1.5 KiB", "9.3 MiB", "4.7 GiB"]
     with (tmp_path / "file").open("wb") as file:
-        file.truncate(size)
-    assert size_of(tmp_path) == text
+        file.truncate(3 * 2**30)
+    assert size_of(tmp_path) == "3.0 GiB"

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+<<<<<<< HEAD
 from trainer.config.dataset_spec import COLUMNS
 from trainer.config.messages import nearest
 from trainer.data.formats.conversations import CONTENT_ALIASES, CONTENT_KEYS, ROLE_ALIASES, ROLE_KEYS
+=======
+from trainer.config.messages import as_typed, nearest
+>>>>>>> main
 from trainer.data.formats.fields import RowFields
 from trainer.data.formats.meaning import PREFERENCE, preference_columns
 from trainer.data.sources.rows import Row, RowError
@@ -66,7 +70,7 @@ def detect_format(row: Row, format: str, columns: Mapping[str, str]) -> str:
         row.where,
         value=f"fields {', '.join(sorted(row.fields)) or 'none'}",
         reason=f"fit no known format: {'; '.join(known)}",
-        hint=f"name your columns: data.columns={{{_suggest_columns(row, columns)}}}",
+        hint=f"name your columns: {as_typed('data.columns', _suggest_columns(row, columns))}",
     )
 
 
@@ -114,17 +118,21 @@ def _check_columns(columns: Mapping[str, str]) -> None:
         raise DataError(f"data.columns.{key}", value=column, reason="is no field of any format", hint=hint)
 
 
-def _suggest_columns(row: Row, columns: Mapping[str, str]) -> str:
-    """Suggest ``ours: theirs`` for the format that the fields come nearest to."""
-    best, most = "instruction: YOURS, output: YOURS", 0
+def _suggest_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    """Suggest ``{ours: theirs}`` for the format that the fields come nearest to."""
+    best, most = {"instruction": "YOURS", "output": "YOURS"}, 0
     for needs in REQUIRED_FIELDS.values():
         for names in needs:
             found = {name: _likely_column(name, row, columns) for name in names}
             score = sum(theirs is not None for theirs in found.values())
             if score == len(names) and score > most and len(set(found.values())) == score:
+<<<<<<< HEAD
                 best, most = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if ours != theirs), score
     if best.startswith("messages: "):
         best += _suggest_message_keys(row.fields.get(best.removeprefix("messages: ")))
+=======
+                best, most = {ours: str(theirs) for ours, theirs in found.items() if ours != theirs}, score
+>>>>>>> main
     return best
 
 

@@ -22,9 +22,9 @@ from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
 from trainer.data.prepare.unused import check_unused
 from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.open import Source
+from trainer.tracking.counter import ProgressCounter
 
 BIG_BYTES = 8_000_000  # below it, starting processes costs more than they save
-LOG_EVERY_SECONDS = 30
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,14 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     """
     number = workers or _workers_for(source)
     name = source.names[0] if len(source.names) == 1 else f"{source.spec.path} ({len(source.names)} files)"
-    logger.info(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
-    begin = logged = time.monotonic()
-    counter, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
+    what = f"preparing {name}" + (f" in {number} processes" if number > 1 else "")
+    begin = time.monotonic()
+    rejections, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
     with (
+        ProgressCounter(what, unit="rows") as counter,
         closing(encode_chunks(source.chunks(), spec, number)) as chunks,
         pa.OSFile(str(folder / ROWS_FILE), "wb") as file,
         pa.ipc.new_stream(file, schema) as table,
@@ -64,23 +65,21 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
                 table.write_batch(pa.ipc.read_record_batch(pa.py_buffer(chunk.rows), schema))
             parts.append(chunk.stats)
             rows += len(chunk.stats)
-            counter.add(chunk.rejected)
+            rejections.add(chunk.rejected)
             unused.update(chunk.unused)
             rejected.writelines(map(to_json_line, chunk.rejected))
-            if time.monotonic() - logged > LOG_EVERY_SECONDS:
-                logged = time.monotonic()
-                logger.info(f"prepared {rows:,} rows so far")
+            counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
-    findings = counter.findings() + check_unused(unused, spec.format, spec.columns)
+    findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
     findings += check_table(stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}")
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
         "rows": rows,
-        "refused": counter.refused,
-        "dropped": counter.dropped,
+        "refused": rejections.refused,
+        "dropped": rejections.dropped,
         "truncated": int(np.count_nonzero(stats["flags"] & TRUNCATED)),
         "format": spec.format,
         "findings": [dataclasses.asdict(finding) for finding in findings],

@@ -36,6 +36,7 @@ from trainer.files import (
     remove_stale_partials,
     warn_if_others_may_write,
 )
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 VERSION = 8  # of the table's layout and of everything that turns text into tokens: raise it when either changes
@@ -104,14 +105,12 @@ def _lock_table(cache: Path, fingerprint: str) -> Iterator[None]:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             warn_if_others_may_write(cache)
-            held.enter_context(lock(cache / f"{fingerprint}.lock", _log_waiting))
+            waited = ProgressCounter("another process is preparing these rows; waiting for it")
+            with ExitStack() as waiting:
+                held.enter_context(lock(cache / f"{fingerprint}.lock", lambda: waiting.enter_context(waited)))
         except OSError as error:
             raise _no_cache(cache, error) from error
         yield
-
-
-def _log_waiting() -> None:
-    logger.info("another process is preparing these rows; waiting for it")
 
 
 def _no_cache(cache: Path, error: OSError) -> DataError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.compat.hub import hub_hint, hub_obstacle, was_not_reached, why_not_reached
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
 from trainer.data.sources.readers import chunk_rows, number_rows
@@ -66,6 +67,7 @@ def load_hub(spec: DatasetSpec) -> Any:
     from datasets.exceptions import DatasetNotFoundError
 
     nowhere = "there is no such path on this machine, and"
+    hub_obstacle()  # without a network it sets datasets offline
     try:
         return datasets.load_dataset(spec.path, spec.subset, split=spec.split, revision=spec.revision)
     except DatasetNotFoundError as error:
@@ -74,10 +76,10 @@ def load_hub(spec: DatasetSpec) -> Any:
         hint = "correct the path; for a private one: hf auth login"
         raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
     except ConnectionError as error:
-        reason = f"{nowhere} the hub could not be reached ({_shorten(error)})"
-        hint = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
-        raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
+        raise _not_reached(spec, error) from error
     except Exception as error:  # a builder may raise anything: an unknown split, no default configuration, a bad file
+        if was_not_reached(error):
+            raise _not_reached(spec, error) from error
         if "split" in str(error).lower():
             reason = f"{spec.path}: {_shorten(error)}"
             raise DataError("data.split", value=spec.split, reason=reason, hint="data.split=NAME") from error
@@ -87,6 +89,15 @@ def load_hub(spec: DatasetSpec) -> Any:
         reason = f"cannot be loaded from the hub ({_shorten(error)})"
         hint = "load it with the datasets library, save_to_disk, and name that folder"
         raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
+
+
+def _not_reached(spec: DatasetSpec, error: Exception) -> DataError:
+    why = f"the hub cannot be reached ({_shorten(error)})"
+    if hub_obstacle() is not None or was_not_reached(error):
+        why = why_not_reached()
+    reason = f"there is no such path on this machine, it is not cached, and {why}"
+    hint = f"correct the path; {hub_hint('data.path', spec.path, 'hf download --repo-type dataset')}"
+    return DataError("data.path", value=spec.path, reason=reason, hint=hint)
 
 
 def read_chunks(table: Any, name: str) -> Iterator[Chunk]:
