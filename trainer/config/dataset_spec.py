@@ -80,19 +80,11 @@ def check_columns(name: str, columns: Any) -> None:
             _columns_as_typed(name, {"instruction": "question"}),
         )
     for key, column in columns.items():
-<<<<<<< HEAD
         if key not in COLUMNS:
             near = nearest(str(key), sorted(COLUMNS))
             swapped = column if column in COLUMNS else None
-            hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
-            reason = f"{key} is no field of ours; they are {', '.join(sorted(COLUMNS))}"
-=======
-        if key not in FIELDS:
-            near = nearest(str(key), sorted(FIELDS))
-            swapped = column if column in FIELDS else None
             hint = _columns_as_typed(name, {swapped: key} if swapped else {near or "instruction": column})
-            reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
->>>>>>> main
+            reason = f"{key} is no field of ours; they are {', '.join(sorted(COLUMNS))}"
             raise config_error(name, one_line(columns), reason, hint)
 
 

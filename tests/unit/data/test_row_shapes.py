@@ -61,10 +61,10 @@ def test_columns_reach_the_keys_of_messages() -> None:
     assert said(read(fields, "auto", columns)) == ASKED
     with pytest.raises(DataError) as caught:
         detect_format(row(fields), "auto", {})
-    assert str(caught.value).endswith("data.columns={messages: conversation, role: speaker, content: text}")
-    for known, wanted in (({}, "role: speaker"), ({"role": "speaker"}, "content: text")):
+    assert str(caught.value).endswith("'data.columns={messages:conversation,role:speaker,content:text}'")
+    for known, wanted in (({}, "role:speaker"), ({"role": "speaker"}, "content:text")):
         found = refused(fields, "auto", {"messages": "conversation", **known})
-        assert found.hint == f"data.columns={{{wanted}}}"
+        assert found.hint == f"'data.columns={{{wanted}}}'"
 
 
 def test_a_system_text_stands_beside_every_conversation() -> None:
@@ -169,7 +169,7 @@ KTO = {"prompt": "q", "completion": "a"}
 @pytest.mark.parametrize("label", [True, False, "True", "false"])
 def test_good_and_bad_answers_are_not_learnt_alike(label: Any) -> None:
     found = refused({**KTO, "label": label})
-    assert (found.code, found.hint) == ("preference", "data.columns={keep: label} trains on the good ones alone")
+    assert (found.code, found.hint) == ("preference", "'data.columns={keep:label}' trains on the good ones alone")
     kept = {"keep": "label"}
     if str(label).lower() == "true":
         assert said(read({**KTO, "label": label}, "auto", kept)) == ASKED
@@ -195,7 +195,7 @@ def test_good_and_bad_answers_are_not_learnt_alike(label: Any) -> None:
     ],
 )
 def test_preference_data_are_told_with_the_columns_that_train(fields: dict[str, Any], columns: dict[str, str]) -> None:
-    shown = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    shown = ",".join(f"{ours}:{theirs}" for ours, theirs in columns.items())
     with pytest.raises(DataError, match="preference data") as caught:
         detect_format(row(fields), "alpaca" if "conversations" in fields else "auto", {})
     assert f"data.columns={{{shown}}}" in str(caught.value)
@@ -216,7 +216,7 @@ def test_more_than_text_is_refused_by_its_name(name: str) -> None:
 def test_numbers_are_texts_where_columns_name_them() -> None:
     for number, text in ((0, "0"), (1.5, "1.5"), (True, "true")):
         fields = {"instruction": "q", "output": number}
-        assert refused(fields).hint == "quote it; or data.columns={output: output} takes numbers as text"
+        assert refused(fields).hint == "quote it; or 'data.columns={output:output}' takes numbers as text"
         assert read(fields, "auto", {"output": "output"}).answer == text
         labelled = {"text": "q", "label": number}
         assert read(labelled, "auto", {"instruction": "text", "output": "label"}).answer == text

@@ -46,19 +46,19 @@ def test_one_line_for_every_column_that_nobody_reads(tmp_path: Path, loaded: Any
     data = loaded(config.data.path)
     told = finding(data, "not_used")
     assert told.level == "warning"
-    assert told.message == "not used: Input (3 rows), id (2) → did you mean input? data.columns={input: Input}"
+    assert told.message == "not used: Input (3 rows), id (2) → did you mean input? 'data.columns={input:Input}'"
     assert f"warning: {told.message}" in describe(data, config), "a run's log says so too"
 
 
 @pytest.mark.parametrize(
     ("column", "format", "hint"),
     [
-        ("inputs", "alpaca", "did you mean input? data.columns={input: inputs}"),
-        ("context", "alpaca", "did you mean input? data.columns={input: context}"),
-        ("System", "chat", "did you mean system? data.columns={system: System}"),
-        ("system_prompt", "prompt_completion", "did you mean system? data.columns={system: system_prompt}"),
-        ("context", "prompt_completion", "data.columns={instruction: prompt, output: completion, input: context}"),
-        ("label", "text", "to learn label from it: data.columns={instruction: text, output: label}"),
+        ("inputs", "alpaca", "did you mean input? 'data.columns={input:inputs}'"),
+        ("context", "alpaca", "did you mean input? 'data.columns={input:context}'"),
+        ("System", "chat", "did you mean system? 'data.columns={system:System}'"),
+        ("system_prompt", "prompt_completion", "did you mean system? 'data.columns={system:system_prompt}'"),
+        ("context", "prompt_completion", "data.columns={instruction:prompt,output:completion,input:context}"),
+        ("label", "text", "to learn label from it: 'data.columns={instruction:text,output:label}'"),
         ("loss", "chat", '{"role": "assistant", "content": "…", "loss": …}'),
         ("rejected_response", "chat", "rejected_response looks like preference data"),
         ("id", "chat", ""),
@@ -82,7 +82,7 @@ def test_many_columns_are_one_line() -> None:
 def test_rows_that_are_kept_by_a_column(tmp_path: Path, loaded: Any) -> None:
     rows = [{"prompt": f"q {i}", "completion": "a", "label": bool(i % 2)} for i in range(6)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError, match=r"keep: label\} trains on the good ones alone"):
+    with pytest.raises(DataError, match=r"keep:label\}' trains on the good ones alone"):
         loaded(path)
     data = loaded(path, "data.columns={keep: label}", must_train=True)
     assert data.train.names(range(3)) == ["rows.jsonl:2", "rows.jsonl:4", "rows.jsonl:6"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.config.messages import nearest
+from trainer.config.messages import as_typed, nearest
 from trainer.data.formats.fields import require_text, wrong_type
 from trainer.data.formats.shapes import as_list
 from trainer.data.formats.tool_calls import CALL_ROLES, check_strings, parse_tool_calls
@@ -137,7 +137,7 @@ def _missing(
     where: str, message: dict[str, Any], name: str, aliases: tuple[str, ...], key: str, otherwise: str
 ) -> RowError:
     found = next((alias for alias in aliases if alias in message), None)
-    hint = f"data.columns={{{name}: {found}}}" if found else otherwise
+    hint = as_typed("data.columns", {name: found}) if found else otherwise
     return RowError("missing_field", f"{where}.{key}", reason="is missing", hint=hint)
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-<<<<<<< HEAD
 from trainer.config.dataset_spec import COLUMNS
-from trainer.config.messages import nearest
-from trainer.data.formats.conversations import CONTENT_ALIASES, CONTENT_KEYS, ROLE_ALIASES, ROLE_KEYS
-=======
 from trainer.config.messages import as_typed, nearest
->>>>>>> main
+from trainer.data.formats.conversations import CONTENT_ALIASES, CONTENT_KEYS, ROLE_ALIASES, ROLE_KEYS
 from trainer.data.formats.fields import RowFields
 from trainer.data.formats.meaning import PREFERENCE, preference_columns
 from trainer.data.sources.rows import Row, RowError
@@ -57,9 +53,9 @@ def detect_format(row: Row, format: str, columns: Mapping[str, str]) -> str:
     wanted = preference_columns(row.fields)
     if wanted and (fitting is None or format not in ("auto", fitting)):
         reason = f"are {PREFERENCE}, and every answer that is trained on is learnt as a good one"
-        hint = f"to train on what was chosen: data.columns={{{wanted}}}"
-        if format not in ("auto", _format_of_columns(wanted)):
-            hint += f" data.format={_format_of_columns(wanted)}"
+        hint = f"to train on what was chosen: {as_typed('data.columns', wanted)}"
+        meant = "chat" if "messages" in wanted else "alpaca" if "output" in wanted else "prompt_completion"
+        hint += f" data.format={meant}" if format not in ("auto", meant) else ""
         raise DataError(row.where, value=f"fields {', '.join(sorted(row.fields))}", reason=reason, hint=hint)
     if format != "auto":
         return format
@@ -101,12 +97,6 @@ def explain(error: RowError, row: Row, format: str, columns: Mapping[str, str]) 
     return RowError(f"format_{other}", row.where, reason=reason, hint=hint)
 
 
-def _format_of_columns(columns: str) -> str:
-    return (
-        "chat" if columns.startswith("messages") else "alpaca" if columns.startswith("output") else "prompt_completion"
-    )
-
-
 def _check_columns(columns: Mapping[str, str]) -> None:
     for key, column in columns.items():
         if key in COLUMNS:
@@ -126,25 +116,22 @@ def _suggest_columns(row: Row, columns: Mapping[str, str]) -> dict[str, str]:
             found = {name: _likely_column(name, row, columns) for name in names}
             score = sum(theirs is not None for theirs in found.values())
             if score == len(names) and score > most and len(set(found.values())) == score:
-<<<<<<< HEAD
-                best, most = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items() if ours != theirs), score
-    if best.startswith("messages: "):
-        best += _suggest_message_keys(row.fields.get(best.removeprefix("messages: ")))
-=======
                 best, most = {ours: str(theirs) for ours, theirs in found.items() if ours != theirs}, score
->>>>>>> main
+    if best.keys() == {"messages"}:
+        best |= _suggest_message_keys(row.fields.get(best["messages"]))
     return best
 
 
-def _suggest_message_keys(messages: Any) -> str:
+def _suggest_message_keys(messages: Any) -> dict[str, str]:
     """Suggest ``role`` and ``content`` for messages that call them otherwise."""
     first = messages[0] if isinstance(messages, list) and messages else None
     if not isinstance(first, dict):
-        return ""
-    out = ""
+        return {}
+    out = {}
     for ours, usual, aliases in (("role", ROLE_KEYS, ROLE_ALIASES), ("content", CONTENT_KEYS, CONTENT_ALIASES)):
         theirs = None if any(key in first for key in usual) else next((a for a in aliases if a in first), None)
-        out += f", {ours}: {theirs}" if theirs else ""
+        if theirs:
+            out[ours] = theirs
     return out
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config.messages import as_typed
 from trainer.data.sources.rows import Row, RowError
 
 
@@ -77,7 +78,7 @@ class RowFields:
         if isinstance(value, bool | int | float):
             if name in self.columns:
                 return json.dumps(value)
-            hint = f"quote it; or data.columns={{{name}: {name}}} takes numbers as text"
+            hint = f"quote it; or {as_typed('data.columns', {name: name})} takes numbers as text"
             raise wrong_type(self.where(name), value, "a string", hint)
         return require_text(self.where(name), value, empty)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.config.messages import as_typed
 from trainer.data.formats.conversations import MEDIA, holds_media
 from trainer.data.formats.fields import RowFields, wrong_type
 from trainer.data.sources.rows import RowError
@@ -33,7 +34,7 @@ def check_meaning(fields: RowFields, format: str) -> None:
             raise holds_media(f"{fields.row.where} {name}", name)
         if name in GOOD_OR_BAD and str(value).lower() in ("true", "false"):
             reason = "is true or false for good and bad answers (KTO's preference data), and each would be learnt"
-            hint = f"data.columns={{keep: {name}}} trains on the good ones alone"
+            hint = f"{as_typed('data.columns', {'keep': name})} trains on the good ones alone"
             where = f"{fields.row.where} {name}"
             raise RowError("preference", where, reason=reason, hint=hint)
 
@@ -47,7 +48,7 @@ def _check_kept(fields: RowFields) -> None:
         raise RowError("not_kept", where, reason="is false, so the row is left out", hint="data.columns.keep says so")
 
 
-def preference_columns(row: Mapping[str, Any]) -> str | None:
+def preference_columns(row: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the ``data.columns`` with which rows of ``chosen`` and ``rejected`` train on what is chosen; ``None``
     where they are no such rows."""
     if row.get("chosen") is None or "rejected" not in row:
@@ -56,10 +57,10 @@ def preference_columns(row: Mapping[str, Any]) -> str | None:
     first = chosen[0] if isinstance(chosen, list) and chosen else None
     role = str(first.get("role", first.get("from"))).lower() if isinstance(first, dict) else "assistant"
     if role not in ("assistant", "gpt", "model"):
-        return "messages: chosen"
+        return {"messages": "chosen"}
     if "prompt" in row:
-        return "completion: chosen"
+        return {"completion": "chosen"}
     if "instruction" in row:
-        return "output: chosen"
+        return {"output": "chosen"}
     prompt = next((n for n in ("conversations", "messages", "question", "query", "input") if n in row), None)
-    return f"prompt: {prompt}, completion: chosen" if prompt else "prompt: YOURS, completion: chosen"
+    return {"prompt": prompt or "YOURS", "completion": "chosen"}

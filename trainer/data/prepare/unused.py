@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trainer.config.messages import nearest
+from trainer.config.messages import as_typed, nearest
 from trainer.data.prepare.checks import Finding, count_rows
 
 MAX_NAMED = 20
@@ -49,10 +49,11 @@ def _hint(name: str, format: str, columns: Mapping[str, str]) -> str:
     if lower in _OF_LOSS:
         return f'what is in the loss is said in a message: {{"role": "assistant", "content": "…", "{lower}": …}}'
     if format == "text" and lower in _ANSWERS:
-        return f"the text alone is learnt; to learn {name} from it: data.columns={{instruction: text, output: {name}}}"
+        typed = as_typed("data.columns", {"instruction": "text", "output": name})
+        return f"the text alone is learnt; to learn {name} from it: {typed}"
     if format == "prompt_completion" and lower in ("input", *ALIASES["input"]):
-        mapping = f"{{instruction: prompt, output: completion, input: {name}}}"
-        return f"did you mean data.columns={mapping}"
+        mapping = {"instruction": "prompt", "output": "completion", "input": name}
+        return f"did you mean {as_typed('data.columns', mapping)}"
     return _near_optional(name, OPTIONAL.get(format, ()), columns)
 
 
@@ -60,5 +61,5 @@ def _near_optional(name: str, optional: tuple[str, ...], columns: Mapping[str, s
     for ours in optional:
         meant = name.lower() in (ours, *ALIASES[ours]) or nearest(name, [ours], cutoff=0.85) is not None
         if meant and ours not in columns:
-            return f"did you mean {ours}? data.columns={{{ours}: {name}}}"
+            return f"did you mean {ours}? {as_typed('data.columns', {ours: name})}"
     return ""
