@@ -58,7 +58,7 @@ def test_one_line_for_every_column_that_nobody_reads(tmp_path: Path, loaded: Any
         ("System", "chat", "did you mean system? 'data.columns={system:System}'"),
         ("system_prompt", "prompt_completion", "did you mean system? 'data.columns={system:system_prompt}'"),
         ("context", "prompt_completion", "data.columns={instruction:prompt,output:completion,input:context}"),
-        ("label", "text", "to learn label from it: 'data.columns={instruction:text,output:label}'"),
+        ("label", "text", "to predict label from it: 'data.columns={instruction:text,output:label}'"),
         ("loss", "chat", '{"role": "assistant", "content": "…", "loss": …}'),
         ("rejected_response", "chat", "rejected_response looks like preference data"),
         ("id", "chat", ""),

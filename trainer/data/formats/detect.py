@@ -52,7 +52,7 @@ def detect_format(row: Row, format: str, columns: Mapping[str, str]) -> str:
     fitting = fitting_format(row, columns)
     wanted = preference_columns(row.fields)
     if wanted and (fitting is None or format not in ("auto", fitting)):
-        reason = f"are {PREFERENCE}, and every answer that is trained on is learnt as a good one"
+        reason = f"are {PREFERENCE}, and training on all of them would teach the bad answers too"
         hint = f"to train on what was chosen: {as_typed('data.columns', wanted)}"
         meant = "chat" if "messages" in wanted else "alpaca" if "output" in wanted else "prompt_completion"
         hint += f" data.format={meant}" if format not in ("auto", meant) else ""

@@ -33,7 +33,7 @@ def check_meaning(fields: RowFields, format: str) -> None:
         if name in MEDIA:
             raise holds_media(f"{fields.row.where} {name}", name)
         if name in GOOD_OR_BAD and str(value).lower() in ("true", "false"):
-            reason = "is true or false for good and bad answers (KTO's preference data), and each would be learnt"
+            reason = "is true or false for good and bad answers (KTO's preference data), and training on all of them would teach the bad ones too"
             hint = f"{as_typed('data.columns', {'keep': name})} trains on the good ones alone"
             where = f"{fields.row.where} {name}"
             raise RowError("preference", where, reason=reason, hint=hint)

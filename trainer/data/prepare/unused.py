@@ -45,12 +45,12 @@ def check_unused(unused: Mapping[str, int], format: str, columns: Mapping[str, s
 def _hint(name: str, format: str, columns: Mapping[str, str]) -> str:
     lower = name.lower()
     if lower.startswith("rejected") or lower.endswith("rejected"):
-        return f"{name} looks like preference data, of which only the good answers are learnt"
+        return f"{name} looks like preference data, of which only the good answers are trained on"
     if lower in _OF_LOSS:
         return f'what is in the loss is said in a message: {{"role": "assistant", "content": "…", "{lower}": …}}'
     if format == "text" and lower in _ANSWERS:
         typed = as_typed("data.columns", {"instruction": "text", "output": name})
-        return f"the text alone is learnt; to learn {name} from it: {typed}"
+        return f"only the text is trained on; to predict {name} from it: {typed}"
     if format == "prompt_completion" and lower in ("input", *ALIASES["input"]):
         mapping = {"instruction": "prompt", "output": "completion", "input": name}
         return f"did you mean {as_typed('data.columns', mapping)}"
