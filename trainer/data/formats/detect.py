@@ -9,7 +9,7 @@ from trainer.config.dataset_spec import COLUMNS
 from trainer.config.messages import as_typed, nearest
 from trainer.data.formats.conversations import CONTENT_ALIASES, CONTENT_KEYS, ROLE_ALIASES, ROLE_KEYS
 from trainer.data.formats.fields import RowFields
-from trainer.data.formats.meaning import PREFERENCE, preference_columns
+from trainer.data.formats.meaning import BOTH, PREFERENCE, preference_columns
 from trainer.data.sources.rows import Row, RowError
 from trainer.errors import DataError
 
@@ -52,7 +52,7 @@ def detect_format(row: Row, format: str, columns: Mapping[str, str]) -> str:
     fitting = fitting_format(row, columns)
     wanted = preference_columns(row.fields)
     if wanted and (fitting is None or format not in ("auto", fitting)):
-        reason = f"are {PREFERENCE}, and training on all of them would teach the bad answers too"
+        reason = f"are {PREFERENCE}, and training on {BOTH}"
         hint = f"to train on what was chosen: {as_typed('data.columns', wanted)}"
         meant = "chat" if "messages" in wanted else "alpaca" if "output" in wanted else "prompt_completion"
         hint += f" data.format={meant}" if format not in ("auto", meant) else ""

@@ -13,6 +13,7 @@ from trainer.data.sources.rows import RowError
 GOOD_OR_BAD = ("label", "kto_tag", "is_chosen")  # columns of KTO's data: true for a good completion, else false
 _TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 PREFERENCE = "preference data: one answer is better than another"
+BOTH = "all of them would teach the bad ones too"
 _NAMES_ANSWER = ("prompt_completion", "alpaca", "chat")
 
 
@@ -33,7 +34,7 @@ def check_meaning(fields: RowFields, format: str) -> None:
         if name in MEDIA:
             raise holds_media(f"{fields.row.where} {name}", name)
         if name in GOOD_OR_BAD and str(value).lower() in ("true", "false"):
-            reason = "is true or false for good and bad answers (KTO's preference data), and training on all of them would teach the bad ones too"
+            reason = f"is true or false for good and bad answers (KTO's preference data), and training on {BOTH}"
             hint = f"{as_typed('data.columns', {'keep': name})} trains on the good ones alone"
             where = f"{fields.row.where} {name}"
             raise RowError("preference", where, reason=reason, hint=hint)

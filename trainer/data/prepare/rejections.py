@@ -42,6 +42,11 @@ MAX_SHOWN_HINTS = 2
 MAX_HINTS = 100  # different ones that are counted a reason; they may name what a row holds
 
 
+def left_out_reasons(on_too_long: str) -> set[str]:
+    """Return the reasons for which the config itself leaves rows out: they are not refused."""
+    return {"not_kept", "too_long"} if on_too_long == "drop" else {"not_kept"}
+
+
 class RejectionCounter:
     """Counts rejected rows by their reason, as they come.
 
@@ -51,7 +56,7 @@ class RejectionCounter:
     """
 
     def __init__(self, on_too_long: str, many_files: bool = False) -> None:
-        self._left_out = {"not_kept", *(("too_long",) if on_too_long == "drop" else ())}
+        self._left_out = left_out_reasons(on_too_long)
         self._many_files = many_files
         self._counts: Counter[str] = Counter()
         self._files: dict[str, Counter[str]] = {}
@@ -72,13 +77,13 @@ class RejectionCounter:
 
     @property
     def dropped(self) -> int:
-        """Rows left out for their length, as ``on_too_long=drop`` asks, or by ``data.columns.keep``."""
-        return sum(count for reason, count in self._counts.items() if reason in self._left_out)
+        """Rows left out for their length, as ``on_too_long=drop`` asks."""
+        return self._counts["too_long"] if "too_long" in self._left_out else 0
 
     @property
     def refused(self) -> int:
-        """All others: those that count against ``data.max_refused``."""
-        return sum(self._counts.values()) - self.dropped
+        """Those that count against ``data.max_refused``: all but what the config itself leaves out."""
+        return sum(count for reason, count in self._counts.items() if reason not in self._left_out)
 
     def findings(self) -> list[Finding]:
         """Report one finding a reason, the commonest first."""
@@ -134,5 +139,5 @@ def summarize_hints(rows: Iterable[dict[str, str]]) -> str:
 
 def first_refused(file: Path, most: int, on_too_long: str) -> list[dict[str, str]]:
     """Read the first few rows of a ``refused.jsonl`` that count against ``data.max_refused``."""
-    left_out = {"not_kept", *(("too_long",) if on_too_long == "drop" else ())}
+    left_out = left_out_reasons(on_too_long)
     return list(islice((row for row in read_rejected(file) if row["reason"] not in left_out), most))
