@@ -31,7 +31,7 @@ def next_commands(run: Run) -> list[str]:
         if run.config:
             return [resume_command(run)]
         return [] if (run.folder / CONFIG_FILE).exists() else [f"afina status {folder}"]
-    return commands_after(run.folder, run.config.get("method.name"), run.config.get("data.template"))
+    return commands_after(run.folder, run.config.get("method.name"))
 
 
 def resume_command(run: Run) -> str:

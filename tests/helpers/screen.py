@@ -10,19 +10,23 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyte
 
+from tests.helpers import warm
 from tests.helpers.processes import stop_tree
 
 ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:[34][0-8]|9[0-7]|10[0-7])[0-9;]*m")
+QUIET_SECONDS = 0.3  # before a prompt is answered: it is shown before the command listens
 LINES = 1000  # of the screen that is kept: more than a command writes, so that nothing scrolls off
 # What the machine of the test may have set, and a user's shell has not.
 UNSET = ("NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JUPYTER_COLUMNS")
@@ -50,6 +54,11 @@ class Recording:
     def raw(self) -> str:
         """Return all that was shown, escapes and carriage returns included."""
         return "".join(text for _, text in self.chunks)
+
+    @property
+    def text(self) -> str:
+        """Return all that was shown, without escapes; every state of a bar is in it."""
+        return ESCAPE.sub("", self.raw)
 
     @property
     def first_line_seconds(self) -> float:
@@ -87,7 +96,7 @@ class Recording:
 
     def widest_line(self) -> int:
         """Return the columns of the widest line that was written, before a terminal would wrap it."""
-        text = ESCAPE.sub("", self.raw).replace("\r\n", "\n")
+        text = self.text.replace("\r\n", "\n")
         return max(len(part) for line in text.split("\n") for part in line.split("\r"))
 
 
@@ -98,6 +107,7 @@ def record(
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     typed: str = "",
+    prompt: str | None = None,
     stdout_apart: bool = False,
     timeout_seconds: float = 300,
 ) -> Recording:
@@ -108,13 +118,12 @@ def record(
         columns: of the pseudo-terminal; ``None``: stdout and stderr are one pipe.
         env: laid over this process's environment; ``NO_COLOR`` and its like come from here alone.
         cwd: where it runs.
-        typed: its stdin, typed at once; on a terminal Ctrl-D follows, in a pipe it ends there.
+        typed: its stdin, to its end; on a terminal a line each time that ``prompt`` is shown, then Ctrl-D.
+        prompt: what stands last on a terminal when a line may be typed.
         stdout_apart: stdout is a pipe, read into ``Recording.stdout``, and stderr alone is recorded.
         timeout_seconds: after them it is ended, and the test fails.
     """
     words = [os.fspath(word) for word in command]
-    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
-    environment |= {"TERM": "xterm-256color", **(env or {})}
     ours, theirs = pty.openpty() if columns else os.pipe()
     apart = os.pipe() if stdout_apart else None
     if columns:
@@ -122,7 +131,7 @@ def record(
     begin = time.monotonic()
     process = subprocess.Popen(
         words,
-        env=environment,
+        env=environment_of(env or {}),
         cwd=cwd,
         stdin=theirs if columns else subprocess.PIPE,
         stdout=apart[1] if apart else theirs,
@@ -132,10 +141,19 @@ def record(
     os.close(theirs)
     if apart:
         os.close(apart[1])
-    _type(process, ours if columns else None, typed)
     recording = Recording(columns=columns)
+    lines = [*typed.splitlines(keepends=True), "\x04"] if prompt and columns else []
+
+    def answer_prompt() -> None:
+        if lines and recording.text.rstrip().endswith(str(prompt)):
+            os.write(ours, (lines.pop(0) if len(lines) > 1 else lines[0]).encode())
+
     try:
-        _read(recording, ours, apart[0] if apart else None, begin, timeout_seconds)
+        if process.stdin is not None:
+            with suppress(BrokenPipeError):
+                process.stdin.write(typed.encode())
+                process.stdin.close()
+        _read(recording, ours, apart[0] if apart else None, begin, timeout_seconds, answer_prompt)
         recording.returncode = process.wait(max(1.0, timeout_seconds - (time.monotonic() - begin)))
     finally:
         stop_tree(process)
@@ -146,29 +164,69 @@ def record(
     return recording
 
 
+def record_warm(
+    *args: str | os.PathLike[str],
+    columns: int | None = 80,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    timeout_seconds: float = 300,
+) -> Recording:
+    """Record ``afina`` as :func:`record` does, but ten seconds sooner: as a fork of a process that has imported
+    everything (``tests.helpers.warm``), so what libraries' loading shows is not seen. Its stdin is empty."""
+    recording = Recording(columns=columns)
+    with tempfile.TemporaryDirectory() as folder:
+        if columns:
+            ours, theirs = pty.openpty()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+            output = os.ttyname(theirs)
+        else:
+            output = f"{folder}/pipe"
+            os.mkfifo(output)
+            ours = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+            theirs = os.open(output, os.O_WRONLY)
+        begin = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            words, all_of_it = list(map(os.fspath, args)), {"OMP_NUM_THREADS": "1", **environment_of(env or {})}
+            code = pool.submit(warm.run_into, output, words, all_of_it, cwd, timeout_seconds)
+            code.add_done_callback(lambda _: os.close(theirs))  # then there is an end to be read
+            _read(recording, ours, None, begin, timeout_seconds + 60, lambda: None)
+        os.close(ours)
+        recording.seconds = time.monotonic() - begin
+    found = code.result()
+    assert found is not None, f"ran past {timeout_seconds} s; it has shown\n{recording.raw[-4000:]}"
+    recording.returncode = found
+    return recording
+
+
+def environment_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment as a user's shell has it, with ``env`` laid over it."""
+    return {name: value for name, value in os.environ.items() if name not in UNSET} | {
+        "TERM": "xterm-256color",
+        **env,
+    }
+
+
 def afina(*args: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
     """Return the command line of the ``afina`` script of this environment."""
     return [Path(sys.executable).with_name("afina"), *args]
 
 
-def _type(process: subprocess.Popen[bytes], terminal: int | None, typed: str) -> None:
-    if terminal is not None:
-        if typed:
-            os.write(terminal, typed.encode() + b"\x04")
-        return
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(typed.encode())
-        process.stdin.close()
-
-
-def _read(recording: Recording, shown: int, apart: int | None, begin: float, timeout_seconds: float) -> None:
+def _read(
+    recording: Recording,
+    shown: int,
+    apart: int | None,
+    begin: float,
+    timeout_seconds: float,
+    on_quiet: Callable[[], None],
+) -> None:
     """Read until the command and its children have let go of what they write to."""
     decoders = {shown: b"", **({apart: b""} if apart is not None else {})}
     while decoders:
         left = timeout_seconds - (time.monotonic() - begin)
-        ready = select.select(list(decoders), [], [], max(0.0, left))[0]
-        assert ready, f"ran past {timeout_seconds} s; it has shown\n{recording.raw[-4000:]}"
+        assert left > 0, f"ran past {timeout_seconds} s; it has shown\n{recording.raw[-4000:]}"
+        ready = select.select(list(decoders), [], [], QUIET_SECONDS)[0]
+        if not ready:
+            on_quiet()
         for source in ready:
             try:
                 read = os.read(source, 1 << 16)

@@ -10,7 +10,8 @@ import typer
 from trainer.cli.folders import find_run
 from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
 from trainer.errors import ConfigError
-from trainer.tracking.logs import print_line, say_loading
+from trainer.tracking.counter import loading_libraries
+from trainer.tracking.logs import print_line
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
@@ -19,9 +20,10 @@ def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -
     With the run's config, and your overrides on top.
     """
     folder = find_run(run)
-    say_loading()
-    import trainer.inference.score
     from launch import table
+
+    with loading_libraries():
+        import trainer.inference.score
 
     scores = trainer.inference.score.score_run(folder, overrides or [], adapters or [])
     metrics = next(iter(scores.values()))
@@ -45,8 +47,8 @@ def generate(
     """
     _check_bits(bits)
     folder = find_run(run)
-    say_loading()
-    import trainer.inference.generate
+    with loading_libraries():
+        import trainer.inference.generate
 
     answers = trainer.inference.generate.generate_run(
         folder,
@@ -77,8 +79,8 @@ def chat(
     """
     _check_bits(bits)
     folder = find_run(run)
-    say_loading()
-    import trainer.inference.chat
+    with loading_libraries():
+        import trainer.inference.chat
 
     trainer.inference.chat.chat_run(
         folder, adapter=not no_adapter, adapters=adapters or [], bits=bits, overrides=overrides or []
@@ -95,8 +97,8 @@ def merge(
     The merged model is read back from disk and compared with the live adapter, or deleted.
     """
     folder = find_run(run)
-    say_loading()
-    import trainer.inference.merge
+    with loading_libraries():
+        import trainer.inference.merge
 
     result = trainer.inference.merge.merge_run(folder, to, overrides or [])
     print_line(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")

@@ -134,8 +134,6 @@ def fetch(
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)
     else:
-        if name in trainer.models.embedded.EMBEDDED:
-            logger.info(f"looking for {name} in the cache")
         print(trainer.models.embedded.fetch(name))
 
 

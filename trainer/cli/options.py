@@ -9,8 +9,6 @@ import typer
 
 from trainer.cli.completion import complete_override, complete_run
 
-CONFIG = "Config"  # the panel of `--help`
-
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -18,7 +16,6 @@ Overrides = Annotated[
         help="key=value, group=option; a value with brackets or spaces in quotes",
         show_default=False,
         autocompletion=complete_override,
-        rich_help_panel=CONFIG,
     ),
 ]
 ConfigFile = Annotated[
@@ -27,7 +24,7 @@ ConfigFile = Annotated[
         "--config",
         metavar="FILE",
         help="start from a run's config.yaml, or from the groups with the keys of your own YAML on top",
-        rich_help_panel=CONFIG,
+        rich_help_panel="Config",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be run, start nothing")]

@@ -28,7 +28,10 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="of runs", show_default=str(RUNS))] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="print raw values, for scripts")] = False,
 ) -> int:
-    """List what was trained: status, step, score, size, and the command that goes on. The newest first."""
+    """List what was trained, and how each run goes on.
+
+    Status, step, score, size; the newest first.
+    """
     from launch.report.listing import list_runs, record
 
     if not folder.is_dir():
@@ -49,7 +52,7 @@ def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")],
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE.svg", help="write the loss curve, too")] = None,
 ) -> int:
-    """Show a run: what was trained, scores before and after, time, memory, its loss curve, what to type next."""
+    """Show one run: scores, cost, loss curve, what to type next."""
     from launch.report import show as shown
     from launch.report.text_curve import Look
 

@@ -66,9 +66,9 @@ def train(
 
         logger.info(f"starting torchrun: {torchrun.ranks_per_node(config)} processes")
         return torchrun.launch(config, arguments, config_file)
-    import trainer.train
+    from trainer.train import main
 
-    return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
+    return main([*(["--config", str(config_file)] if config_file else []), *arguments])
 
 
 def sweep(

@@ -23,6 +23,7 @@ from trainer.config.messages import as_typed, config_error
 from trainer.config.overrides import split
 from trainer.config.paths import absolute_data_path, find_adapter, find_template, find_validation
 from trainer.config.rules import check as rules
+from trainer.config.rules.tracking import check_trackers_installed
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
     FREE,
@@ -74,6 +75,8 @@ def load(
     _assign_all(cfg, values)
     config = _resolve(cfg)
     rules.check(config)
+    if with_data and not only_to_compare:
+        check_trackers_installed(config)
     if config.method.adapter is not None:
         config.method.adapter = str(find_adapter("method.adapter", config.method.adapter))
     if with_data:

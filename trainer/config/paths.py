@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_split_name, parse_dataset_specs
-from trainer.config.messages import config_error, nearest
+from trainer.config.messages import as_typed, config_error, nearest
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
     conf_dir,
@@ -98,7 +98,8 @@ def _missing_file(name: str, path: str, hint: str) -> ConfigError:
     given = Path(path).expanduser()
     beside = os.listdir(given.parent) if os.access(given.parent, os.R_OK) and given.parent.is_dir() else []
     near = nearest(given.name, beside, 0.8)
-    hint = f"{name}={given.parent / near}" if near else hint
+    if near:  # of one data set among several, its place in the list, which cannot be typed
+        hint = f"{name}={given.parent / near}" if "[" in name else as_typed(name, str(given.parent / near))
     return config_error(name, path, f"there is no such file (looked from {Path.cwd()})", hint)
 
 

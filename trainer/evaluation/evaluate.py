@@ -112,7 +112,7 @@ def _eval_loss(
     total = 0.0
     layout = packing.split(examples, world.world_size)
     rounds = rows_a_round(layout.micros)
-    with ProgressCounter("evaluating", len(rows)) as counter:
+    with ProgressCounter("evaluating", len(rows), recurs=True) as counter:
         for batch, count in zip(packing.batches(examples, layout, world.rank, range(len(rows))), rounds, strict=True):
             between_batches()
             total += float(loss_sum(batch.to(world.device)))
@@ -140,7 +140,7 @@ def generate_answers(
         return []
     mine: dict[int, tuple[str, str]] = {}
     micros = split_padded(prompt_lengths[with_prompt], world.world_size, Limits(config.eval.batch_size, 0))
-    with ProgressCounter("generating answers", len(with_prompt)) as counter:
+    with ProgressCounter("generating answers", len(with_prompt), recurs=True) as counter:
         for micro, count in zip(micros[world.rank], rows_a_round(micros), strict=True):
             between_batches()
             records = rows.examples(with_prompt[micro] if micro else [])  # a few: as Python objects, rows are big

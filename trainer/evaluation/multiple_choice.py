@@ -54,7 +54,7 @@ def choice_accuracy(
     packing, correct = Packing(False, limits, pad_id), 0
     layout = packing.split(prompts, world.world_size)
     batches = packing.batches(prompts, layout, world.rank, with_choices)
-    with ProgressCounter("evaluating choices", len(with_choices)) as counter:
+    with ProgressCounter("evaluating choices", len(with_choices), recurs=True) as counter:
         for micro, batch, count in zip(layout.micros[world.rank], batches, rows_a_round(layout.micros), strict=True):
             between_batches()
             logits = label_logits(batch.to(world.device))

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.config import TrainConfig, find_adapter, load, read_values
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
+from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
+from trainer.evaluation.generator import Generator, TokenCounter
 from trainer.inference.find_base import find_base, warn_of_other_base
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
 from trainer.silence import silence_libraries
+from trainer.tracking.counter import ProgressCounter
 
 BASE = "base"  # the name of the base alone
 
@@ -46,6 +51,24 @@ class RunModel:
     def model(self) -> Any:
         """Return the base with the adapter that is on it now."""
         return self.switcher.model
+
+    def answer(self, prompt: str, input: str = "", name: str | None = None) -> str:
+        """Answer one prompt, in the template of training, as ``afina generate``; the ``generate`` keys say how.
+
+        Args:
+            prompt: the instruction.
+            input: what the instruction is about, as in an Alpaca row.
+            name: of the adapter that answers; ``None``: the one that is on the base.
+        """
+        config = self.config
+        template = Template(self.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
+        model = self.model if name is None else self.switcher.use(name)
+        torch.manual_seed(config.run.seed)
+        generator = Generator(model, self.tokenizer, config.generate, template.end_ids(), model.device)
+        ids = template.encode_prompt(prompt, input)
+        with ProgressCounter("generating", config.generate.max_new_tokens, "tokens") as counter:
+            answer = generator.answer([ids], TokenCounter(counter.advance))[0]
+        return generator.decode(answer).strip()
 
 
 def load_run(
@@ -90,7 +113,7 @@ def load_run(
 
 
 def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> TrainConfig:
-    """Load a run's config for inference: what it was warm-started or resumed from does not matter any more.
+    """Load a run's config for inference: neither what it started from nor where it was tracked matters any more.
 
     Raises:
         ConfigError: an override cannot be used.
@@ -99,7 +122,7 @@ def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True)
         if typed.startswith("method.adapter="):
             hint = f"--adapter NAME={typed.partition('=')[2]}"
             raise config_error("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
-    defaults = ["method.adapter=null", "checkpoint.resume=auto", *_saved_template_override(run)]
+    defaults = ["method.adapter=null", "checkpoint.resume=auto", "log.trackers=[]", *_saved_template_override(run)]
     return load([*defaults, *overrides], run / "config.yaml", with_data)
 
 

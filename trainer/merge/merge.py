@@ -84,7 +84,7 @@ def logits_at_positions(model: Any, prompts: Sequence[list[int]]) -> list[Tensor
     """
     device = next(model.parameters()).device
     found = []
-    with torch.no_grad(), ProgressCounter("comparing logits", len(prompts), "prompts") as counter:
+    with torch.no_grad(), ProgressCounter("comparing logits", len(prompts), "prompts", recurs=True) as counter:
         for prompt in counter.over(prompts):
             logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits[0]
             spread = torch.linspace(0, len(prompt) - 1, min(MAX_POSITIONS, len(prompt)), device=device)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from trainer.tracking.logs import LineHandler, current_handler, draws_bars, print_above, use_handler
@@ -21,25 +21,32 @@ LOOK_SECONDS = 1.0  # whether one is due, where the stage itself has nothing to 
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
-_said: dict[str, float] = {}  # when a stage's last plain line was, by its name
+_said: dict[str, float] = {}  # when the last plain line of a stage was
 
 
 class ProgressCounter:
     """Show how far a long stage is, while the context is open. Only where lines are shown (rank 0); no collective.
 
-    On a terminal: a bar, gone at the end. Elsewhere a line at the start and every 30 s, the same stage again included.
+    On a terminal: a bar, gone at the end. Elsewhere a line at the start and every 30 s.
 
     Args:
         what: verb and object, such as ``evaluating``.
         total: of all ranks; ``None``: not known (yet).
         unit: what is counted, where ``what`` does not say it.
+        recurs: it comes again and again, as evaluations do: its start is a line once in 30 s, too.
         now: seconds of a clock.
     """
 
     def __init__(
-        self, what: str, total: int | None = None, unit: str = "", now: Callable[[], float] = time.monotonic
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        recurs: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.what, self.total, self.unit, self.recurs, self.done = what, total, unit, recurs, 0
         self._now, self._begin = now, now()
         self._shown: _Lines | _Bar | None = None
 
@@ -87,12 +94,24 @@ class ProgressCounter:
         return f"{self.done:,}{unit}" if self.done else ""
 
 
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Say that libraries are loaded inside, which takes ten seconds, unless they have been before."""
+    if "torch" in sys.modules:
+        yield
+        return
+    with ProgressCounter("loading libraries"):
+        yield
+
+
 class _Lines:
     """Say how far a stage is in plain lines; a thread looks whether one is due, for a stage may hang in one call."""
 
     def __init__(self, counter: ProgressCounter, now: Callable[[], float]) -> None:
         self._counter, self._now = counter, now
         self._lock, self._done = threading.Lock(), threading.Event()
+        if not counter.recurs:
+            _said.pop(counter.what, None)
         self.update()
         self._thread = threading.Thread(target=self._look, name="counter", daemon=True)
         self._thread.start()

@@ -85,12 +85,6 @@ def use_handler(handler: LineHandler | None) -> LineHandler | None:
     return before
 
 
-def say_loading() -> None:
-    """Say that libraries are loaded, which takes ten seconds, unless they are; on stderr, before any is."""
-    if "torch" not in sys.modules:
-        print_line("loading libraries", sys.stderr)
-
-
 def current_handler() -> LineHandler | None:
     """Return the handler that has the records now."""
     return next((h for h in logging.getLogger(LOGGERS[0]).handlers if isinstance(h, LineHandler)), None)

@@ -15,8 +15,6 @@ from trainer.config.method import NOT_MERGEABLE
 from trainer.config.schema import METRICS, TrainConfig
 
 SCORES = ("eval_loss", *METRICS)
-# A tokenizer that is saved with one has it there.
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def result_lines(
@@ -73,18 +71,16 @@ def size_of(folder: Path) -> str:
     return size_text(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
-def commands_after(folder: Path, method: str | None, template: str | None) -> list[str]:
+def commands_after(folder: Path, method: str | None) -> list[str]:
     """Return what people type after a run has finished, the likeliest first, each as it is typed.
 
     Args:
         folder: the run folder.
         method: ``method.name`` of its config, if that can be read.
-        template: ``data.template``, likewise.
     """
     trained, run, found = folder / _trained(method), shlex.quote(str(folder)), []
     if trained.is_dir():
-        talks = (trained / CHAT_TEMPLATE).exists() and template != "plain"
-        found.append(f"afina chat {run}" if talks else f'afina generate {run} "…"')
+        found.append(f"afina chat {run}")
         if method not in (None, *NOT_MERGEABLE):
             found.append(f"afina merge {run} --to {shlex.quote(f'{folder}-merged')}")
     found.append(f"afina report {run}")
@@ -112,5 +108,5 @@ def _left(folder: Path, config: TrainConfig) -> Iterator[str]:
 
 
 def _next(folder: Path, config: TrainConfig) -> Iterator[str]:
-    for number, command in enumerate(commands_after(folder, config.method.name, config.data.template)):
+    for number, command in enumerate(commands_after(folder, config.method.name)):
         yield f"{'      ' if number else 'next: '}{command}"

@@ -32,7 +32,6 @@ def lines_of(folder: Path, *overrides: str, **arguments: Any) -> list[str]:
 def leave(folder: Path, trained: str = "adapter") -> None:
     (folder / trained).mkdir(parents=True)
     (folder / trained / "weights.safetensors").write_bytes(bytes(3 * 2**19))
-    (folder / trained / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "wandb" / "offline-run-20261128_010203-abc").mkdir(parents=True)
 
 
@@ -52,7 +51,6 @@ def test_the_end_of_a_run(tmp_path: Path) -> None:
         f"      wandb sync {quoted}/wandb/offline-run-*",
     ]
     assert not any("afina" in line for line in lines_of(run, with_next=False))
-    assert f'next: afina generate {quoted} "…"' in lines_of(run, "data.template=plain")
 
 
 @pytest.mark.parametrize("method", METHODS)
