@@ -130,7 +130,8 @@ def test_counts_by_file_and_format(tmp_path: Path, loaded: Any) -> None:
         "the row is of the format chat, and the data set of another, in 4 rows (b.jsonl: 3, c.jsonl: 1) → "
         in chat.message
     )
-    assert "data.path=[{path: FILES, format: alpaca}, {path: OTHER_FILES, format: chat}]" in chat.message
+    mixed = "'data.path=[{path:FILES,format:alpaca},{path:OTHERS,format:chat}]'"
+    assert f"data.format=chat if all rows are, else {mixed}" in chat.message
     assert "in 3 rows (b.jsonl: 2, a.jsonl: 1) → remove the row" in finding(data, "empty_answer").message
     assert finding(data, "format_text").where == ("c.jsonl:1",)
     assert "a row of the format chat" in data.parts[0].refused_file.read_text()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.config.messages import as_typed, nearest
-from trainer.data.formats.fields import require_text, wrong_type
+from trainer.data.formats.fields import is_nothing, require_text, wrong_type
 from trainer.data.formats.shapes import as_list
 from trainer.data.formats.tool_calls import CALL_ROLES, check_strings, parse_tool_calls
 from trainer.data.formats.turns import Turn
@@ -27,10 +27,10 @@ ROLE_ALIASES = ("speaker", "author", "sender", "who")
 CONTENT_ALIASES = ("text", "utterance", "message", "body", "said")
 # Keys of a message that chat templates read; anything else (ids, times) is dropped.
 EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
-LOSS_KEYS = ("weight", "train", "loss")  # OpenAI, Axolotl, ms-swift
+_LOSS_KEYS = frozenset(("weight", "train", "loss"))  # OpenAI, Axolotl, ms-swift
 MEDIA = ("image", "images", "image_url", "input_image", "audio", "audios", "input_audio", "video", "videos", "file")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_READ = {*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, *LOSS_KEYS, "function_call", "tools"}
+_READ = {*ROLE_KEYS, *CONTENT_KEYS, *EXTRA_KEYS, *_LOSS_KEYS, "function_call", "tools"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class MessageKeys:
         """Return the key under which a message has its ``role`` or ``content``."""
         if name in self.columns:
             return self.columns[name]
+        if message.get(usual[0]) is not None:
+            return usual[0]
         there = [key for key in usual if key in message]
         return next((key for key in there if message[key] is not None), there[0] if there else name)
 
@@ -74,7 +76,12 @@ def parse_turns(where: str, value: Any, answers: bool, keys: MessageKeys | None 
     turns: list[Turn] = []
     for i, message in enumerate(value):
         turn = _parse_turn(f"{where}[{i}]", message, answers, keys)
-        if turns and _is_written_call(message, turn) and _is_written_call(value[i - 1], turns[-1], turn.weight):
+        if (
+            turns
+            and turn.extra
+            and _is_written_call(message, turn)
+            and _is_written_call(value[i - 1], turns[-1], turn.weight)
+        ):
             calls = [*(turns[-1].extra or {})["tool_calls"], *(turn.extra or {})["tool_calls"]]
             turns[-1] = replace(turns[-1], extra={**(turns[-1].extra or {}), "tool_calls": calls})
         else:
@@ -103,7 +110,7 @@ def _parse_turn(where: str, message: Any, answers: bool, keys: MessageKeys) -> T
     if role == "system" and message.get("tools"):
         extra["tools"] = message["tools"]
     _note_unused(where, message, keys, key)
-    weight = _parse_weight(where, message)
+    weight = _parse_weight(where, message) if not _LOSS_KEYS.isdisjoint(message) else 1
     if calls and (written_role in CALL_ROLES or message.get(key) is None):
         text = ""
     elif key not in message:
@@ -112,7 +119,8 @@ def _parse_turn(where: str, message: Any, answers: bool, keys: MessageKeys) -> T
         text, thought = _parse_content(f"{where}.{key}", message[key], role)
         if thought and not extra.get("reasoning_content"):
             extra["reasoning_content"] = thought
-    check_strings(where, extra)
+    if extra:
+        check_strings(where, extra)
     if role != "assistant":
         return Turn(role, text, extra=extra or None)
     if not calls:
@@ -144,7 +152,7 @@ def _missing(
 def _note_unused(where: str, message: dict[str, Any], keys: MessageKeys, content: str) -> None:
     """Note what nobody reads of a message, and refuse what changes its meaning."""
     for name, value in message.items():
-        if name in _READ or name == content or name in keys.columns.values() or value in (None, "", [], {}):
+        if name in _READ or name == content or name in keys.columns.values() or is_nothing(value):
             continue
         if name in MEDIA:
             raise holds_media(f"{where}.{name}", name)
@@ -184,7 +192,7 @@ def _parse_content(where: str, value: Any, role: str) -> tuple[str, str]:
 def _parse_weight(where: str, message: dict[str, Any]) -> int:
     """Parse whether a message is in the loss: ``weight`` 0 or 1, ``train`` or ``loss`` true or false."""
     found: dict[str, int] = {}
-    for key in LOSS_KEYS:
+    for key in sorted(_LOSS_KEYS):
         value = message.get(key)
         if value is None:
             continue

@@ -93,7 +93,8 @@ def explain(error: RowError, row: Row, format: str, columns: Mapping[str, str]) 
     if other in (None, format):
         return error
     reason = f"is a row of the format {other}, and this data set is taken for {format}"
-    hint = f"data.path=[{{path: FILES, format: {format}}}, {{path: OTHER_FILES, format: {other}}}]"
+    mixed = as_typed("data.path", [{"path": "FILES", "format": format}, {"path": "OTHERS", "format": other}])
+    hint = f"data.format={other} if all rows are, else {mixed}"
     return RowError(f"format_{other}", row.where, reason=reason, hint=hint)
 
 

@@ -43,7 +43,7 @@ class RowFields:
 
     def unused(self) -> list[str]:
         """List the row's fields that hold something and were not asked for."""
-        return [k for k, v in self.row.fields.items() if k not in self.read and v not in (None, "", [], {})]
+        return [key for key, value in self.row.fields.items() if key not in self.read and not is_nothing(value)]
 
     def get(self, name: str) -> Any:
         """Return an optional field; ``None`` when it is null or not there.
@@ -93,6 +93,11 @@ class RowFields:
             return RowError("missing_field", self.where(name), reason="is missing", hint=f"give the row `{name}`")
         reason = f"is missing, and data.columns.{name}={column} says that {name} is there"
         return RowError("missing_field", self.where(name), reason=reason, hint="fix data.columns, or the row")
+
+
+def is_nothing(value: Any) -> bool:
+    """Return whether a value says nothing: null, an empty text, list or mapping; 0 and false say something."""
+    return value is None or (not value and isinstance(value, str | list | dict))
 
 
 def require_text(where: str, value: Any, empty: str | None = None) -> str:

@@ -7,13 +7,14 @@ from typing import Any
 
 from trainer.config.messages import as_typed
 from trainer.data.formats.conversations import MEDIA, holds_media
-from trainer.data.formats.fields import RowFields, wrong_type
+from trainer.data.formats.fields import RowFields, is_nothing, wrong_type
 from trainer.data.sources.rows import RowError
 
 GOOD_OR_BAD = ("label", "kto_tag", "is_chosen")  # columns of KTO's data: true for a good completion, else false
 _TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 PREFERENCE = "preference data: one answer is better than another"
 BOTH = "all of them would teach the bad ones too"
+_SUSPECTS = frozenset((*MEDIA, *GOOD_OR_BAD))
 _NAMES_ANSWER = ("prompt_completion", "alpaca", "chat")
 
 
@@ -29,7 +30,7 @@ def check_meaning(fields: RowFields, format: str) -> None:
         return
     mapped = set(fields.columns.values())
     for name, value in fields.row.fields.items():
-        if name in mapped or value in (None, "", [], {}):
+        if name not in _SUSPECTS or name in mapped or is_nothing(value):
             continue
         if name in MEDIA:
             raise holds_media(f"{fields.row.where} {name}", name)

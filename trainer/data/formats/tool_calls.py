@@ -63,9 +63,9 @@ def parse_tool_calls(where: str, message: dict[str, Any], written_role: str, sai
         calls = [{"type": "function", "function": message["function_call"]}]
     if not calls and written_role in CALL_ROLES:
         calls = _parse_written_calls(said)
-    calls = as_list(f"{where}.tool_calls", calls, "calls")
     if not calls:
         return []
+    calls = as_list(f"{where}.tool_calls", calls, "calls")
     if not isinstance(calls, list):
         raise wrong_type(f"{where}.tool_calls", calls, "a list of calls", "write [{…}]")
     for i, call in enumerate(calls):
