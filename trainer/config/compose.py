@@ -21,7 +21,7 @@ from trainer.config.dataset_spec import is_template_file
 from trainer.config.file_trust import refuse_calls, take_no_grants
 from trainer.config.messages import as_typed, config_error
 from trainer.config.overrides import split
-from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
+from trainer.config.paths import absolute_data_path, find_adapter, find_template, find_validation
 from trainer.config.rules import check as rules
 from trainer.config.rules.tracking import check_trackers_installed
 from trainer.config.schema import TrainConfig
@@ -82,7 +82,7 @@ def load(
     if with_data:
         config.data.path = absolute_data_path(config)
     if with_data and isinstance(config.data.validation, str):
-        config.data.validation = find_data("data.validation", config.data.validation)
+        config.data.validation = find_validation(config.data.validation)
     if is_template_file(config.data.template):
         config.data.template = find_template(config.data.template)
     return config

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.data.prepare.checks import Finding, check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
+from trainer.data.prepare.unused import check_unused
 from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.open import Source
 from trainer.tracking.counter import ProgressCounter
@@ -47,7 +49,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     name = source.names[0] if len(source.names) == 1 else f"{source.spec.path} ({len(source.names)} files)"
     what = f"preparing {name}" + (f" in {number} processes" if number > 1 else "")
     begin = time.monotonic()
-    rejections = RejectionCounter(spec.on_too_long)
+    rejections, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
     controls: set[str] = set()
@@ -66,13 +68,15 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             rows += len(chunk.stats)
             rejections.add(chunk.rejected)
             controls |= chunk.controls
+            unused.update(chunk.unused)
             rejected.writelines(map(to_json_line, chunk.rejected))
             counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
 
-    findings = rejections.findings() + _check(source, spec, stats, controls)
+    findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
+    findings += _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {

@@ -40,7 +40,7 @@ from trainer.files import (
 from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
-VERSION = 6  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
+VERSION = 8  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
 LAYOUT = 2  # of the table's files and of what is found in the rows
 
 

@@ -12,6 +12,7 @@ from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
 from trainer.data.sources.readers import chunk_rows, number_rows
 from trainer.data.sources.rows import CHUNK_LINES, Chunk
+from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
 
 
@@ -47,6 +48,13 @@ def load_saved(folder: Path, spec: DatasetSpec) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"was written by save_to_disk, and cannot be read ({_shorten(error)})"
         raise DataError("data.path", value=spec.path, reason=reason, hint="save it again") from error
+
+
+def other_splits(folder: Path, spec: DatasetSpec) -> tuple[LeftAlone, ...]:
+    """Name the splits of a saved data set that are not ``spec.split``."""
+    index = folder / "dataset_dict.json"
+    splits = json.loads(index.read_text(encoding="utf-8"))["splits"] if index.is_file() else []
+    return tuple(LeftAlone(s, f"{folder.name}/{s}", str(folder / s)) for s in splits if s != spec.split)
 
 
 def load_hub(spec: DatasetSpec) -> Any:
@@ -93,20 +101,16 @@ def _not_reached(spec: DatasetSpec, error: Exception) -> DataError:
 
 
 def read_chunks(table: Any, name: str) -> Iterator[Chunk]:
-    """Read the rows of a data set in chunks, numbered from 1, with the values that ``datasets`` gives in Python.
+    """Read the rows of a data set in chunks, numbered from 1.
 
     Raises:
         DataError: its files are damaged.
     """
     try:
-        yield from chunk_rows(number_rows(table.with_format(None).iter(CHUNK_LINES), name, _to_rows), 0, name)
+        yield from chunk_rows(number_rows(table.with_format("arrow").iter(CHUNK_LINES), name), 0, name)
     except (OSError, ValueError, OverflowError, ImportError) as error:
         hint = "leave out columns that are no text, or save it again"
         raise DataError(name, reason=f"cannot be read ({_shorten(error)})", hint=hint) from error
-
-
-def _to_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def _list_splits(splits: list[str]) -> str:
