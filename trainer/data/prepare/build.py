@@ -67,14 +67,15 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             parts.append(chunk.stats)
             rows += len(chunk.stats)
             rejections.add(chunk.rejected)
-            controls |= chunk.controls
             unused.update(chunk.unused)
+            controls |= chunk.controls
             rejected.writelines(map(to_json_line, chunk.rejected))
             counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
-
+    if spec.group_by is not None:
+        unused.pop(spec.group_by, None)
     findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
     findings += _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin

@@ -84,8 +84,8 @@ class EncodedChunk:
         rows: a serialised Arrow record batch of ``SCHEMA``; empty when no row was usable.
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
-        controls: control tokens that the texts of rows hold, and turn markers of other tokenizers.
         unused: fields that nobody reads -> rows that hold something in them.
+        controls: control tokens that the texts of rows hold, and turn markers of other tokenizers.
     """
 
     rows: bytes

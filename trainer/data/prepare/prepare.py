@@ -41,7 +41,7 @@ from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 VERSION = 8  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
-LAYOUT = 2  # of the table's files and of what is found in the rows
+LAYOUT = 3  # of the table's files and of what is found in the rows
 
 
 def prepare(

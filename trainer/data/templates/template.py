@@ -85,8 +85,8 @@ class Template:
                 source, self.adds_bos = f"{{{{- bos_token }}}}{source}", True
                 self._chat = ChatTemplate(tokenizer, source, name, hint)
         self._source = source
-        self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
         self._tool_place = ToolPlace(tokenizer, source)
+        self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
 
     @property
     def chat_template(self) -> Any:
