@@ -104,7 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recorded = []
     for screen in HOUR:
         words = shlex.split(screen.command)
-        shown = record(afina(*words), columns=COLUMNS, cwd=folder, typed=screen.typed, timeout_seconds=TIMEOUT_SECONDS)
+        shown = record(
+            afina(*words),
+            columns=COLUMNS,
+            cwd=folder,
+            typed=screen.typed,
+            prompt="›" if screen.typed else None,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
         print(f"{shown.seconds:6.1f} s, code {shown.returncode}: afina {screen.command[:70]!r}", flush=True)
         recorded.append((screen, shown))
     PAGE.write_text("\n".join(page(recorded, folder)), encoding="utf-8")

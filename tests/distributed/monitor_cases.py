@@ -117,7 +117,7 @@ def best_weights_are_kept(bench: Bench, overrides: list[str], killed_after: int 
     loop = bench.loop(config)
     for step in range(summary["best_step"]):
         loop.step(step)
-    save_final(loop.engine, folder / "reference", Tokenizer(), config)
+    save_final(loop.engine, folder / "reference", Tokenizer(), config, [])
     barrier()
     records = read_metrics(straight)
     seen = {

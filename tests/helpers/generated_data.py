@@ -39,7 +39,7 @@ def prepared(
         "table": Dataset.from_dict(columns, features=FEATURES),
         "lengths": np.asarray([len(ids) for ids, _ in rows], dtype=np.int32),
         "label_counts": np.asarray([sum(mask[1:]) for _, mask in rows], dtype=np.int32),
-        "hashes": np.zeros((2, len(rows)), dtype=np.int64),
+        "hashes": np.zeros((3, len(rows)), dtype=np.int64),
         "fingerprint": "0" * 32,
         "names": (name,),
         "folder": folder,

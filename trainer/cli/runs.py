@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,7 +111,8 @@ def _row(entry: Entry) -> list[str]:
 def _write_whatever_there_is() -> None:
     """Let no letter of a name end a list: what the output's encoding does not have is written as its number."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # where the descriptor below was exchanged for a pipe
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _writes(text: str) -> bool:

@@ -10,6 +10,7 @@ from trainer.config.messages import as_typed, config_error, in_grammar, nearest,
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
 FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
+TEXT_UNITS = ("line", "paragraph", "file")
 FIELDS = frozenset(
     ["instruction", "input", "output", "system", "history", "messages", "conversations", "contents", "prompt"]
     + ["completion", "response", "text", "question", "options", "answer", "tools", "functions", "subject"]
@@ -32,6 +33,7 @@ class DatasetSpec:
         rows: use exactly so many of its training rows instead, drawn by the seed, repeated when there are fewer.
         split: of a dataset that has several, of a folder or glob by the names of its files.
         revision: commit, tag or branch of a hub id.
+        text_unit: what a row of a ``.txt`` file is.
         subset: of a hub id that has several (its configuration, ``main`` in ``openai/gsm8k``).
     """
 
@@ -43,6 +45,7 @@ class DatasetSpec:
     split: str = "train"
     revision: str | None = None
     subset: str | None = None
+    text_unit: str = "line"
 
 
 def is_glob(path: str) -> bool:
@@ -94,7 +97,13 @@ def _columns_as_typed(name: str, columns: dict[str, str]) -> str:
 
 
 def parse_dataset_specs(
-    path: Any, format: str, columns: dict[str, str], split: str, revision: str | None, subset: str | None = None
+    path: Any,
+    format: str,
+    columns: dict[str, str],
+    split: str,
+    revision: str | None,
+    subset: str | None = None,
+    text_unit: str = "line",
 ) -> list[DatasetSpec]:
     """Parse ``data.path``; what a dataset does not set itself, the ``data`` group sets for all.
 
@@ -112,6 +121,7 @@ def parse_dataset_specs(
         if not isinstance(given, dict):
             raise config_error(name, one_line(item), reason, "data.path=my.jsonl")
         inherited = {"format": format, "columns": columns, "split": split, "revision": revision, "subset": subset}
+        inherited["text_unit"] = text_unit
         specs.append(_dataset_spec(name, given, inherited))
     return specs
 
@@ -129,6 +139,9 @@ def _dataset_spec(name: str, given: dict[str, Any], inherited: dict[str, Any]) -
     if spec.format not in FORMATS:
         hint = nearest(str(spec.format), FORMATS) or FORMATS[0]
         raise config_error(f"{name}.format", spec.format, f"must be one of {', '.join(FORMATS)}", f"format: {hint}")
+    if spec.text_unit not in TEXT_UNITS:
+        reason = f"must be one of {', '.join(TEXT_UNITS)}"
+        raise config_error(f"{name}.text_unit", one_line(spec.text_unit), reason, f"text_unit: {TEXT_UNITS[0]}")
     check_columns(f"{name}.columns", spec.columns)
     number = isinstance(spec.weight, int | float) and not isinstance(spec.weight, bool)
     if not number or not 0 < spec.weight < float("inf"):

@@ -13,6 +13,7 @@ def key(
     changes_result: bool = True,
     resume_may_change: bool = False,
     grants: bool = False,
+    newer: bool = False,
     **limits: Any,
 ) -> Any:
     """Return a documented dataclass field.
@@ -30,12 +31,14 @@ def key(
             meaning. ``False`` binds the checkpoint to the value.
         grants: whether it lets something happen to this machine that a file from somebody else must not ask for: it
             counts where it is typed, or in one's own ``conf/``.
+        newer: whether it came after runs were named without it: at its default it has no part in a run's default name,
+            so that such a run is found and goes on.
         **limits: any of ``choices`` (tuple of allowed values), ``ge``, ``gt``, ``le``, ``lt`` (numeric bounds).
     """
     unknown = set(limits) - {"choices", "ge", "gt", "le", "lt"}
     assert not unknown, f"unknown limits {unknown}"
     assert changes_result or not resume_may_change, "what does not change the result may always change at a resume"
-    marks = {"changes_result": changes_result, "resume_may_change": resume_may_change, "grants": grants}
+    marks = {"changes_result": changes_result, "resume_may_change": resume_may_change, "grants": grants, "newer": newer}
     metadata = {"help": help, **marks, **limits}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)

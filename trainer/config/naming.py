@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.config.identity import result_fields
 from trainer.config.schema import TrainConfig
+from trainer.config.suggestions import config_fields, default_value
 
 MAX_SLUG_LENGTH = 40
 
@@ -39,5 +40,11 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def _digest(config: TrainConfig) -> str:
-    text = json.dumps(result_fields(config), sort_keys=True, default=str)
+    fields = config_fields()
+    counted = {
+        name: value
+        for name, value in result_fields(config).items()
+        if not (fields[name].field.metadata["newer"] and value == default_value(fields[name].field))
+    }
+    text = json.dumps(counted, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

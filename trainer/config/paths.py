@@ -106,7 +106,9 @@ def _missing_file(name: str, path: str, hint: str) -> ConfigError:
 def absolute_data_path(config: TrainConfig) -> Any:
     """Return ``data.path`` in the form it was given, its paths absolute."""
     data = config.data
-    specs = parse_dataset_specs(data.path, data.format, data.columns, data.split, data.revision, data.subset)
+    specs = parse_dataset_specs(
+        data.path, data.format, data.columns, data.split, data.revision, data.subset, data.text_unit
+    )
     if isinstance(data.path, str):
         return find_data("data.path", data.path)
     found = [find_data(f"data.path[{i}]", spec.path) for i, spec in enumerate(specs)]

@@ -2,8 +2,8 @@
 
 A field made with :func:`key` carries its own documentation, its own limits and whether it changes the result, so the
 sentence a user reads in ``afina config --keys``, the check that refuses a wrong value and the run's default name cannot
-drift apart. The ``method`` group is in ``method.py``; the sections that never change a result are in ``execution.py``.
-Rules that need more than one key are in ``rules/``.
+drift apart. The ``method`` group is in ``method.py``, the optimizer's sections are in ``optimization.py``, those that
+never change a result in ``execution.py``. Rules that need more than one key are in ``rules/``.
 """
 
 # ruff: noqa: RUF009 - key() returns a dataclass field, made for each class.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config.dataset_spec import FORMATS
+from trainer.config.dataset_spec import FORMATS, TEXT_UNITS
 from trainer.config.execution import (
     CheckpointConfig,
     CompareConfig,
@@ -25,6 +25,7 @@ from trainer.config.execution import (
 )
 from trainer.config.fields import key
 from trainer.config.method import MethodConfig
+from trainer.config.optimization import OptimConfig, ScheduleConfig, ZeroConfig
 
 KERNELS: tuple[str, ...] = ("varlen", "lora", "swiglu", "rope", "rms_norm")
 GRADIENT_CHECKPOINTING = (False, True, "selective")
@@ -89,6 +90,12 @@ class DataConfig:
     )
     format: str = key("auto", "shape of a row; auto recognises it by its fields", choices=FORMATS)
     columns: dict[str, str] = key({}, "names of your columns, ours to yours: {instruction: question, output: answer}")
+    text_unit: str = key(
+        "line",
+        "what a row of a .txt file is: line (blank ones are left out), paragraph (blank lines between) or file",
+        choices=TEXT_UNITS,
+        newer=True,
+    )
     split: str = key("train", "which split of a dataset that has several; files of a folder tell theirs by name")
     subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
     revision: str | None = key(None, "commit, tag or branch of a hub id; pin it for repeatable runs")
@@ -102,11 +109,19 @@ class DataConfig:
         "chat template only; user: instruction, blank line, input in one user turn; system: instruction as system turn",
         choices=("user", "system"),
     )
+    control_tokens: str = key(
+        "text",
+        "what a control token is (<|im_start|>) that stands in a row: text, so many characters; or parse, the token "
+        "itself, for rows that are rendered already: their own turns say what is in the loss",
+        choices=("text", "parse"),
+        newer=True,
+    )
     max_length: int = key(1024, "longest example in tokens, answer and end token included", ge=8)
     on_too_long: str = key(
         "error",
-        "an example longer than max_length: error stops, drop leaves it out, truncate cuts the prompt from its left",
-        choices=("error", "drop", "truncate"),
+        "an example longer than max_length: error stops, drop leaves it out, truncate cuts a prompt from its left (a "
+        "text at its end), split makes pieces of it and loses nothing",
+        choices=("error", "drop", "truncate", "split"),
     )
     train_on: str = key(
         "completion",
@@ -115,6 +130,12 @@ class DataConfig:
         choices=("completion", "assistant", "last_assistant", "all"),
     )
     validation: Any = key(0.1, "held-out rows: a number, a share below 1, a split of data.path, or a path; 0: none")
+    group_by: str | None = key(
+        None,
+        "rows that stay on one side of the split; null: those that begin with the same user turn; a column (id, "
+        "document): those with one value in it; row: none, each row by itself",
+        newer=True,
+    )
     max_rows: int | None = key(None, "use only so many training rows, chosen by run.seed", ge=1)
     max_refused: Any = key(
         0, "rows that may be unusable before it is an error: a whole number, or a share below 1", changes_result=False
@@ -153,59 +174,6 @@ class BatchConfig:
     )
     epochs: float = key(1.0, "passes over the training rows", gt=0, resume_may_change=True)
     max_steps: int | None = key(None, "stop after so many updates, whatever epochs says", ge=1, resume_may_change=True)
-
-
-@dataclass(slots=True)
-class OptimConfig:
-    """AdamW (Loshchilov & Hutter, 2019). A resumed run may take other values from there on, as with the schedule."""
-
-    learning_rate: float | None = key(
-        None, "peak rate; null: the method's default (lora 2e-4, full 2e-5)", gt=0, resume_may_change=True
-    )
-    weight_decay: float = key(0.0, "decoupled weight decay on every trainable parameter", ge=0, resume_may_change=True)
-    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1, resume_may_change=True)
-    beta2: float = key(0.999, "decay of the second moment", ge=0, lt=1, resume_may_change=True)
-    eps: float = key(1e-8, "added to the root of the second moment", gt=0, resume_may_change=True)
-    max_grad_norm: float = key(
-        1.0, "clip the global gradient norm to this; 0 does not clip", ge=0, resume_may_change=True
-    )
-
-
-@dataclass(slots=True)
-class ScheduleConfig:
-    """Learning rate over the steps."""
-
-    name: str = key(
-        "cosine", "shape after the warmup", choices=("cosine", "linear", "constant"), resume_may_change=True
-    )
-    warmup_ratio: float = key(
-        0.03, "share of all steps in which the rate rises linearly from 0", ge=0, le=1, resume_may_change=True
-    )
-    warmup_steps: int | None = key(
-        None, "the same as a number of steps; overrules warmup_ratio", ge=0, resume_may_change=True
-    )
-
-
-@dataclass(slots=True)
-class ZeroConfig:
-    """DeepSpeed ZeRO (Rajbhandari et al., 2020): what is split over the devices instead of copied.
-
-    Where tensors lie does not change the result. A raw DeepSpeed key may: ``extra`` counts.
-    """
-
-    stage: int = key(
-        2,
-        "0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
-        choices=(0, 1, 2, 3),
-        changes_result=False,
-    )
-    offload_optimizer: str = key("none", "where optimizer states live", choices=("none", "cpu"), changes_result=False)
-    offload_params: str = key(
-        "none", "where parameters wait (stage 3 only)", choices=("none", "cpu"), changes_result=False
-    )
-    extra: dict[str, Any] = key(
-        {}, "raw DeepSpeed keys, merged last; a key that afina sets itself is refused", resume_may_change=True
-    )
 
 
 @dataclass(slots=True)

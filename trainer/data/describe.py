@@ -8,7 +8,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.run_data import Data
 
 NAMED_FILES = 3
-TOLD_NOTES = ("other_split", "not_used")  # what the data hold and nobody trains on
+TOLD_NOTES = ("begin_token", "other_split", "not_used")  # what nobody asked for: put there, or left alone
 
 
 def describe(data: Data, config: TrainConfig) -> list[str]:

@@ -13,13 +13,15 @@ from trainer.config.dataset_spec import DatasetSpec, parse_dataset_specs
 from trainer.config.schema import DataConfig, TrainConfig
 from trainer.data.mixture import ConcatenatedTables, concatenate_tables, limit_rows, mix_rows
 from trainer.data.prepare import checks
+from trainer.data.prepare.grouping import BY_ROW
 from trainer.data.prepare.prepare import default_cache, prepare
 from trainer.data.prepare.rejections import first_refused, summarize_hints, summarize_rows
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
 from trainer.data.splits_in_use import check_splits, held_out_specs
+from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Template
-from trainer.data.validation_split import split_rows
+from trainer.data.validation_split import count_wanted, join_groups, split_rows
 from trainer.errors import DataError
 
 NAMED_REFUSED = 3
@@ -57,7 +59,7 @@ def inspect_data(config: TrainConfig, tokenizer: Any) -> Data:
 
 def _parse_specs(data_config: DataConfig, path: Any) -> list[DatasetSpec]:
     c = data_config
-    return parse_dataset_specs(path, c.format, c.columns, c.split, c.revision, c.subset)
+    return parse_dataset_specs(path, c.format, c.columns, c.split, c.revision, c.subset, c.text_unit)
 
 
 def _prepare_all(data_config: DataConfig, tokenizer: Any) -> list[PreparedTable]:
@@ -101,30 +103,45 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
         held_out = concatenate_tables(tables[len(parts) :])
         train_rows, validation = np.arange(len(mixture)), Rows(held_out, np.arange(len(held_out)))
     else:
-        train_rows, validation = _hold_out(mixture, data_config.validation, seed, must_train)
+        groups = mixture.hashes[2] if data_config.group_by else join_groups(mixture.hashes[0], mixture.hashes[2])
+        train_rows, validation = _hold_out(mixture, groups, data_config.validation, seed, must_train)
+        wanted = count_wanted(data_config.validation, len(mixture))
+        found += checks.check_held_out(len(validation), wanted, data_config.validation, data_config.group_by, groups)
     train_rows = mix_rows(train_rows, mixture.starts, parts, seed)
     train = Rows(mixture, limit_rows(train_rows, data_config.max_rows, seed))
-    if validation.tables is not mixture:
-        names = validation.tables.row_name
-        found += checks.check_leakage(mixture.hashes[0][train.indices], validation.tables.hashes[0], names)
+    if data_config.group_by != BY_ROW:
+        prompts_and_groups = [0, 2]
+        trained, held = (rows.tables.hashes[prompts_and_groups][:, rows.indices] for rows in (train, validation))
+        found += checks.check_leakage(trained, held, validation.row_name)
     found += checks.check_mixture(mixture.hashes[1], mixture.starts, mixture.row_name)
     found += checks.check_row_count(len(train))
     template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
-    return Data(train, validation, _hash(train, validation), tuple(template.end_ids()), tuple(tables), tuple(found))
+    found += checks.check_begin_token(template, data_config.control_tokens == "parse", len(mixture))
+    end_ids = _end_ids(data_config, template, tables)
+    return Data(train, validation, _hash(train, validation), end_ids, tuple(tables), tuple(found))
 
 
 def _hold_out(
-    mixture: ConcatenatedTables, validation: int | float, seed: int, must_train: bool
+    mixture: ConcatenatedTables, groups: np.ndarray, validation: int | float, seed: int, must_train: bool
 ) -> tuple[np.ndarray, Rows]:
     """Split a mixture's rows into those to train on and those held out; none where none would be left to train on,
     unless ``must_train``."""
     try:
-        train_rows, held_out = split_rows(mixture.hashes[0], validation, seed)
+        train_rows, held_out = split_rows(groups, validation, seed)
     except DataError:
         if must_train:
             raise
         train_rows, held_out = np.arange(len(mixture)), np.arange(0)
     return train_rows, Rows(mixture, held_out)
+
+
+def _end_ids(data_config: DataConfig, template: Template, tables: Sequence[PreparedTable]) -> tuple[int, ...]:
+    """Return the tokens that end an answer, as the template writes them, and a text."""
+    formats = {table.format for table in tables}
+    of_rendered = RenderedRows(template).end_ids if data_config.control_tokens == "parse" else []
+    of_answers = template.end_ids() if formats - {"text"} else []
+    of_texts = [int(template.tokenizer.eos_token_id)] if "text" in formats else []
+    return tuple(dict.fromkeys([*of_answers, *of_rendered, *of_texts]))
 
 
 def _hash(train: Rows, validation: Rows) -> str:

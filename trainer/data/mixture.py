@@ -21,7 +21,7 @@ class ConcatenatedTables:
         parts: in the order of ``data.path``.
         table: their rows.
         lengths, label_counts: as in :class:`PreparedTable`, int32, shape (rows,).
-        hashes: of prompt prefixes and of whole rows, int64, shape (2, rows).
+        hashes: of prompt prefixes, of whole rows and of groups in the split, int64, shape (3, rows).
         starts: first row of each part, and the number of rows: int64, shape (parts + 1,).
     """
 

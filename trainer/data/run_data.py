@@ -69,9 +69,13 @@ class Rows:
         flat_mask = loss_mask.flatten().to_numpy(zero_copy_only=False)
         return [Tokens(*pair) for pair in zip(np.split(flat_ids, ends), np.split(flat_mask, ends), strict=True)]
 
+    def row_name(self, row: int) -> str:
+        """Return ``file:line`` of a row."""
+        return self.tables.row_name(int(self.indices[row]))
+
     def names(self, which: Sequence[int] | np.ndarray) -> list[str]:
         """Return ``file:line`` of some rows."""
-        return [self.tables.row_name(int(self.indices[i])) for i in which]
+        return [self.row_name(int(i)) for i in which]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from trainer.config import TrainConfig
 from trainer.config.method import MethodConfig
 from trainer.data.load import load_data
+from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.inference.run_model import load_run, load_run_config
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.merge.card import model_card
 from trainer.merge.merge import MergeResult, check_mergeable, logits_at_positions, merge
+from trainer.models.end_tokens import restore_base_eos
 from trainer.models.loading import load_model, load_tokenizer
 from trainer.tracking.files import find_summary
 
@@ -37,8 +38,9 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
     """
     config = load_run_config(run, overrides)
     check_mergeable(config)
-    tokenizer = load_tokenizer(str(run / "adapter"), config.model)
-    prompts = _load_prompts(config, tokenizer)
+    tokenizer = restore_base_eos(load_tokenizer(str(run / "adapter"), config.model), run / "adapter")
+    data = load_data(config, tokenizer)
+    prompts = _find_prompts(data)
     reference_logits = None
     if config.method.bits < 16:
         quantised = load_run(run, overrides)
@@ -62,11 +64,11 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
         reload,
         lambda result: model_card(config, summary, result),
         reference_logits,
+        data.end_ids,
     )
 
 
-def _load_prompts(config: TrainConfig, tokenizer: Any) -> list[list[int]]:
+def _find_prompts(data: Data) -> list[list[int]]:
     """Return token ids of rows of the run's own data, held-out ones first."""
-    data = load_data(config, tokenizer)
     rows = data.validation if len(data.validation) else data.train
     return [tokens.ids[:MAX_PROMPT_TOKENS].tolist() for tokens in rows.tokens(range(min(MAX_PROMPTS, len(rows))))]

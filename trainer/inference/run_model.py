@@ -20,6 +20,7 @@ from trainer.evaluation.generator import Generator, TokenCounter
 from trainer.inference.find_base import find_base, warn_of_other_base
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
+from trainer.models.end_tokens import restore_base_eos
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
 from trainer.silence import silence_libraries
 from trainer.tracking.counter import ProgressCounter
@@ -105,7 +106,8 @@ def load_run(
     requested = [first, *(name for name in parse_adapters(adapters, run_adapter_name(run)) if name != first)]
     if adapter or _saved_template_override(run):
         model_config = dataclasses.replace(config.model, revision=None)
-        tokenizer = load_tokenizer(str(_run_model_dir(run, config)), model_config)
+        saved = _run_model_dir(run, config)
+        tokenizer = restore_base_eos(load_tokenizer(str(saved), model_config), saved)
     else:
         tokenizer = load_tokenizer(find_base(run, config), config.model)
     notes = _describe_differences(config, adapters)

@@ -29,6 +29,7 @@ from trainer.engine.device import give_back_memory
 from trainer.errors import CheckpointError
 from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold
+from trainer.models.end_tokens import save_tokenizer
 from trainer.tracking.counter import ProgressCounter
 
 SHARD_SIZE = "2GB"  # of weights a file
@@ -148,6 +149,7 @@ def merge(
     reload: Callable[[Path, torch.dtype], Any],
     card: Callable[[MergeResult], str],
     reference_logits: Sequence[Tensor] | None = None,
+    end_ids: Sequence[int] = (),
 ) -> MergeResult:
     """Merge, write, read back and compare; delete what does not compare.
 
@@ -160,6 +162,7 @@ def merge(
         card: the model card, as Markdown.
         reference_logits: what :func:`logits_at_positions` gave for the live adapter on the quantised base that
             it was trained on.
+        end_ids: token ids that end an answer, saved with the model.
 
     Raises:
         CheckpointError: a folded layer, what is on disk, or its logits are not what they were, or ``to`` is there.
@@ -175,7 +178,7 @@ def merge(
     del model
     with partial_folder(to) as partial:
         known, held = state_digests(folded), bytes_in_memory(folded)
-        _write(folded, tokenizer, partial)
+        _write(folded, tokenizer, partial, end_ids)
         del folded
         gc.collect()
         give_back_memory(torch.device("cpu"))
@@ -194,11 +197,11 @@ def merge(
     return result
 
 
-def _write(folded: Any, tokenizer: Any, folder: Path) -> None:
+def _write(folded: Any, tokenizer: Any, folder: Path, end_ids: Sequence[int]) -> None:
     folded.config.use_cache = True  # it is off in training
     with ProgressCounter("writing the merged model"):
         folded.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder, end_ids, getattr(folded, "generation_config", None))
 
 
 def _check_written(folder: Path, again: nn.Module, known: dict[str, str], held: Counter[torch.dtype]) -> None:

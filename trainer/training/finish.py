@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer.data.templates.template import Template
 from trainer.engine.engine import Engine
 from trainer.engine.whole_state import gather_live
 from trainer.errors import TRIAL, TrainingError
+from trainer.models.end_tokens import save_tokenizer
 from trainer.tracking.files import build_summary, read_metrics
 from trainer.tracking.result import result_lines
 from trainer.training.outcome import Outcome
@@ -23,7 +25,7 @@ from trainer.training.outcome import Outcome
 logger = logging.getLogger(__name__)
 
 
-def save_final(engine: Engine, run_dir: Path, tokenizer: Any, config: TrainConfig) -> None:
+def save_final(engine: Engine, run_dir: Path, tokenizer: Any, config: TrainConfig, end_ids: Sequence[int]) -> None:
     """Save the adapter (or the whole model) with its tokenizer and read it back. A collective.
 
     Args:
@@ -31,6 +33,7 @@ def save_final(engine: Engine, run_dir: Path, tokenizer: Any, config: TrainConfi
         run_dir: the run folder.
         tokenizer: of the base.
         config: the whole configuration.
+        end_ids: token ids that end an answer.
 
     Raises:
         TrainingError: training has changed nothing.
@@ -44,7 +47,8 @@ def save_final(engine: Engine, run_dir: Path, tokenizer: Any, config: TrainConfi
     if runtime.is_untouched(weights):
         reason = "changes nothing: every trained tensor is what it started as"
         raise TrainingError(str(target), reason=reason, hint="raise optim.learning_rate")
-    _with_template(tokenizer, config).save_pretrained(str(target))
+    generation_config = getattr(engine.model, "generation_config", None)
+    save_tokenizer(_with_template(tokenizer, config), target, end_ids, generation_config)
 
 
 def _with_template(tokenizer: Any, config: TrainConfig) -> Any:

@@ -253,7 +253,7 @@ def _write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
 def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[str, Any]:
     """Save what was trained, write the summary, log the result."""
     if outcome.status == "finished":
-        save_final(built.engine, job.run.folder, job.tokenizer, job.config)
+        save_final(built.engine, job.run.folder, job.tokenizer, job.config, job.data.end_ids)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
     stopped_by = name_stop(job.config, outcome, job.stop.name)

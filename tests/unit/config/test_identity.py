@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from trainer.config import (
     to_yaml,
 )
 from trainer.config.method import METHODS
+from trainer.config.suggestions import config_fields
 
 SAME_RESULT = [
     "batch.micro_tokens=2048",
@@ -64,6 +67,7 @@ OTHER_RESULT = [
     "schedule=linear",
     "data.max_rows=5",
     "data.max_length=512",
+    "data.group_by=row",
     "zero.extra.communication_data_type=fp32",
     "eval.best_metric=eval_loss eval.every_steps=5",
     "eval.patience=2 eval.every_steps=5",
@@ -85,6 +89,15 @@ def test_what_changes_the_result_changes_the_name() -> None:
     assert len({run_name(load(typed.split())) for typed in ["", *OTHER_RESULT]}) == len(OTHER_RESULT) + 1
     for typed in OTHER_RESULT:
         assert changed_result_fields(before, load(typed.split())), typed
+
+
+def test_a_key_that_came_later_leaves_the_names_of_older_runs_alone() -> None:
+    config = load()
+    later = {name for name, spec in config_fields().items() if spec.field.metadata["newer"]}
+    assert "data.group_by" in later
+    old = {name: value for name, value in result_fields(config).items() if name not in later}
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    assert run_name(config).endswith(f"-{digest}")
 
 
 def test_changed_fields_are_told_with_both_values() -> None:

@@ -109,11 +109,11 @@ def test_refused_rows_are_counted_by_reason() -> None:
 
 
 def test_a_leak_names_the_held_out_rows() -> None:
-    held = np.asarray([9, 4, 5, 1])
-    (finding,) = check_leakage(np.asarray([1, 2, 3, 4]), held, lambda row: f"held.jsonl:{row + 1}")
-    assert (finding.kind, finding.level, finding.count) == ("leak", "warning", 2)
-    assert finding.where == ("held.jsonl:2", "held.jsonl:4")
-    assert check_leakage(np.asarray([7]), held, str) == []
+    held = np.asarray([[9, 4, 5, 1], [0, 0, 7, 0]])
+    (finding,) = check_leakage(np.asarray([[1, 2, 3, 4], [7, 8, 8, 8]]), held, lambda row: f"held.jsonl:{row + 1}")
+    assert (finding.kind, finding.level, finding.count) == ("leak", "warning", 3)
+    assert finding.where == ("held.jsonl:2", "held.jsonl:3", "held.jsonl:4")
+    assert check_leakage(np.asarray([[7], [9]]), held, str) == []
 
 
 def test_few_rows() -> None:

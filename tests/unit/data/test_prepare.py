@@ -48,7 +48,7 @@ def test_the_table_holds_what_the_template_makes(asked: Asked) -> None:
 
 def test_hashes_are_of_the_prompt_prefix_and_of_the_whole_row(asked: Asked) -> None:
     write_rows(asked.path, [{"instruction": i, "output": o} for i, o in ("ax", "ax", "ay", "bx")])
-    prefix, whole = asked().hashes
+    prefix, whole, _ = asked().hashes
     assert prefix[0] == prefix[1] == prefix[2] != prefix[3]
     assert whole[0] == whole[1]
     assert len(set(whole.tolist())) == 3
@@ -99,6 +99,7 @@ def test_a_second_call_builds_nothing(asked: Asked) -> None:
         {"on_too_long": "drop"},
         {"train_on": "all"},
         {"alpaca_role": "system"},
+        {"control_tokens": "parse"},
     ],
 )
 def test_the_fingerprint_changes_with_what_matters(asked: Asked, keys: dict[str, Any]) -> None:
@@ -113,6 +114,7 @@ def test_the_fingerprint_changes_with_what_matters(asked: Asked, keys: dict[str,
         {"cache_dir": "elsewhere"},
         {"path": "other"},
         {"max_refused": 3},
+        {"group_by": None},
         {"workers": 2},
     ],
 )
@@ -209,6 +211,8 @@ def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not
         "path",
         "format",
         "columns",
+        "text_unit",
+        "control_tokens",
         "split",
         "subset",
         "revision",
@@ -217,5 +221,5 @@ def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not
         "max_length",
         "on_too_long",
     }
-    other = {"validation", "max_rows", "max_refused", "workers", "cache_dir"}
+    other = {"validation", "group_by", "max_rows", "max_refused", "workers", "cache_dir"}
     assert {f.name for f in dataclasses.fields(DataConfig)} == matter | {"train_on"} | other

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.prepared_data import ROWS, Asked
 from tests.helpers.tokenizers import adds_bos, write_rows
 from trainer.data.formats.parse import parse_example
-from trainer.data.prepare.encode import EncodingSpec, fit_to_max_length
+from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources.rows import Row, RowError
 from trainer.data.templates.template import Encoded, Template
 from trainer.errors import DataError
@@ -67,22 +67,17 @@ def test_an_answer_is_never_cut(asked: Asked) -> None:
     assert f"has an answer of {answer} tokens" in row["message"]
 
 
-def encoding_spec(tokenizer: Any, **keys: Any) -> EncodingSpec:
-    given = {"template": "chat", "alpaca_role": "user", "train_on": "completion", "on_too_long": "truncate"}
-    return EncodingSpec(tokenizer, "alpaca", {}, **{**given, **keys})
-
-
 def test_a_cut_keeps_the_begin_token_and_cuts_text_at_its_end(tokenizer: Any) -> None:
     begins = adds_bos(tokenizer, "<|endoftext|>")
     template = Template(begins, "alpaca_short")
     whole = template.encode(parse_example(Row({"instruction": "word " * 9, "output": "yes"}, "", 0), "alpaca", {}))
     limit = len(whole.ids) - 4
-    cut = fit_to_max_length(whole, encoding_spec(begins, max_length=limit), "", False, template.bos_id)
+    (cut,) = fit_to_max_length(whole, limit, "truncate", "", False, template.bos_id)
     assert cut.ids == [template.bos_id, *whole.ids[5:]]
     assert cut.loss_mask == [False, *whole.loss_mask[5:]]
     assert (cut.prompt_length, len(cut.ids)) == (whole.prompt_length - 4, limit)
     text = template.encode(parse_example(Row({"text": "word " * 9}, "", 0), "text", {}))
-    cut = fit_to_max_length(text, encoding_spec(begins, max_length=12), "", True, template.bos_id)
+    (cut,) = fit_to_max_length(text, 12, "truncate", "", True, template.bos_id)
     assert (cut.ids, cut.loss_mask, cut.prompt_length) == (text.ids[:12], text.loss_mask[:12], 0)
 
 
@@ -93,15 +88,15 @@ def test_a_cut_never_takes_every_label(tokenizer: Any) -> None:
     short = len(whole.ids) - whole.prompt_length
     for length in range(8, short + 1):
         with pytest.raises(RowError, match="answer of") as caught:
-            fit_to_max_length(whole, encoding_spec(tokenizer, max_length=length), "a:1", False, None)
+            fit_to_max_length(whole, length, "truncate", "a:1", False, None)
         assert caught.value.code == "too_long"
     for length in range(short + 1, len(whole.ids)):
-        cut = fit_to_max_length(whole, encoding_spec(tokenizer, max_length=length), "a:1", False, None)
+        (cut,) = fit_to_max_length(whole, length, "truncate", "a:1", False, None)
         assert any(cut.loss_mask[1:])
         assert cut.ids == whole.ids[-length:]
     early = Encoded(whole.ids, [False, True, *[False] * (len(whole.ids) - 2)], whole.prompt_length, 1)
     with pytest.raises(RowError, match="no token left in the loss"):
-        fit_to_max_length(early, encoding_spec(tokenizer, max_length=len(whole.ids) - 1), "a:1", False, None)
+        fit_to_max_length(early, len(whole.ids) - 1, "truncate", "a:1", False, None)
 
 
 def test_refused_rows_are_written_down_and_left_out(asked: Asked) -> None:

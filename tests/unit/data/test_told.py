@@ -50,6 +50,11 @@ def test_one_line_for_every_column_that_nobody_reads(tmp_path: Path, loaded: Any
     assert f"warning: {told.message}" in describe(data, config), "a run's log says so too"
 
 
+def test_a_column_that_groups_rows_is_used(tmp_path: Path, loaded: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{**ALPACA, "document": i, "id": i + 1} for i in range(3)])
+    assert finding(loaded(path, "data.group_by=document"), "not_used").message == "not used: id (3 rows)"
+
+
 @pytest.mark.parametrize(
     ("column", "format", "hint"),
     [

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import check_table
+from trainer.data.prepare.checks import Finding, check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
@@ -52,6 +52,7 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     rejections, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
+    controls: set[str] = set()
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
     with (
         ProgressCounter(what, unit="rows") as counter,
@@ -67,13 +68,15 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
             rows += len(chunk.stats)
             rejections.add(chunk.rejected)
             unused.update(chunk.unused)
+            controls |= chunk.controls
             rejected.writelines(map(to_json_line, chunk.rejected))
             counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
-    np.save(folder / HASHES_FILE, np.stack([stats["prefix_hash"], stats["row_hash"]]))
+    np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
+    unused.pop(spec.group_by, None)
     findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
-    findings += check_table(stats, lambda row: f"{source.names[stats['file'][row]]}:{stats['line'][row]}")
+    findings += _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
@@ -84,6 +87,19 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
         "format": spec.format,
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
+
+
+def _check(source: Source, spec: EncodingSpec, stats: np.ndarray, controls: set[str]) -> list[Finding]:
+    def row_name(row: int) -> str:
+        return f"{source.names[stats['file'][row]]}:{stats['line'][row]}"
+
+    found = check_table(stats, row_name)
+    found += check_controls(stats, sorted(controls), spec.control_tokens == "parse", row_name)
+    if source.has_text_files and source.spec.text_unit == "line" and len(stats) > 1:
+        what = "each line of a .txt file is a row, with an end token of its own"
+        hint = "data.text_unit=paragraph or file, where lines belong together"
+        found.append(Finding("text_unit", "note", len(stats), f"{what} → {hint}", ()))
+    return found
 
 
 def _workers_for(source: Source) -> int:

@@ -5,11 +5,10 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +16,13 @@ import pyarrow as pa
 from trainer.data.formats.detect import explain
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
+from trainer.data.prepare.grouping import group_hash, hash_bytes
+from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
+from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Encoded, Template
 
-NO_END, DOUBLE_BOS, TRUNCATED = 1, 2, 4  # bits of ROW_STATS["flags"]
+NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN = 1, 2, 4, 8, 16, 32  # bits of ROW_STATS["flags"]
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -32,7 +34,7 @@ SCHEMA = pa.schema(
         "choices": pa.string(),
     }
 )
-# What is kept in memory of each row while a table is built, beside the table itself: 57 bytes.
+# What is kept in memory of each row while a table is built, beside the table itself: 69 bytes.
 ROW_STATS = np.dtype(
     [
         ("file", np.int32),
@@ -44,6 +46,8 @@ ROW_STATS = np.dtype(
         ("row_hash", np.int64),
         ("reply_hash", np.int64),
         ("text_hash", np.int64),
+        ("group_hash", np.int64),
+        ("lost", np.int32),
         ("flags", np.uint8),
     ]
 )
@@ -57,7 +61,7 @@ class EncodingSpec:
         tokenizer: a fast Hugging Face tokenizer.
         format: of the rows, never ``auto``.
         columns: our field names -> the rows'.
-        template, alpaca_role, train_on, max_length, on_too_long: of the ``data`` group.
+        template, alpaca_role, train_on, max_length, on_too_long, group_by, control_tokens: of the ``data`` group.
     """
 
     tokenizer: Any
@@ -68,6 +72,8 @@ class EncodingSpec:
     train_on: str
     max_length: int
     on_too_long: str
+    group_by: str | None = None
+    control_tokens: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +85,14 @@ class EncodedChunk:
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
         unused: fields that nobody reads -> rows that hold something in them.
+        controls: control tokens that the texts of rows hold, and turn markers of other tokenizers.
     """
 
     rows: bytes
     stats: np.ndarray
     rejected: tuple[RejectedRow, ...]
     unused: Mapping[str, int]
+    controls: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,16 @@ class _Record:
     choices: str
 
 
+class _Hashes(NamedTuple):
+    """Hashes of a row, as in ``ROW_STATS``."""
+
+    prefix: int
+    row: int
+    reply: int
+    text: int
+    group: int
+
+
 class Encoder:
     """Encodes chunks by one specification.
 
@@ -107,7 +125,11 @@ class Encoder:
     def __init__(self, spec: EncodingSpec) -> None:
         self.spec = spec
         self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
-        self.end_ids = frozenset(self.template.end_ids())
+        is_text = spec.format == "text"  # a text ends with the tokenizer's own end, whatever the chat template writes
+        end_ids = [spec.tokenizer.eos_token_id] if is_text else self.template.end_ids()
+        self.rendered = RenderedRows(self.template) if spec.control_tokens == "parse" else None
+        self.end_ids = frozenset([*end_ids, *(self.rendered.end_ids if self.rendered else ())])
+        self.controls: set[str] = set()
         self.bos_id = spec.tokenizer.bos_token_id
         self._unused: Counter[str] = Counter()
 
@@ -115,90 +137,85 @@ class Encoder:
         """Encode or reject every row of a chunk, in its order."""
         records: list[_Record] = []
         rejected: list[RejectedRow] = []
+        self.controls.clear()
         for row in parse_rows(chunk):
             if isinstance(row, RejectedRow):
                 rejected.append(row)
                 continue
             try:
-                records.append(self._record(row))
+                records += self._records(row)
             except RowError as error:
                 error = explain(error, row, self.spec.format, self.spec.columns)
                 message = str(error).removeprefix(row.where).lstrip(": ")
                 rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row), error.hint))
         stats = np.array([r.stats for r in records], dtype=ROW_STATS)
         unused, self._unused = self._unused, Counter()
-        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), unused)
+        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), unused, frozenset(self.controls))
 
-    def _record(self, row: Row) -> _Record:
-        example = parse_example(row, self.spec.format, self.spec.columns)
+    def _records(self, row: Row) -> list[_Record]:
+        """Encode a row: into one record, or several where it is split."""
+        spec, example = self.spec, parse_example(row, self.spec.format, self.spec.columns)
         self._unused.update(example.unused)
-        whole = self.template.encode(example)
-        cut = fit_to_max_length(whole, self.spec, row.where, example.text is not None, self.template.bos_id)
+        own, foreign = self.template.safe_tokenizer.find_in(_texts(example))
+        self.controls |= own | foreign
+        whole, example = self._encode(example)
+        is_text, said = example.text is not None, CONTROL * bool(own) | FOREIGN * bool(foreign)
+        hashes = _hash_row(whole, example, group_hash(example, row, spec.group_by))
+        pieces = fit_to_max_length(whole, spec.max_length, spec.on_too_long, row.where, is_text, self.template.bos_id)
+        if pieces[0] is whole:
+            return [self._record(example, whole, hashes, said)]
+        if spec.on_too_long == "split":
+            last = len(pieces) - 1
+            return [self._record(example, piece, hashes, said | SPLIT, i == last) for i, piece in enumerate(pieces)]
+        (cut,) = pieces
+        return [self._record(example, cut, hashes, said | TRUNCATED, not is_text, len(whole.ids) - len(cut.ids))]
+
+    def _encode(self, example: Example) -> tuple[Encoded, Example]:
+        """Encode an example, and return it as it is scored."""
+        if self.rendered is None:
+            return self.template.encode(example), example
+        example = self.rendered.without_ends(example)
+        return self.rendered.encode(example) or self.template.encode(example), example
+
+    def _record(
+        self, example: Example, cut: Encoded, hashes: _Hashes, flags: int, has_end: bool = True, lost: int = 0
+    ) -> _Record:
         ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)
         label_count = int(loss_mask[1:].sum())  # nothing predicts the first token
         if not label_count:
-            reason = "has no token in the loss" + (" once it is cut" if cut is not whole else "")
-            raise RowError("empty_loss_mask", row.where, reason=reason, hint="leave the row out")
-        # Hashes are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
-        whole_ids, whole_mask = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
+            reason = "has no token in the loss" + (" once it is cut" if flags & (TRUNCATED | SPLIT) else "")
+            raise RowError("empty_loss_mask", example.where, reason=reason, hint="leave the row out")
+        row_hash = _hash(ids) if flags & SPLIT else hashes.row
         stats = (
             *(example.file, example.line, len(ids), label_count, len(ids) - cut.prompt_length),
-            *(_hash(whole_ids[: whole.prompt_prefix_length].tobytes()), _hash(whole_ids.tobytes())),
-            *(_hash(_first_reply(whole_ids, whole_mask).tobytes()), _hash((example.text or example.answer).encode())),
-            self._flags(ids, loss_mask, cut is not whole, example),
+            *(hashes.prefix, row_hash, hashes.reply, hashes.text, hashes.group),
+            *(lost, flags | self._flags(ids, loss_mask, has_end)),
         )
-        return _Record(stats, ids, loss_mask, cut.prompt_length, example.answer, example.choices)
+        is_rest = flags & SPLIT and not cut.prompt_length  # a piece in which the scored answer does not begin
+        answer, choices = ("", "") if is_rest else (example.answer, example.choices)
+        return _Record(stats, ids, loss_mask, cut.prompt_length, answer, choices)
 
-    def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, truncated: bool, example: Example) -> int:
-        flags = TRUNCATED if truncated else 0
-        cut_at_its_end = truncated and example.text is not None
-        if not cut_at_its_end and int(ids[np.flatnonzero(loss_mask)[-1]]) not in self.end_ids:
+    def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, has_end: bool) -> int:
+        flags = 0
+        if has_end and int(ids[np.flatnonzero(loss_mask)[-1]]) not in self.end_ids:
             flags |= NO_END
         if self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2:
             flags |= DOUBLE_BOS
         return flags
 
 
-def fit_to_max_length(encoded: Encoded, spec: EncodingSpec, where: str, is_text: bool, bos_id: int | None) -> Encoded:
-    """Cut an example to ``max_length``, as ``on_too_long`` says; the very same object when it is short enough.
+def _texts(example: Example) -> Iterator[str]:
+    yield example.text or ""
+    for turn in example.turns:
+        yield turn.text
+        yield turn.input
 
-    ``truncate`` cuts plain text at its end, and of a conversation the oldest tokens: never any of the last answer, and
-    never a begin token that stands first.
 
-    Raises:
-        RowError: ``too_long``: it may not be cut, or what would be left teaches nothing.
-    """
-    limit, excess = spec.max_length, len(encoded.ids) - spec.max_length
-    if excess <= 0:
-        return encoded
-    if spec.on_too_long != "truncate":
-        raise RowError(
-            "too_long",
-            where,
-            reason=f"is {len(encoded.ids)} tokens long, over data.max_length={limit}",
-            hint="raise data.max_length, or data.on_too_long=drop or truncate",
-        )
-    if is_text:
-        return Encoded(encoded.ids[:limit], encoded.loss_mask[:limit], 0, limit)
-    if excess >= encoded.prompt_length:
-        raise RowError(
-            "too_long",
-            where,
-            reason=f"has an answer of {len(encoded.ids) - encoded.prompt_length} tokens, which alone fills "
-            f"data.max_length={limit}: cutting it would teach a wrong ending",
-            hint="raise data.max_length, or data.on_too_long=drop",
-        )
-    kept = 1 if encoded.ids[0] == bos_id else 0
-    loss_mask = encoded.loss_mask[:kept] + encoded.loss_mask[kept + excess :]
-    if not any(loss_mask[1:]):
-        raise RowError(
-            "too_long",
-            where,
-            reason=f"has no token left in the loss when it is cut to data.max_length={limit}",
-            hint="raise data.max_length, or data.on_too_long=drop",
-        )
-    ids = encoded.ids[:kept] + encoded.ids[kept + excess :]
-    return Encoded(ids, loss_mask, encoded.prompt_length - excess, max(kept, encoded.prompt_prefix_length - excess))
+def _hash_row(whole: Encoded, example: Example, group: int) -> _Hashes:
+    """Hash an uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal."""
+    ids, loss_mask = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
+    prefix, reply = _hash(ids[: whole.prompt_prefix_length]), _hash(_first_reply(ids, loss_mask))
+    return _Hashes(prefix, _hash(ids), reply, hash_bytes((example.text or example.answer).encode()), group)
 
 
 def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
@@ -208,8 +225,8 @@ def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
     return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
 
 
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+def _hash(ids: np.ndarray) -> int:
+    return hash_bytes(ids.tobytes())
 
 
 def _raw(chunk: Chunk, row: Row) -> str:

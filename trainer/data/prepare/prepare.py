@@ -20,6 +20,7 @@ from trainer.config.schema import DataConfig
 from trainer.data.formats.detect import detect_format
 from trainer.data.prepare.build import build
 from trainer.data.prepare.encode import EncodingSpec
+from trainer.data.prepare.grouping import check_group_by
 from trainer.data.prepare.table import MARKER, PreparedTable, open_table
 from trainer.data.sources.open import Source, open_source
 from trainer.data.sources.rows import Row, parse_rows
@@ -39,7 +40,8 @@ from trainer.files import (
 from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
-VERSION = 8  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 7  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
+LAYOUT = 3  # of the table's files and of what is found in the rows
 
 
 def prepare(
@@ -62,11 +64,11 @@ def prepare(
     source = open_source(dataset)
     template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
     fingerprint = _fingerprint(source, data_config, template, cache / "digests.json")
-    folder = cache / fingerprint
-    with _lock_table(cache, fingerprint):
+    folder = cache / _table_name(fingerprint, data_config)
+    with _lock_table(cache, folder.name):
         if not _is_whole(folder):
             _build(source, data_config, tokenizer, folder)
-    return open_table(folder, source)
+    return open_table(folder, source, fingerprint)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -89,25 +91,33 @@ def default_cache() -> Path:
 
 
 def _fingerprint(source: Source, data_config: DataConfig, template: Template, known_hashes: Path) -> str:
-    """Hash everything that the table depends on: source, config, template, tokenizer."""
+    """Hash everything that the tokens depend on: source, config, template, tokenizer."""
     dataset, tokenizer = source.spec, template.tokenizer
     lengths = (data_config.max_length, data_config.on_too_long)
     encoding = [VERSION, dataset.format, sorted(dataset.columns.items()), *lengths, template.describe()]
+    if data_config.control_tokens != "text":
+        encoding.append(data_config.control_tokens)
     named = [tokenizer.bos_token, tokenizer.eos_token]  # chat templates write them by name
     digest = hashlib.sha256(source.digest(known_hashes).encode())
     digest.update(json.dumps([encoding, tokenizer.backend_tokenizer.to_str(), named]).encode())
     return digest.hexdigest()[:32]
 
 
+def _table_name(fingerprint: str, data_config: DataConfig) -> str:
+    """Name a table's folder: by its tokens, and by what else is kept in it, which changes no token."""
+    kept = json.dumps([LAYOUT, data_config.group_by]).encode()
+    return f"{fingerprint}-{hashlib.sha256(kept).hexdigest()[:8]}"
+
+
 @contextmanager
-def _lock_table(cache: Path, fingerprint: str) -> Iterator[None]:
+def _lock_table(cache: Path, name: str) -> Iterator[None]:
     with ExitStack() as held:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             warn_if_others_may_write(cache)
             waited = ProgressCounter("another process is preparing these rows; waiting for it")
             with ExitStack() as waiting:
-                held.enter_context(lock(cache / f"{fingerprint}.lock", lambda: waiting.enter_context(waited)))
+                held.enter_context(lock(cache / f"{name}.lock", lambda: waiting.enter_context(waited)))
         except OSError as error:
             raise _no_cache(cache, error) from error
         yield
@@ -124,13 +134,15 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
     remove_stale_partials(folder.parent)
     spec = EncodingSpec(
         tokenizer=tokenizer,
-        format=_detect_format(source),
+        format=_detect_format(source, data_config.group_by),
         columns=source.spec.columns,
         template=data_config.template,
         alpaca_role=data_config.alpaca_role,
         train_on=data_config.train_on,
         max_length=data_config.max_length,
         on_too_long=data_config.on_too_long,
+        group_by=data_config.group_by,
+        control_tokens=data_config.control_tokens,
     )
     try:
         with partial_folder(folder) as partial:
@@ -140,13 +152,18 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
         raise _no_cache(folder.parent, error) from error
 
 
-def _detect_format(source: Source) -> str:
-    """Detect the format of a data set: that of its first usable row, decided once, before any process starts."""
+def _detect_format(source: Source, group_by: str | None) -> str:
+    """Detect the format of a data set: that of its first usable row, decided once, before any process starts.
+
+    Raises:
+        DataError: it is not known, or that row has no column ``group_by``.
+    """
     dataset, unknown = source.spec, None
     for chunk in source.chunks():
         for row in parse_rows(chunk):
             if not isinstance(row, Row):
                 continue
+            check_group_by(row, group_by)
             try:
                 return detect_format(row, dataset.format, dataset.columns)
             except DataError as error:

@@ -19,7 +19,7 @@ from trainer.errors import DataError
 # The files of a table's folder, besides REJECTED_FILE.
 ROWS_FILE = "rows.arrow"
 COUNTS_FILE = "counts.npy"  # tokens and labels of each row
-HASHES_FILE = "keys.npy"  # prompt prefix and whole row, hashed
+HASHES_FILE = "keys.npy"  # prompt prefix, whole row and its group in the split, hashed
 MARKER = "COMPLETE"  # the table is whole; its text says what the other files do not
 NAMED_REJECTED = 3
 
@@ -33,7 +33,8 @@ class PreparedTable:
             (the loss mask: which ids are in the loss), ``prompt_length``, ``answer`` and ``choices`` (texts).
         lengths: tokens a row, int32, shape (rows,).
         label_counts: tokens in the loss, a row, int32, shape (rows,).
-        hashes: of the ids of each uncut row: of its prompt prefix, and of all of it; int64, shape (2, rows).
+        hashes: of the ids of each uncut row: of its prompt prefix, and of all of it; and of what groups it in the
+            split (``grouping``); int64, shape (3, rows).
         fingerprint: hex digest of the source, the tokenizer and every config key that matters.
         names: the files, as they are called in messages.
         folder: where the table is; ``refused.jsonl`` in it holds every row that is not in the table.
@@ -75,12 +76,13 @@ class PreparedTable:
         return f"{self.names[record['file']]}:{record['line']}"
 
 
-def open_table(folder: Path, source: Source) -> PreparedTable:
+def open_table(folder: Path, source: Source, fingerprint: str) -> PreparedTable:
     """Open the table in a folder.
 
     Args:
         folder: of a complete table.
         source: that it was made from.
+        fingerprint: of its tokens.
 
     Raises:
         DataError: not one row of the source could be used.
@@ -100,5 +102,5 @@ def open_table(folder: Path, source: Source) -> PreparedTable:
     files = tuple(str(file.parent if source.table is not None else file) for file in source.files)
     of_source = (files, source.left_alone)
     return PreparedTable(
-        *(table, lengths, label_counts, hashes, folder.name, source.names, folder, *numbers, findings, *of_source)
+        *(table, lengths, label_counts, hashes, fingerprint, source.names, folder, *numbers, findings, *of_source)
     )

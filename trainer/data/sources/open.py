@@ -15,7 +15,7 @@ from trainer.compat.datasets import table_fingerprint
 from trainer.config.dataset_spec import DatasetSpec, is_glob, is_hub_id
 from trainer.data.sources import hf_datasets
 from trainer.data.sources.file_hashes import hash_files
-from trainer.data.sources.readers import KNOWN, detect_kind, read_chunks
+from trainer.data.sources.readers import KNOWN, PLAIN_TEXT, detect_kind, read_chunks
 from trainer.data.sources.rows import Chunk
 from trainer.data.sources.splits import LeftAlone, choose_split, name_splits
 from trainer.errors import DataError
@@ -43,6 +43,11 @@ class Source:
     table: Any = field(default=None, repr=False)
     left_alone: tuple[LeftAlone, ...] = ()
 
+    @property
+    def has_text_files(self) -> bool:
+        """Whether there are files of plain text, whose rows ``data.text_unit`` makes."""
+        return self.table is None and any(detect_kind(file) in PLAIN_TEXT for file in self.files)
+
     def digest(self, known_hashes: Path | None = None) -> str:
         """Hash everything that the rows depend on, as hex: the bytes of the files, or the hub data set's fingerprint.
 
@@ -54,6 +59,8 @@ class Source:
         """
         spec = self.spec
         identity: list[Any] = [self.names, sorted(spec.columns.items()), spec.format, spec.split]
+        if self.has_text_files and spec.text_unit != "line":
+            identity.append(spec.text_unit)
         if self.files:
             identity.append(hash_files(self.files, known_hashes))
         else:
@@ -70,7 +77,7 @@ class Source:
             yield from hf_datasets.read_chunks(self.table, self.names[0])
             return
         for number, (path, name) in enumerate(zip(self.files, self.names, strict=True)):
-            yield from read_chunks(path, number, name)
+            yield from read_chunks(path, number, name, self.spec.text_unit)
 
 
 def open_source(spec: DatasetSpec) -> Source:

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 from trainer.data.sources.arrow_rows import convert_row, row_converters
 from trainer.data.sources.csv_records import read_csv
 from trainer.data.sources.json_arrays import json_rows, refuse_json_array
-from trainer.data.sources.rows import BOM, CHUNK_LINES, Chunk, ParsedRow, reject_non_utf8
+from trainer.data.sources.plain_text import bounded_lines, text_rows
+from trainer.data.sources.rows import CHUNK_LINES, Chunk, ParsedRow, reject_non_utf8
 from trainer.errors import DataError
 
 CHUNK_BYTES = 8 << 20
-MAX_LINE_BYTES = 64 << 20  # of decompressed text: a small file could otherwise ask for all memory there is
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text")
+PLAIN_TEXT = (".txt", ".text")
 TABLE_KINDS = (".parquet", ".arrow")
 KNOWN = f"{', '.join(TEXT_KINDS + TABLE_KINDS)}; all but the last two also as .gz or .zst"
 
@@ -38,13 +39,14 @@ def detect_kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in TEXT_KINDS + TABLE_KINDS else None
 
 
-def read_chunks(path: Path, file: int, name: str) -> Iterator[Chunk]:
+def read_chunks(path: Path, file: int, name: str, text_unit: str = "line") -> Iterator[Chunk]:
     """Read the rows of one file in chunks.
 
     Args:
         path: a file whose :func:`detect_kind` is known.
         file: its number in the source.
         name: what it is called in messages.
+        text_unit: what a row of plain text is.
 
     Raises:
         DataError: it cannot be opened, is damaged, or is not of its kind.
@@ -57,36 +59,21 @@ def read_chunks(path: Path, file: int, name: str) -> Iterator[Chunk]:
             yield from chunk_rows(number_rows(_slice_batches(tables), name), file, name)
             return
         with open_text(path, name) as stream:
-            yield from _chunk_text(stream, kind, file, name)
+            yield from _chunk_text(stream, kind, file, name, text_unit)
 
 
-def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str) -> Iterator[Chunk]:
+def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str, text_unit: str) -> Iterator[Chunk]:
     if kind == ".json":
         lines, rows = json_rows(stream, name)
         yield from chunk_lines(lines, file, name)
         yield from chunk_rows(rows, file, name)
     elif kind in (".csv", ".tsv"):
         yield from chunk_rows(read_csv(stream, "," if kind == ".csv" else "\t", name), file, name)
-    elif kind in (".txt", ".text"):
-        yield from chunk_rows(_read_text_lines(bounded_lines(stream, name), name), file, name)
+    elif kind in PLAIN_TEXT:
+        yield from chunk_rows(text_rows(stream, name, text_unit), file, name)
     else:
         refuse_json_array(stream, name)
         yield from chunk_lines(bounded_lines(stream, name), file, name)
-
-
-def bounded_lines(stream: io.BufferedReader[Any], name: str) -> Iterator[bytes]:
-    """Read lines one by one.
-
-    Raises:
-        DataError: one is longer than ``MAX_LINE_BYTES``.
-    """
-    number = 1
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            reason = f"is longer than {MAX_LINE_BYTES >> 20} MiB, and a row is a line"
-            raise DataError(f"{name}:{number}", reason=reason, hint="is it the right file?")
-        yield line
-        number += 1
 
 
 @contextmanager
@@ -137,19 +124,6 @@ def chunk_rows(rows: Iterable[ParsedRow], file: int, name: str) -> Iterator[Chun
     rows = iter(rows)
     while held := tuple(islice(rows, CHUNK_LINES)):
         yield Chunk(file, name, held[0][0], rows=held)
-
-
-def _read_text_lines(stream: Iterable[bytes], name: str) -> Iterator[ParsedRow]:
-    """Read a text file, one row a line that is not blank."""
-    for line, raw in enumerate(stream, start=1):
-        raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip(b"\r\n")
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            yield line, reject_non_utf8(f"{name}:{line}", raw, f"byte {error.start}")
-            continue
-        if text.strip():
-            yield line, {"text": text}
 
 
 def _read_parquet(path: Path) -> Iterator[pa.RecordBatch]:

@@ -103,6 +103,13 @@ class ChatTemplate:
             out.answers.append((i, begin, end))
         return out
 
+    def write(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
+        """Return what the template writes of a conversation; ``None`` where it refuses."""
+        try:
+            return self._apply(messages, None, add_generation_prompt, "a conversation")
+        except RowError:
+            return None
+
     def _end_of_turn(self, text: str, at: int, limit: int, last: bool) -> int:
         """Find the token that closes an answer, and return its end; 0 when there is none. In the middle of a
         conversation the next turn's header may follow at once, which the assistant does not write."""

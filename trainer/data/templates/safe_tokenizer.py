@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from trainer.data.sources.rows import RowError
 
+_TURN_MARKERS = re.compile(r"<\|(?:im_start|im_end|start_header_id|eot_id)\|>|<(?:start|end)_of_turn>")
 Span = tuple[int, int]  # characters, from and to
 
 
@@ -89,18 +90,26 @@ class SafeTokenizer:
 
     Attributes:
         control: matches every control token.
+        is_text_genuine: whether control tokens in the row's text count as the template's own.
     """
 
     def __init__(self, tokenizer: Any, markers: Collection[str] = ()) -> None:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         names = {*special, *markers, *(t for t in (tokenizer.bos_token, tokenizer.eos_token) if t)}
         self.control = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
+        self.is_text_genuine = False
         self._control_ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
         # The unknown token also stands for what the vocabulary lacks, wherever that comes from.
         self._special = frozenset(self._control_ids.values()) - {tokenizer.unk_token_id}
         self._backend = (
             _with_special_tokens(tokenizer.backend_tokenizer, markers) if markers else tokenizer.backend_tokenizer
         )
+
+    def find_in(self, texts: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Return the control tokens that texts hold, and the turn markers of other tokenizers."""
+        texts = list(texts)
+        own = {found[0] for text in texts for found in self.control.finditer(text)}
+        return own, {found[0] for text in texts for found in _TURN_MARKERS.finditer(text)} - own
 
     def tokenize(self, rendered: RenderedText, turns_in_loss: Collection[int], where: str) -> TokenizedText:
         """Tokenize a text, with the answers of some turns in the loss.
@@ -133,7 +142,8 @@ class SafeTokenizer:
         """Find the template's own control tokens."""
         out: list[Span] = []
         at = 0
-        for begin, end in (*rendered.data, (len(rendered.text), 0)):
+        data = () if self.is_text_genuine else rendered.data
+        for begin, end in (*data, (len(rendered.text), 0)):
             out += [match.span() for match in self.control.finditer(rendered.text, at, begin)]
             at = end
         return out

@@ -55,6 +55,8 @@ class Template:
 
     Attributes:
         bos_id: the token that the tokenizer itself puts before a text; ``None`` when it puts none.
+        adds_bos: whether that token was put before a template from a file, which writes none.
+        safe_tokenizer: tokenizes its renderings.
 
     Raises:
         DataError: the tokenizer cannot report offsets or has no end token; the chat template's file cannot be read.
@@ -72,15 +74,19 @@ class Template:
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
         self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
         source = None if name in NAMES else _read_template(name)
+        self.adds_bos = False
         self._chat: ChatTemplate | None = None
         if source is not None or (name == "chat" and tokenizer.chat_template):
             hint = (
                 "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
             )
             self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", hint)
+            if source is not None and not self.writes_bos():
+                source, self.adds_bos = f"{{{{- bos_token }}}}{source}", True
+                self._chat = ChatTemplate(tokenizer, source, name, hint)
         self._source = source
         self._tool_place = ToolPlace(tokenizer, source)
-        self._safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
+        self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
 
     @property
     def chat_template(self) -> Any:
@@ -88,6 +94,21 @@ class Template:
         if self._source is not None:
             return self._source
         return self.tokenizer.chat_template if self._chat else None
+
+    def write_chat(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
+        """Return what the chat template writes, in use or not; ``None`` where there is none or it refuses."""
+        chat = self._chat
+        if chat is None and self.tokenizer.chat_template:
+            chat = ChatTemplate(self.tokenizer, None, "the chat template", "")
+        return None if chat is None else chat.write(messages, add_generation_prompt)
+
+    def writes_bos(self) -> bool:
+        """Return whether the chat template writes the token that the tokenizer itself puts before a text; so too where
+        there is no such token or template, or it takes no simple conversation."""
+        if self._chat is None or self.bos_id is None:
+            return True
+        text = self._chat.write([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])
+        return text is None or text.lstrip().startswith(self.tokenizer.bos_token)
 
     def encode(self, example: Example) -> Encoded:
         """Encode one example.
@@ -112,7 +133,7 @@ class Template:
         rendered = self._render(turns, example.tools, in_loss | {last}, example.where)
         begins = {turn: begin for turn, begin, _ in rendered.answers}
         every = self.train_on == "all"
-        tokenized = self._safe_tokenizer.tokenize(rendered, in_loss, example.where)
+        tokenized = self.safe_tokenizer.tokenize(rendered, in_loss, example.where)
         ids, loss_mask = tokenized.ids, [True] * len(tokenized.ids) if every else tokenized.loss_mask
         prompt_length, prefix_length = tokenized.token_at(begins[last]), tokenized.token_at(begins[min(in_loss)])
         while loss_mask and not loss_mask[-1]:
@@ -136,7 +157,7 @@ class Template:
             RowError: the template cannot render it.
         """
         rendered = self._render(turns, tools, set(), "prompt", add_generation_prompt=True)
-        ids = self._safe_tokenizer.tokenize(rendered, (), "prompt").ids
+        ids = self.safe_tokenizer.tokenize(rendered, (), "prompt").ids
         return [self.bos_id, *ids] if self._chat is None and self.bos_id is not None else ids
 
     def end_ids(self) -> list[int]:
@@ -147,7 +168,7 @@ class Template:
             rendered = self._render([Turn("user", "a"), Turn("assistant", "a")], None, {1}, "template")
         except RowError:  # it takes no such conversation: how the rows' answers end is not known here
             return [int(self.tokenizer.eos_token_id)]
-        tokenized = self._safe_tokenizer.tokenize(rendered, {1}, "template")
+        tokenized = self.safe_tokenizer.tokenize(rendered, {1}, "template")
         return [token for token, label in zip(tokenized.ids, tokenized.loss_mask, strict=True) if label][-1:]
 
     def describe(self) -> str:
@@ -184,7 +205,7 @@ class Template:
     def _encode_text(self, text: str, where: str) -> Encoded:
         rendered = RenderedText()
         rendered.add_answer(0, text, self.tokenizer.eos_token)
-        ids = self._safe_tokenizer.tokenize(rendered, {0}, where).ids
+        ids = self.safe_tokenizer.tokenize(rendered, {0}, where).ids
         ids = ids if self.bos_id is None else [self.bos_id, *ids]
         return Encoded(ids, [True] * len(ids), 0, len(ids))
 
