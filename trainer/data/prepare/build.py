@@ -74,7 +74,8 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
-    unused.pop(spec.group_by, None)
+    if spec.group_by is not None:
+        unused.pop(spec.group_by, None)
     findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
     findings += _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
