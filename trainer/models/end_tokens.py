@@ -49,10 +49,10 @@ def save_tokenizer(tokenizer: Any, folder: Path, end_ids: Sequence[int], generat
         everywhere = list(dict.fromkeys([*end_ids, *own_ids]))
         _update(folder / GENERATION_FILE, {"eos_token_id": everywhere}, without=("_from_model_config",))
     if is_new or saved is not tokenizer:
-        learnt, before = (", ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (end_ids, own_ids))
+        taught, before = (", ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (end_ids, own_ids))
         files = [GENERATION_FILE] * is_new + ["eos_token"] * (saved is not tokenizer)
         say = f"{' and '.join(files)} say{'s' if len(files) == 1 else ''} so"
-        logger.info(f"answers end with {learnt}: the saved {say} (the base's own end: {before or 'none'})")
+        logger.info(f"answers end with {taught}: the saved {say} (the base's own end: {before or 'none'})")
 
 
 def restore_base_eos(tokenizer: Any, folder: Path) -> Any:
