@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +10,7 @@ import trainer.config
 from launch import process
 from launch.environment import child_environment, visible_gpus
 from trainer.config import TrainConfig
-
-_PLAIN_WORD = re.compile(r"[A-Za-z/][\w./-]*")
-_NOT_WORDS = {"null", "true", "false", "inf", "nan", "yes", "no", "on", "off"}
-
-
-def quote(value: str) -> str:
-    """Quote a value so that Hydra's override grammar reads exactly this string."""
-    if _PLAIN_WORD.fullmatch(value) and value.lower() not in _NOT_WORDS:
-        return value
-    # there a backslash is itself, but before a quote it escapes
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
-    return f'"{escaped}"'
+from trainer.config.messages import quote
 
 
 def ranks_per_node(config: TrainConfig) -> int:

@@ -1,8 +1,48 @@
-"""afina: fine-tunes causal language models under DeepSpeed. The rooms and their order are in CONTRIBUTING.md."""
+"""afina: fine-tunes causal language models under DeepSpeed. From Python: docs/python.md.
 
-# Both are loaded before any file of the working folder could be.
+The rooms and their order are in CONTRIBUTING.md.
+"""
+
+# All are loaded before any file of the working folder could be.
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.api import (
+        AfinaError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LaunchError,
+        ModelError,
+        Result,
+        Run,
+        TrainConfig,
+        TrainingError,
+        load,
+        load_run,
+        train,
+    )
+
+    __version__: str
+
+__all__ = [
+    "AfinaError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LaunchError",
+    "ModelError",
+    "Result",
+    "Run",
+    "TrainConfig",
+    "TrainingError",
+    "__version__",
+    "load",
+    "load_run",
+    "train",
+]
 
 
 def keep_working_folder_out() -> None:
@@ -29,3 +69,18 @@ import logging  # noqa: E402
 
 # Said at import, by whichever library imports bitsandbytes first, about a kernel that afina does not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+if not TYPE_CHECKING:  # where every attribute would seem to be there
+
+    def __getattr__(name):
+        """Load what ``__all__`` names when it is asked for: ``import trainer`` takes no time."""
+        import importlib.metadata
+
+        if name == "__version__":
+            return importlib.metadata.version("afina")
+        if name in __all__:
+            return getattr(importlib.import_module(f"{__name__}.api"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

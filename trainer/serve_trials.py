@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-import trainer.train
+import trainer.train as command
 from trainer.distributed.process_group import leave
 from trainer.errors import LAUNCHER_PIDS
 
@@ -49,7 +49,7 @@ class TrialServer:
 
     def serve(self) -> None:
         """Load the libraries, then run jobs."""
-        trainer.train.load_libraries()
+        command.load_libraries()
         reason = why_not_forked()
         self._answer(ready=reason is None, reason=reason)
         if reason is not None:
@@ -107,8 +107,8 @@ class TrialServer:
                 if value is not None:
                     os.environ[name] = value
             os.environ[LAUNCHER_PIDS] = ",".join([*os.environ.get(LAUNCHER_PIDS, "").split(","), str(server)])
-            sys.argv = [str(Path(trainer.train.__file__)), *job["arguments"]]
-            code = trainer.train.main(job["arguments"])
+            sys.argv = [str(Path(command.__file__)), *job["arguments"]]
+            code = command.main(job["arguments"])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:

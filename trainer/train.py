@@ -9,19 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-import torch
-
-from trainer import deny_others_writing
-from trainer.compat.deepspeed import skip_shm_build
-from trainer.config import load
-from trainer.distributed import process_group as distributed
+from trainer import api, deny_others_writing
+from trainer.config import TrainConfig, load
 from trainer.distributed.rendezvous import refuse_copies
 from trainer.errors import INTERRUPTED_EXIT_CODE, AfinaError
 from trainer.files import explain_full_disk
 from trainer.silence import silence_libraries
-from trainer.tracking.logs import configure_logging
-from trainer.training.run import train
+from trainer.tracking.counter import loading_libraries
+from trainer.tracking.logs import configure_logging, print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
     parsed = parser.parse_args(arguments)
+    configure_logging(rank=0 if os.environ.get("RANK", "0") == "0" else 1)
+    with loading_libraries():
+        from trainer.distributed import process_group as distributed
+        from trainer.training.run import train
+
     world = distributed.from_environment()
     configure_logging(rank=world.rank)
     silence_libraries()
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if known_error.rank in (None, world.rank):
             rank = f"[rank {world.rank}] " if world.world_size > 1 else ""
-            print(f"{rank}error: {known_error}", file=sys.stderr, flush=True)
+            print_line(f"{rank}error: {known_error}", sys.stderr)
         return known_error.exit_code
 
 
@@ -59,11 +61,28 @@ def load_libraries() -> None:
     """Import what every run imports, so that forks of this process need not. Uses no device and starts no thread."""
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
+    import torch
+
+    import trainer.training.run  # noqa: F401
+    from trainer.compat.deepspeed import skip_shm_build
 
     if not torch.cuda.is_available():
         skip_shm_build(on_cpu=True)  # asks DeepSpeed which of its operators could be built, which takes a second
     silence_libraries()
 
 
+class _Callable(ModuleType):
+    """Once imported, this module stands in the package where ``trainer.train(config)`` stood: it can be called, too."""
+
+    def __call__(self, config: TrainConfig) -> api.Result:
+        return api.train(config)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
 if __name__ == "__main__":
-    distributed.leave(main())
+    code = main()
+    from trainer.distributed.process_group import leave
+
+    leave(code)

@@ -16,7 +16,9 @@ from launch import process, torchrun
 from launch.compare import report as comparison
 from launch.compare.candidates import Candidate
 from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
+from trainer.config.messages import as_typed
 from trainer.config.method import METHODS
+from trainer.config.overrides import is_sweep
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
 from trainer.tracking.files import find_summary
@@ -82,8 +84,12 @@ def plan_comparison(typed: Sequence[str]) -> tuple[Path, list[Candidate]]:
     for text in typed:
         group, _, option = text.partition("=")
         if group in ("method", "rank"):
-            hint = f"compare.methods=[{option}]" if group == "method" else "\"compare.methods=['lora r=16']\""
+            hint = as_typed("compare.methods", option.split(",") if group == "method" else ["lora r=16"])
             raise ConfigError(text, reason="the methods that are compared are compare.methods", hint=hint)
+        if group.startswith("method.") and is_sweep([text]):
+            each = [f"lora {group.removeprefix('method.')}={value}" for value in option.split(",")]
+            hint = as_typed("compare.methods", each)
+            raise ConfigError(text, reason="is several values, and each is a method of its own here", hint=hint)
     base = trainer.config.load([text for text in typed if not text.startswith("method.")])
     if base.compare.tune and base.data.validation == 0:
         reason = "judges the tries by held-out rows, and there are none (data.validation=0)"

@@ -13,6 +13,7 @@ from launch.report.ranking import SEEDS, Setting, choose_metric, rank_settings
 from launch.report.runs import SCORES, Run, read_run
 from launch.report.values import differing_keys, parse_value
 from trainer.errors import CheckpointError
+from trainer.tracking.files import RUN_FILES
 
 NEITHER_AXIS = ("run.name", "run.dir", "run.overwrite", "log.", "launch.", "compare.")
 MAX_CSV_BYTES = 20_000_000
@@ -72,7 +73,7 @@ def gather(folder: Path) -> Report:
     Raises:
         CheckpointError: there is no run in it.
     """
-    if (folder / "config.yaml").is_file() or (folder / "metrics.jsonl").is_file():
+    if any((folder / name).is_file() for name in RUN_FILES):
         return _report("run", folder, [read_run(folder)], [])
     rows = _read_rows(folder / "compare.csv")
     if rows:
@@ -87,7 +88,7 @@ def gather(folder: Path) -> Report:
 
 def is_reportable(folder: Path) -> bool:
     """Return whether there is a run in a folder, or in a folder of it."""
-    files = ("config.yaml", "metrics.jsonl", "sweep.csv", "compare.csv")
+    files = (*RUN_FILES, "sweep.csv", "compare.csv")
     return any((folder / name).is_file() for name in files) or any(folder.glob("*/config.yaml"))
 
 

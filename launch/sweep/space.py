@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trainer.config
 from trainer.config import TrainConfig
+from trainer.config.messages import as_typed
 from trainer.config.overrides import parse
 from trainer.config.schema import LOWER_IS_BETTER
 from trainer.config.sweep_axes import Axis, parse_axis
@@ -64,7 +65,7 @@ class Space:
         rank = trainer.config.load(overrides, self.config_file).method.r
         if rank is None:
             reason = "multiplies method.r, and this method has none"
-            raise ConfigError(MULTIPLES, value=multiple, reason=reason, hint=f"{MULTIPLES}=[]")
+            raise ConfigError(MULTIPLES, value=multiple, reason=reason, hint=as_typed(MULTIPLES, []))
         return [*overrides, f"{ALPHA}={rank * float(multiple):g}"]
 
     def _all_axes(self) -> list[Axis]:
@@ -97,7 +98,7 @@ def read_space(typed: Sequence[str], config_file: Path | None = None) -> Space:
         raise ConfigError("sweep", reason="no key has several values", hint=hint)
     if space.config.sweep.alpha_over_rank and any(axis.key == ALPHA for axis in space.axes):
         reason = "gives method.alpha, which is swept itself"
-        raise ConfigError(MULTIPLES, value=config.sweep.alpha_over_rank, reason=reason, hint=f"{MULTIPLES}=[]")
+        raise ConfigError(MULTIPLES, value=config.sweep.alpha_over_rank, reason=reason, hint=as_typed(MULTIPLES, []))
     return space
 
 

@@ -136,6 +136,7 @@ def test_none_is_found_in_what_a_run_writes_prints_or_sends(
         hub,
         wandb,
         "log.wandb=online",
+        "log.trackers=[wandb,tensorboard,mlflow]",
         f"log.tags=[{every},{quoted(f'a tag of {held}')}]",
         "run.name=planted",
         "eval.metrics=[loss]",
@@ -145,6 +146,8 @@ def test_none_is_found_in_what_a_run_writes_prints_or_sends(
     assert secrets_in(printed) == []
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written), printed
+    assert any(path.name == "mlflow.db" for path in written), printed
+    assert any("tfevents" in path.name for path in written), printed
     assert [(str(path), found) for path in written if (found := secrets_in(path.read_bytes().decode("latin-1")))] == []
     assert wandb.upserts, "nothing has reached the stand-in for W&B"
     assert secrets_in(b"\n".join(wandb.bodies).decode("latin-1")) == []

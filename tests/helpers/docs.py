@@ -64,6 +64,11 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+def bare_brackets(text: str) -> list[str]:
+    """Overrides whose brackets no quotes keep from the shell: bash would match files with them, zsh would stop."""
+    return re.findall(r"[a-z_.]+=[\[{(]\S*", re.sub(r"'[^']*'|\"[^\"]*\"", "", text))
+
+
 def links(page: Path) -> Iterator[str]:
     """Targets of links and pictures that are in the project."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainer.config import load, to_yaml
 from trainer.methods import attach, save_adapter, save_full, trainable_parameters
 from trainer.models.embedded import resolve
+from trainer.models.identity import describe_base
 
 LETTERS = "abcdefghijkl"
 
@@ -40,6 +41,6 @@ def finished(work: Path, name: str, *overrides: str, seed: int = 1, strength: fl
     if config.method.name == "full":
         save_full(model, folder, {**model.state_dict(), **weights})
     else:
-        save_adapter(model, folder, weights)
+        save_adapter(model, folder, weights, base=describe_base(config.model, resolve(config.model.name_or_path)))
     AutoTokenizer.from_pretrained(resolve("tiny")).save_pretrained(folder)
     return run

@@ -87,19 +87,53 @@ def _run(
     __tracebackhide__ = True
     words = [os.fspath(word) for word in arguments]
     with tempfile.NamedTemporaryFile() as log:
-        job = {
-            "target": target,
-            "arguments": words,
-            "ranks": ranks,
-            "file_bytes": file_bytes,
-            "output": log.name,
-            "cwd": os.fspath(cwd or os.getcwd()),
-            "environment": {"OMP_NUM_THREADS": "1", **os.environ, **env},
-        }
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **env}
+        job = _job(target, words, log.name, environment, cwd, ranks=ranks, file_bytes=file_bytes)
         code = _server().run(job, timeout_seconds)
         output = Path(log.name).read_text(errors="replace")
     finished = Finished((target, *words), -signal.SIGKILL if code is None else code, output)
     return checked(finished, f"ran past {timeout_seconds} s" if code is None else "", check)
+
+
+def _job(
+    target: str,
+    words: list[str],
+    output: str,
+    environment: Mapping[str, str],
+    cwd: str | os.PathLike[str] | None,
+    *,
+    ranks: int | None = None,
+    file_bytes: int | None = None,
+) -> dict[str, Any]:
+    return {
+        "target": target,
+        "arguments": words,
+        "ranks": ranks,
+        "file_bytes": file_bytes,
+        "output": output,
+        "cwd": os.fspath(cwd or os.getcwd()),
+        "environment": dict(environment),
+    }
+
+
+def run_into(
+    output: str,
+    words: list[str],
+    environment: Mapping[str, str],
+    cwd: str | os.PathLike[str] | None,
+    timeout_seconds: float,
+) -> int | None:
+    """Run the command line with stdout and stderr in a file, or what looks like one (a terminal); return the exit code,
+    ``None`` after a timeout.
+
+    Args:
+        output: its path.
+        words: of the command line, behind ``afina``.
+        environment: all of it.
+        cwd: where it runs.
+        timeout_seconds: after which it is killed.
+    """
+    return _server().run(_job(AFINA, words, output, environment, cwd), timeout_seconds)
 
 
 def afina(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import re
@@ -24,7 +25,19 @@ from tests.helpers.architectures import tiny
 from tests.helpers.deepspeed_reaches import CASES
 from tests.helpers.layout import sources
 from tests.helpers.processes import ROOT
-from trainer.compat import REACHES, Reach, bitsandbytes, datasets, deepspeed, hydra, peft, transformers, wandb
+from trainer.compat import (
+    REACHES,
+    Reach,
+    bitsandbytes,
+    datasets,
+    deepspeed,
+    hub,
+    hydra,
+    peft,
+    transformers,
+    typer,
+    wandb,
+)
 from trainer.compat import torch as compat_torch
 from trainer.errors import LaunchError
 
@@ -324,6 +337,19 @@ def prompts_have_their_names() -> None:
         assert set(peft.prompt_parameters(trained)) == names
 
 
+@check("typer.use_completion_scripts")
+def a_shell_is_given_our_script() -> None:
+    from typer._completion_shared import _completion_scripts, get_completion_script
+
+    before = dict(_completion_scripts)
+    try:
+        typer.use_completion_scripts({"bash": "complete -F %(complete_func)s %(prog_name)s"})
+        script = get_completion_script(prog_name="afina", complete_var="_AFINA_COMPLETE", shell="bash")
+    finally:
+        _completion_scripts.update(before)
+    assert script == "complete -F _afina_completion afina"
+
+
 @check("hydra.overrides_parser")
 def overrides_are_parsed() -> None:
     override = hydra.overrides_parser().parse_override("method.r=8,16")
@@ -370,3 +396,33 @@ def tables_have_a_fingerprint(tmp_path: Path) -> None:
     library = importlib.import_module("datasets")
     first, same, other = (library.Dataset.from_dict({"a": values}) for values in ([1, 2], [1, 2], [1, 3]))
     assert datasets.table_fingerprint(first) == datasets.table_fingerprint(same) != datasets.table_fingerprint(other)
+
+
+@check("hub.go_offline")
+def libraries_go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants, config = (importlib.import_module(name) for name in ("huggingface_hub.constants", "datasets.config"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    assert not constants.is_offline_mode()
+    hub.go_offline()
+    assert importlib.import_module("transformers.utils.hub").is_offline_mode()
+    with pytest.raises(importlib.import_module("huggingface_hub.errors").OfflineModeIsEnabled):
+        importlib.import_module("huggingface_hub").HfApi().model_info("org/name")
+    assert config.HF_HUB_OFFLINE
+
+
+@check("hub.quiet_retries")
+def retries_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    hub.quiet_retries()
+    library = logging.getLogger("huggingface_hub.utils._http")
+    monkey = [each for each in library.filters if type(each).__module__ == hub.__name__]
+    assert len(monkey) == 1
+    source = Path(importlib.import_module("huggingface_hub.utils._http").__file__ or "").read_text()
+    assert source.count(" thrown while requesting {method} {url}") == 2
+    assert source.count("[Retry {nb_tries}/{max_retries}]") == 2
+    for text in ("'x' thrown while requesting HEAD y", "Retrying in 1s [Retry 1/5]."):
+        library.warning(text)
+    library.warning("something else")
+    library.removeFilter(monkey[0])
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["the hub does not answer ('x'); trying again for half a minute", "something else"]

@@ -11,10 +11,11 @@ import typer.main
 
 import launch.sweep.sweep
 import trainer.config
-from tests.helpers.docs import PAGES, anchors, commands, links, prose
+from tests.helpers.docs import PAGES, anchors, bare_brackets, blocks, commands, links, prose
 from tests.helpers.layout import FLOORS
 from tests.helpers.processes import ROOT
 from trainer.cli.app import app
+from trainer.cli.keys import find_keys
 
 MAX_README_LINES = 160
 MAX_WIDTH = 120
@@ -64,12 +65,12 @@ def test_every_room_is_described() -> None:
 @each_page
 def test_verbs_that_are_named_are_there(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", prose(page))
-    named = {found for span in spans for found in re.findall(r"^(?:\$ )?afina ([a-z-]+)", span)}
+    named = {found for span in spans for found in re.findall(r"^(?:\$ )?afina ([a-z][a-z-]*)", span)}
     assert named - set(VERBS) == set()
 
 
 def test_readme_names_every_verb() -> None:
-    named = set(re.findall(r"\| `afina ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    named = set(re.findall(r"\| `afina ([a-z][a-z-]*)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named == set(VERBS)
 
 
@@ -95,7 +96,9 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "afina":
         context = VERBS[words[1]].make_context(words[1], words[2:])
         overrides = list(context.params.get("overrides") or [])
-        if words[1] == "sweep":
+        if context.params.get("keys"):
+            find_keys(overrides)
+        elif words[1] == "sweep":
             launch.sweep.sweep.plan_sweep(overrides)
         elif words[1] == "slurm-script":
             trainer.config.load(["launch=slurm", *overrides], with_data=False)
@@ -107,6 +110,13 @@ def check_command(words: list[str]) -> None:
         trainer.config.load(words[words.index("trainer.train") + 1 :])
     elif words[0] == "sbatch":
         trainer.config.load(words[words.index("slurm/train.sbatch") + 1 :])
+
+
+@each_page
+def test_lists_are_quoted_for_the_shell(page: Path) -> None:
+    spans = re.findall(r"`([^`\n]+)`", prose(page))
+    typed = [block.text for block in blocks(page) if block.language == "bash"]
+    assert [found for text in [*spans, *typed] for found in bare_brackets(text)] == []
 
 
 def test_every_promise_of_security_names_its_test() -> None:

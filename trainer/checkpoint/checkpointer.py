@@ -25,6 +25,7 @@ from trainer.checkpoint.commit import archive_after, checkpoint_dir, commit, com
 from trainer.checkpoint.sharded import open_parts, write_part
 from trainer.checkpoint.tensors import save_verified
 from trainer.compat.deepspeed import load_checkpoint
+from trainer.config.messages import as_typed
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.process_group import from_main
 from trainer.engine.engine import Engine
@@ -253,8 +254,9 @@ class Checkpointer:
         for key, value in self.run_identity.items():
             was = saved.get(key)
             if was != value:
-                hint = "the same data, or another run.name" if key == "data" else f"{key}={was}, or another run.name"
+                own = "the same data" if key == "data" else as_typed(key, was)
                 reason = f"was {was} when the checkpoint was written, and changes what it means"
+                hint = f"{own}, or another run.name"
                 raise CheckpointError(f"{folder}: {key}", value=value, reason=reason, hint=hint)
 
 

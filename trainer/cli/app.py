@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version as package_version
+from typing import Annotated
 
 import typer
 
 from trainer import deny_others_writing, keep_working_folder_out
-from trainer.cli import finished_run, inspection, jobs, training
+from trainer.cli import finished_run, inspection, jobs, runs, training
+from trainer.cli.completion import SCRIPTS
+from trainer.cli.help import PANELS, Verb
+from trainer.compat.typer import use_completion_scripts
 from trainer.errors import AfinaError
 from trainer.files import explain_full_disk
-from trainer.tracking.logs import configure_logging
+from trainer.tracking.logs import configure_logging, print_line
 
 app = typer.Typer(
     name="afina",
     help="Fine-tune causal language models. Overrides are Hydra's: method.r=16 data=alpaca zero=stage3.",
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -32,6 +36,8 @@ VERBS: dict[str, Callable[..., object]] = {
     "sweep": training.sweep,
     "compare": training.compare,
     "report": inspection.report,
+    "runs": runs.runs,
+    "show": runs.show,
     "config": inspection.config,
     "doctor": inspection.doctor,
     "data": inspection.data,
@@ -47,7 +53,23 @@ VERBS: dict[str, Callable[..., object]] = {
     "version": inspection.version,
 }
 for verb_name, verb in VERBS.items():
-    app.command(name=verb_name)(verb)
+    app.command(name=verb_name, cls=Verb, rich_help_panel=PANELS[verb_name])(verb)
+use_completion_scripts(SCRIPTS)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"afina {package_version('afina')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_verb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments or ["--help"], prog_name="afina", standalone_mode=False)
     except AfinaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -70,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         full = explain_full_disk(error)
         if full is not None:
-            print(f"error: {full}", file=sys.stderr)
+            print_line(f"error: {full}", sys.stderr)
             return full.exit_code
         # a wrong verb or option: the class is click's, or typer's own copy of it, so it is known by what it can do
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
         page = context.command_path if context else "afina"
-        print(f"error: {error.format_message()} → {page} --help", file=sys.stderr)
+        print_line(f"error: {error.format_message()} → {page} --help", sys.stderr)
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
 

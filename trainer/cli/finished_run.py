@@ -10,13 +10,20 @@ import typer
 from trainer.cli.folders import find_run
 from trainer.cli.options import Adapters, Bits, NoAdapter, Overrides, Run
 from trainer.errors import ConfigError
+from trainer.tracking.counter import loading_libraries
+from trainer.tracking.logs import print_line
 
 
 def evaluate(run: Run, overrides: Overrides = None, adapters: Adapters = None) -> None:
-    """Score a run on its held-out rows. With the run's config and your overrides (eval.metrics=[exact_match])."""
+    """Score a run on its held-out rows.
+
+    With the run's config, and your overrides on top.
+    """
     folder = find_run(run)
-    import trainer.inference.score
     from launch import table
+
+    with loading_libraries():
+        import trainer.inference.score
 
     scores = trainer.inference.score.score_run(folder, overrides or [], adapters or [])
     metrics = next(iter(scores.values()))
@@ -34,10 +41,14 @@ def generate(
     bits: Bits = None,
     device_map: Annotated[str | None, typer.Option(metavar="MAP", help="auto spreads a big base over devices")] = None,
 ) -> None:
-    """Answer a prompt with a run's model. Sampling is set by overrides: generate.max_new_tokens=20."""
+    """Answer a prompt with a run's model.
+
+    Sampling is set by overrides of generate.
+    """
     _check_bits(bits)
     folder = find_run(run)
-    import trainer.inference.generate
+    with loading_libraries():
+        import trainer.inference.generate
 
     answers = trainer.inference.generate.generate_run(
         folder,
@@ -62,10 +73,14 @@ def chat(
     no_adapter: NoAdapter = False,
     bits: Bits = None,
 ) -> None:
-    """Talk with a run's model, switching adapters on the way. Answers come as they are written; /help."""
+    """Talk with a run's model.
+
+    Answers come as they are written; /adapter switches on the way, /help says what else there is.
+    """
     _check_bits(bits)
     folder = find_run(run)
-    import trainer.inference.chat
+    with loading_libraries():
+        import trainer.inference.chat
 
     trainer.inference.chat.chat_run(
         folder, adapter=not no_adapter, adapters=adapters or [], bits=bits, overrides=overrides or []
@@ -77,17 +92,22 @@ def merge(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="the folder that is made")],
     overrides: Overrides = None,
 ) -> None:
-    """Merge a run's adapter into its base, proved: read back from disk and compared with the live adapter."""
-    import trainer.inference.merge
+    """Merge a run's adapter into its base, proved.
 
-    result = trainer.inference.merge.merge_run(find_run(run), to, overrides or [])
-    print(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
+    The merged model is read back from disk and compared with the live adapter, or deleted.
+    """
+    folder = find_run(run)
+    with loading_libraries():
+        import trainer.inference.merge
+
+    result = trainer.inference.merge.merge_run(folder, to, overrides or [])
+    print_line(f"folded: {result.layers} layers, each as with its adapter; {result.tensors} tensors to the bit on disk")
     allowed = f"{result.bound:.1e} is allowed, the base without it is {result.base_distance:.1e} away"
-    print(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
-    print(f"likeliest token: the same at {100 * result.top_token_agreement:.1f} % of the positions")
+    print_line(f"logits of {result.prompts} prompts: {result.distance:.1e} from the live adapter's; {allowed}")
+    print_line(f"likeliest token: the same at {100 * result.top_token_agreement:.1f} % of the positions")
     if result.training_distance is not None:
-        print(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
-    print(f"merged: {to}")
+        print_line(f"trained on a quantised base: {result.training_distance:.1e} from the adapter there")
+    print_line(f"merged: {to}")
 
 
 def _check_bits(bits: int | None) -> None:

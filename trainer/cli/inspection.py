@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -11,29 +12,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.cli.completion import complete_embedded, complete_folder
 from trainer.cli.folders import find_folder
 from trainer.cli.options import ConfigFile, Overrides
 from trainer.errors import LaunchError
-from trainer.tracking.logs import configure_logging
+from trainer.tracking.logs import print_line
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def config(
     overrides: Overrides = None,
     config_file: ConfigFile = None,
-    keys: Annotated[bool, typer.Option("--keys", help="list every key: type, default, meaning")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="explain the keys that hold these words, or all")] = False,
 ) -> None:
-    """Print the composed config as YAML. On top: which file each group came from."""
+    """Print the composed config, or with --keys explain keys.
+
+    On top of the YAML: which file each group came from.
+    """
     import trainer.config
 
     if keys:
-        from launch import table
+        from trainer.cli.keys import show_keys
 
-        every: list[trainer.config.Key] = trainer.config.keys()
-        rows = [[key.name, key.type, as_yaml(key.default), key.help] for key in every]
-        table.show(["key", "type", "default", "meaning"], rows)
+        show_keys(overrides or [])
         return
     print_config(trainer.config.load(overrides or [], config_file), overrides or [], config_file)
 
@@ -46,7 +51,10 @@ def doctor(
     ] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage")] = False,
 ) -> int:
-    """Can this machine, or this allocation, run the job. Each check with its cure; exit code 4 where one failed."""
+    """Say if this machine, or allocation, can run the job.
+
+    Each check with its cure; exit code 4 where one failed.
+    """
     import trainer.config
     from launch import table
     from launch.doctor.finding import HEADS, STYLES, has_failed
@@ -58,6 +66,7 @@ def doctor(
     from launch.doctor.ranks import measure_ranks
 
     config = trainer.config.load(overrides or [], config_file, with_data=False)
+    logger.info("checking this machine")
     findings = check_all(config)
     table.show(HEADS, [finding.row() for finding in findings], [STYLES[finding.state] for finding in findings])
     sys.stdout.flush()  # before what the ranks print
@@ -74,7 +83,10 @@ def data(
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write a page to look at, too")] = None,
     examples: Annotated[int, typer.Option("--examples", metavar="N", min=0, help="rows shown token by token")] = 3,
 ) -> None:
-    """Prepare, check and show the data: the loss mask token by token, lengths, sharing, refused rows. No model."""
+    """Check and show the rows, token by token. No model.
+
+    The loss mask, lengths, shared prefixes, refused rows.
+    """
     import trainer.config
     from trainer.view import view
 
@@ -82,26 +94,42 @@ def data(
 
 
 def report(
-    what: Annotated[str, typer.Argument(metavar="RUN|SWEEP|COMPARISON", help="a folder, or the name of one in runs/")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|SWEEP|COMPARISON", help="a folder, or the name of one in runs/", autocompletion=complete_folder
+        ),
+    ],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FILE.html", help="the page; default: report.html in that folder")
     ] = None,
 ) -> None:
-    """Show what came out: a ranked table, raw numbers as CSV, and a page to look at and to send. No network."""
+    """Show what came out: a ranked table and a page to send.
+
+    Raw numbers as CSV, too. No network.
+    """
     from launch.report import write
     from launch.report.gather import is_reportable
 
     reason = "is no folder of a run, a sweep or a comparison"
     hint = "give the folder that `afina train` or `afina sweep` wrote"
-    files = write.report(find_folder("report", what, is_reportable, reason, hint), to)
-    print(f"written: {', '.join(map(str, files))}")
+    folder = find_folder("report", what, is_reportable, reason, hint)
+    logger.info(f"reading {folder}")
+    files = write.report(folder, to)
+    print_line(f"written: {', '.join(map(str, files))}")
 
 
-def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an embedded model")] = None) -> None:
-    """Fetch an embedded model. The last line is its folder; without a name, they are listed."""
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="an embedded model", autocompletion=complete_embedded)
+    ] = None,
+) -> None:
+    """Fetch an embedded model; without a name, list them.
+
+    The last line is its folder.
+    """
     import trainer.models.embedded
 
-    configure_logging(stream=sys.stdout)
     if name is None:
         for embedded in trainer.models.embedded.EMBEDDED:
             print(embedded)
@@ -110,7 +138,7 @@ def fetch(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="an 
 
 
 def version() -> None:
-    """Print versions. Of afina, Python, and the libraries that decide whether a number can be repeated."""
+    """Print the versions that a number depends on."""
     lines = []
     for library in ("afina", "torch", "deepspeed", "transformers", "peft", "bitsandbytes", "hydra-core"):
         try:
@@ -128,19 +156,13 @@ def print_matrix() -> None:
     heads, rows, notes = build_matrix()
     table.show(heads, rows)
     works, refused = count_cells(rows)
-    print("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+    print_line("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
 
 
 def print_config(config: TrainConfig, overrides: list[str], config_file: Path | None) -> None:
     """Print a composed config; where each group came from stands on top as comments, so that it stays YAML."""
     import trainer.config
 
-    files = {"all": str(config_file)} if config_file else trainer.config.sources(overrides)
-    for group, file in files.items():
+    for group, file in trainer.config.sources(overrides, config_file).items():
         print(f"# {group}: {file}")
     print(trainer.config.to_yaml(config), end="")
-
-
-def as_yaml(value: object) -> str:
-    """Return a default as it is typed: null and true, not None and True."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

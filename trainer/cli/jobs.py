@@ -7,19 +7,27 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.completion import complete_folder
 from trainer.cli.folders import RUNS, find_folder
-from trainer.cli.options import Overrides
+from trainer.cli.options import Overrides, Run
+from trainer.tracking.logs import print_line
 
 METAVAR, HELP = "RUN…", "run or sweep folders, or names of such in runs/"
-Folders = Annotated[list[str], typer.Argument(metavar=METAVAR, help=HELP)]
+Folders = Annotated[list[str], typer.Argument(metavar=METAVAR, help=HELP, autocompletion=complete_folder)]
 
 
 def status(
     folders: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help=f"{HELP}; none: all in runs/", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar=METAVAR, help=f"{HELP}; none: all in runs/", show_default=False, autocompletion=complete_folder
+        ),
     ] = None,
 ) -> int:
-    """Say how runs stand: step, who trains them, what Slurm says. Of these runs or sweeps, or of all in runs/."""
+    """Say how runs stand: step, who trains them, Slurm's word.
+
+    Of these runs or sweeps, or of all in runs/.
+    """
     from launch import jobs, table
 
     found = [jobs.standing(folder) for folder in _find_runs(folders or [])]
@@ -29,7 +37,7 @@ def status(
 
 
 def logs(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")],
+    run: Run,
     lines: Annotated[int, typer.Option("--lines", "-n", help="so many of the last lines")] = 40,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="and what comes, until the run ends")] = False,
 ) -> int:
@@ -42,9 +50,9 @@ def logs(
 
 
 def cancel(folders: Folders) -> int:
-    """Stop runs, so that they save: the same command goes on later. A Slurm job is cancelled.
+    """Stop runs so that they save, cancel their Slurm jobs.
 
-    Of a sweep, those that run or wait.
+    The same command goes on later. Of a sweep, those that run or wait are stopped.
     """
     from launch import jobs
 
@@ -52,14 +60,14 @@ def cancel(folders: Folders) -> int:
         runs = _runs_in(_find(typed))
         live = [run for run in runs if jobs.standing(run).is_live] if len(runs) > 1 else runs
         for run in live:
-            print(jobs.stop(run))
+            print_line(jobs.stop(run))
         if not live:
-            print(f"{typed}: none of its {len(runs)} runs is running or queued")
+            print_line(f"{typed}: none of its {len(runs)} runs is running or queued")
     return 0
 
 
 def slurm_script(overrides: Overrides = None) -> int:
-    """Print the batch script with launch.* in it: afina slurm-script launch.partition=gpu > my.sbatch."""
+    """Print the batch script to adapt, with launch.* in it."""
     import trainer.config
     from launch.slurm.script import render
 

@@ -7,16 +7,31 @@ from typing import Annotated
 
 import typer
 
+from trainer.cli.completion import complete_override, complete_run
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="OVERRIDES", help="key=value, group=choice, +new.key=value, ~key", show_default=False),
+    typer.Argument(
+        metavar="OVERRIDES",
+        help="key=value, group=option; a value with brackets or spaces in quotes",
+        show_default=False,
+        autocompletion=complete_override,
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="start from a config.yaml (of a run, say) instead of the groups"),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="start from a run's config.yaml, or from the groups with the keys of your own YAML on top",
+        rich_help_panel="Config",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be run, start nothing")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/")]
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="a run folder, or the name of one in runs/", autocompletion=complete_run),
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(

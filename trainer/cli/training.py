@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import typer
 from trainer.cli.inspection import print_config
 from trainer.cli.options import ConfigFile, DryRun, Overrides
 from trainer.errors import ConfigError
+from trainer.tracking.logs import print_line
 
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -23,7 +27,10 @@ def train(
     dry_run: DryRun = False,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="every combination a run: same as sweep")] = False,
 ) -> int:
-    """Check the config, then train: here, with launch=torchrun in a process a device, with launch=slurm as a job."""
+    """Check the config, then train; given again: resume.
+
+    Here, with launch=torchrun in a process a device, with launch=slurm as a job. A finished run is not trained again.
+    """
     arguments = overrides or []
     if multirun:
         return sweep(arguments, config_file, dry_run)
@@ -51,13 +58,17 @@ def train(
         print(f"# in folder: {trainer.config.run_folder(config)}")
         print_config(config, arguments, config_file)
         return 0
+    from trainer.models.hub import check_hub
+
+    check_hub(config)  # before torch
     if config.launch.kind == "torchrun":
         from launch import torchrun
 
+        logger.info(f"starting torchrun: {torchrun.ranks_per_node(config)} processes")
         return torchrun.launch(config, arguments, config_file)
-    import trainer.train
+    from trainer.train import main
 
-    return trainer.train.main([*(["--config", str(config_file)] if config_file else []), *arguments])
+    return main([*(["--config", str(config_file)] if config_file else []), *arguments])
 
 
 def sweep(
@@ -69,18 +80,24 @@ def sweep(
         typer.Option("--wandb-file", metavar="FILE", help="write the sweep for W&B's agents, start nothing"),
     ] = None,
 ) -> int:
-    """Train every combination, rank the runs. For example method.r=8,16 method.alpha=16,32, or sweep=rank_alpha."""
+    """Train every combination of values, rank the runs.
+
+    Values by commas, or a sweep of conf/sweep: rank_alpha, learning_rate, targets.
+    """
     import launch.sweep.sweep
     from launch.sweep.space import read_space
+    from trainer.models.hub import check_hub
 
     arguments = overrides or []
     if dry_run or wandb_file is not None:
         return _show_sweep(arguments, config_file, wandb_file)
-    if read_space(arguments, config_file).config.launch.kind == "slurm":
+    config = read_space(arguments, config_file).config
+    if config.launch.kind == "slurm":
         from launch.slurm.submit import submit_sweep
 
         folder, trials = launch.sweep.sweep.plan_sweep(arguments, config_file)
         return submit_sweep(trials[0].config, folder, trials, config_file)
+    check_hub(config)
     return launch.sweep.sweep.run_sweep(arguments, config_file)
 
 
@@ -107,7 +124,10 @@ def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path
 
 
 def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
-    """Train several methods on the same rows, side by side: memory, speed, quality; a table and a picture."""
+    """Train methods side by side: memory, speed, quality.
+
+    On the same rows in the same order; a table and a picture.
+    """
     import launch.compare.compare
 
     if not dry_run:
@@ -115,7 +135,7 @@ def compare(overrides: Overrides = None, dry_run: DryRun = False) -> int:
     folder, candidates = launch.compare.compare.plan_comparison(overrides or [])
     print(f"# comparison of {len(candidates)} methods in {folder}")
     for candidate in candidates:
-        print(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
+        print_line(f"# {candidate.name}: {candidate.refused or f'learning rate {candidate.rate:g}'}")
     return 0
 
 

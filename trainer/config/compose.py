@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.compat.hydra import forget_initialization
+from trainer.config.config_file import ConfigFile, flatten, read_config_file
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.file_trust import refuse_calls, take_no_grants
-from trainer.config.messages import config_error, nearest, one_line
+from trainer.config.messages import as_typed, config_error
 from trainer.config.overrides import split
-from trainer.config.paths import absolute_data_path, find_adapter, find_data, find_template
+from trainer.config.paths import absolute_data_path, find_adapter, find_template, find_validation
 from trainer.config.rules import check as rules
+from trainer.config.rules.tracking import check_trackers_installed
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
     FREE,
@@ -30,17 +32,12 @@ from trainer.config.suggestions import (
     config_fields,
     default_value,
     groups,
-    is_key,
-    sections,
-    unknown_key,
 )
 from trainer.config.taken import HEADING, TAKEN, repeated
 from trainer.errors import ConfigError
 from trainer.redaction import redact_all
 
 PRIMARY = "train"
-MAX_CONFIG_CHARACTERS = 1_000_000
-MAX_CONFIG_DEPTH = 50
 
 
 def load(
@@ -53,7 +50,8 @@ def load(
 
     Args:
         overrides: Hydra overrides as typed. They win over every file.
-        config_file: a run's ``config.yaml``; it takes the place of ``conf/``, so groups cannot be chosen on top of it.
+        config_file: a run's ``config.yaml``, which takes the place of ``conf/``, so that groups cannot be chosen on
+            top of it; or one with a few keys and options of groups, which starts from ``conf/``.
         with_data: ``False`` does not look up ``data.path`` and ``.validation``: no row will be read.
         only_to_compare: nothing is done with it: what the file would grant is kept as it stands there.
 
@@ -65,26 +63,26 @@ def load(
         ConfigError: one line that names the value, the reason it is refused and a hint.
     """
     choices, values = split(overrides)
-    if config_file is None:
-        tree, repeats = _compose(choices), []
-    else:
-        _refuse_groups(choices, config_file)
-        tree, taken = _read(config_file)
-        repeats = list(repeated(tree, taken))
-        refuse_calls(tree, config_file)
-        if not only_to_compare:
-            take_no_grants(tree, config_file, {name for name, _ in values})
     cfg = copy.deepcopy(_schema())
-    for name, value in [*_flatten(tree), *repeats, *values]:
-        _assign(cfg, name, value)
+    if config_file is None:
+        _assign_all(cfg, flatten(_compose(choices)))
+    else:
+        file = read_config_file(config_file)
+        refuse_calls(file.tree, config_file)
+        if not only_to_compare:
+            take_no_grants(file.tree, config_file, {name for name, _ in values})
+        _assign_file(cfg, file, choices)
+    _assign_all(cfg, values)
     config = _resolve(cfg)
     rules.check(config)
+    if with_data and not only_to_compare:
+        check_trackers_installed(config)
     if config.method.adapter is not None:
         config.method.adapter = str(find_adapter("method.adapter", config.method.adapter))
     if with_data:
         config.data.path = absolute_data_path(config)
     if with_data and isinstance(config.data.validation, str):
-        config.data.validation = find_data("data.validation", config.data.validation)
+        config.data.validation = find_validation(config.data.validation)
     if is_template_file(config.data.template):
         config.data.template = find_template(config.data.template)
     return config
@@ -96,18 +94,28 @@ def read_values(config_file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read.
     """
-    sections = ((name, body) for name, body in _read(config_file)[0].items() if isinstance(body, Mapping))
-    return {f"{section}.{key}": value for section, body in sections for key, value in body.items()}
+    tree = read_config_file(config_file).tree
+    bodies = ((name, body) for name, body in tree.items() if isinstance(body, Mapping))
+    return {f"{section}.{key}": value for section, body in bodies for key, value in body.items()}
 
 
-def sources(overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Return the file of each group: ``{"train": "…/conf/train.yaml", "model": "…/conf/model/tiny.yaml"}``."""
-    chosen = _compose(split(overrides)[0], with_hydra=True)["hydra"]["runtime"]["choices"]
+def sources(overrides: Sequence[str] = (), config_file: Path | None = None) -> dict[str, str]:
+    """Return the file of each group: ``{"train": "…/conf/train.yaml", "model": "…/conf/model/tiny.yaml"}``.
+
+    A ``config_file`` comes last, as ``"on top"``; one that is complete is ``"all"`` there is.
+    """
+    choices: dict[str, str | None] = {}
+    if config_file is not None:
+        file = read_config_file(config_file)
+        if file.is_complete:
+            return {"all": str(config_file)}
+        choices.update(file.choices)
+    chosen = _compose({**choices, **split(overrides)[0]}, with_hydra=True)["hydra"]["runtime"]["choices"]
     files = {PRIMARY: str(conf_dir() / f"{PRIMARY}.yaml")}
     for group in groups():
         if chosen.get(group):
             files[group] = str(conf_dir() / group / f"{chosen[group]}.yaml")
-    return files
+    return files | ({"on top": str(config_file)} if config_file else {})
 
 
 def to_yaml(config: TrainConfig, taken: Mapping[str, Any] | None = None) -> str:
@@ -149,53 +157,39 @@ def _refuse_groups(choices: Mapping[str, str | None], config_file: Path) -> None
         raise config_error(group, option, reason, f"set keys instead, such as {example}=VALUE")
 
 
-def _read(config_file: Path) -> tuple[dict[str, Any], Any]:
-    """Read a run's ``config.yaml``, interpolations untouched: its sections, and what stands under ``taken``."""
-    if not config_file.is_file():
-        raise config_error("config file", config_file, "there is no such file", "--config runs/NAME/config.yaml")
-    try:
-        _check_size(config_file.read_text(encoding="utf-8"))
-        tree = OmegaConf.to_container(OmegaConf.load(config_file), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        reason = one_line(error).split(", column")[0]
-        raise config_error("config file", config_file, f"cannot be read as YAML ({reason})", "fix that line") from error
-    if not isinstance(tree, dict) or not tree:
-        raise config_error(
-            "config file", config_file, "must hold sections such as model and method", "`afina config > FILE`"
-        )
-    taken = tree.pop(TAKEN, None)
-    return cast(dict[str, Any], tree), taken
-
-
-def _check_size(text: str) -> None:
-    """Refuse what would grow: a few lines of aliases to aliases are gigabytes once they are read.
+def _on_top_of_conf(file: ConfigFile, choices: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return ``conf/`` with the file's keys on top; where an option was typed, what it changes wins over them.
 
     Raises:
-        ValueError: says why.
+        ConfigError: an option was typed that changes nothing, and the file does not leave it as it is.
     """
-    if len(text) > MAX_CONFIG_CHARACTERS:
-        raise ValueError(f"it is longer than {MAX_CONFIG_CHARACTERS} characters")
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {event.start_mark.line + 1} refers to another by *{event.anchor}: write it out")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_CONFIG_DEPTH:
-            raise ValueError(f"line {event.start_mark.line + 1} is nested too deep")
+    below = dict(flatten(_compose(file.choices)))
+    base = dict(flatten(_compose({**file.choices, **choices})))
+    changed = {name for name in base | below if base.get(name) != below.get(name)}
+    for group, option in choices.items():
+        inside = next((name for name, _ in file.values() if name.startswith(f"{group}.")), None)
+        if inside and not any(name.startswith(f"{group}.") for name in changed):
+            reason = f"is what {file.path} starts from, and it sets {inside} on top"
+            raise config_error(group, option, reason, f"leave it out, or set {inside}=VALUE")
+    return {**base, **{name: value for name, value in file.values() if name not in changed}}
 
 
-def _flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield ``(dotted key, value)`` of every key in ``tree``; a key that the schema lacks is an error."""
-    for section, body in tree.items():
-        if section not in sections():
-            hint = nearest(str(section), sections()) or f"the sections are {', '.join(sections())}"
-            raise config_error(str(section), ..., "there is no such section", hint)
-        if not isinstance(body, Mapping):
-            raise config_error(section, body, "must be a section with keys", f"write its keys below {section}:")
-        for name, value in body.items():
-            if not is_key(f"{section}.{name}"):
-                raise unknown_key(f"{section}.{name}", value)
-            yield f"{section}.{name}", value
+def _assign_file(cfg: DictConfig, file: ConfigFile, choices: Mapping[str, str | None]) -> None:
+    """Set every key of a file, those that it leaves out as ``conf/`` has them unless it is complete."""
+    if file.is_complete:
+        _refuse_groups(choices, file.path)
+        given = {**dict(file.values()), **dict(repeated(file.tree, file.taken))}
+    else:
+        given = _on_top_of_conf(file, choices)
+    try:
+        _assign_all(cfg, given.items())
+    except ConfigError as error:
+        raise file.located(error) from error
+
+
+def _assign_all(cfg: DictConfig, given: Iterable[tuple[str, Any]]) -> None:
+    for name, value in given:
+        _assign(cfg, name, value)
 
 
 def _assign(cfg: DictConfig, name: str, value: Any) -> None:
@@ -217,17 +211,19 @@ def _type_error(name: str, value: Any) -> ConfigError:
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     other = "keys and values" if typing.get_origin(spec.base) is dict else "a list such as [a, b]"
     kind = kinds.get(spec.base, other) + (" or null" if spec.optional else "")
-    return config_error(name, value, f"must be {kind}", f"for example {name}={_example(spec)}")
+    return config_error(name, value, f"must be {kind}", f"for example {as_typed(name, _example(spec, value))}")
 
 
-def _example(spec: ConfigField) -> str:
-    """Return a value of the right type: the default where it shows the type."""
+def _example(spec: ConfigField, value: Any) -> Any:
+    """Return a value of the right type: a list of what was typed, the default where it shows the type."""
     default = default_value(spec.field)
+    if typing.get_origin(spec.base) is list and isinstance(value, (str, int, float)):
+        return [value]
     if isinstance(default, list):
-        return f"[{','.join(default or ['a', 'b'])}]"
+        return default or ["a", "b"]
     if default in (None, "???"):
-        return {int: "16", float: "1.0"}.get(spec.base, "VALUE")
-    return one_line(default)
+        return {int: 16, float: 1.0}.get(spec.base, "VALUE")
+    return default
 
 
 def _resolve(cfg: DictConfig) -> TrainConfig:

@@ -6,15 +6,17 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trainer.config.messages import config_error, nearest, one_line
+from trainer.config.messages import as_typed, config_error, in_grammar, nearest, one_line
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text", ".arrow", ".gz", ".zst")
 FORMATS = ("auto", "alpaca", "chat", "prompt_completion", "text", "multiple_choice")
 TEXT_UNITS = ("line", "paragraph", "file")
 FIELDS = frozenset(
-    ["instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion"]
-    + ["text", "question", "options", "answer", "tools", "subject"]
+    ["instruction", "input", "output", "system", "history", "messages", "conversations", "contents", "prompt"]
+    + ["completion", "response", "text", "question", "options", "answer", "tools", "functions", "subject"]
 )
+# What `data.columns` maps: a row's fields, keys of its messages, and a column of true and false: which rows to keep.
+COLUMNS = FIELDS | {"user", "assistant", "role", "content", "keep"}
 TEMPLATES = ("chat", "alpaca", "alpaca_short", "plain")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
@@ -29,7 +31,7 @@ class DatasetSpec:
         columns: our field names -> its column names (``{instruction: question}``).
         weight: how many times each of its training rows is used in a pass; 0.5 takes a seeded half, 2 takes each twice.
         rows: use exactly so many of its training rows instead, drawn by the seed, repeated when there are fewer.
-        split: of a dataset that has several.
+        split: of a dataset that has several, of a folder or glob by the names of its files.
         revision: commit, tag or branch of a hub id.
         text_unit: what a row of a ``.txt`` file is.
         subset: of a hub id that has several (its configuration, ``main`` in ``openai/gsm8k``).
@@ -57,6 +59,11 @@ def is_hub_id(path: str) -> bool:
     return shaped is not None and not path.lower().endswith(DATA_SUFFIXES)
 
 
+def is_split_name(validation: str) -> bool:
+    """Return whether ``data.validation`` names a split of ``data.path``, and no file: one bare word."""
+    return re.fullmatch(r"\w+", validation) is not None
+
+
 def is_template_file(template: str) -> bool:
     """Return whether ``data.template`` names a file with a chat template of the user's own."""
     return template.lower().endswith(TEMPLATE_SUFFIXES)
@@ -70,15 +77,23 @@ def check_columns(name: str, columns: Any) -> None:
     """
     if not isinstance(columns, dict) or not all(isinstance(v, str) and v for v in columns.values()):
         raise config_error(
-            name, one_line(columns), "must map our fields to your columns", f"{name}={{instruction: question}}"
+            name,
+            one_line(columns),
+            "must map our fields to your columns",
+            _columns_as_typed(name, {"instruction": "question"}),
         )
     for key, column in columns.items():
-        if key not in FIELDS:
-            near = nearest(str(key), sorted(FIELDS))
-            swapped = column if column in FIELDS else None
-            hint = f"{name}={{{swapped}: {key}}}" if swapped else f"{name}={{{near or 'instruction'}: {column}}}"
-            reason = f"{key} is no field of ours; they are {', '.join(sorted(FIELDS))}"
+        if key not in COLUMNS:
+            near = nearest(str(key), sorted(COLUMNS))
+            swapped = column if column in COLUMNS else None
+            hint = _columns_as_typed(name, {swapped: key} if swapped else {near or "instruction": column})
+            reason = f"{key} is no field of ours; they are {', '.join(sorted(COLUMNS))}"
             raise config_error(name, one_line(columns), reason, hint)
+
+
+def _columns_as_typed(name: str, columns: dict[str, str]) -> str:
+    """Return a mapping as it is typed; of one data set among several, as it stands in its entry of the list."""
+    return f"columns: {in_grammar(columns)}" if "[" in name else as_typed(name, columns)
 
 
 def parse_dataset_specs(

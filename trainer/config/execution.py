@@ -86,17 +86,26 @@ class LogConfig:
     """What is logged and where: it only reports."""
 
     every_steps: int = key(1, "a line of metrics every so many steps", ge=1, changes_result=False)
+    trackers: list[str] = key(
+        ["wandb"],
+        'where metrics go beside metrics.jsonl: any of wandb, tensorboard and mlflow; "log.trackers=[wandb,mlflow]"',
+        changes_result=False,
+    )
     wandb: str = key(
         "auto",
         "Weights & Biases; auto: online when a key is set, else offline",
         choices=("auto", "online", "offline", "off"),
         changes_result=False,
     )
-    project: str = key("afina", "W&B project; at this default, $WANDB_PROJECT counts", changes_result=False)
+    project: str = key(
+        "afina",
+        "W&B project, MLflow experiment; at this default, $WANDB_PROJECT and $MLFLOW_EXPERIMENT_NAME count",
+        changes_result=False,
+    )
     entity: str | None = key(None, "W&B team or user; null: the key's own", changes_result=False)
-    group: str | None = key(None, "W&B group, for runs that belong together", changes_result=False)
-    name: str | None = key(None, "W&B display name; null: $WANDB_NAME, else run.name", changes_result=False)
-    tags: list[str] = key([], "W&B tags", changes_result=False)
+    group: str | None = key(None, "W&B group, MLflow tag, for runs that belong together", changes_result=False)
+    name: str | None = key(None, "name in W&B and MLflow; null: $WANDB_NAME (W&B), else run.name", changes_result=False)
+    tags: list[str] = key([], "tags in W&B and MLflow", changes_result=False)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import typing
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -10,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from trainer.compat.hydra import overrides_parser
-from trainer.config.messages import config_error
+from trainer.config.messages import as_typed, config_error, in_shell
 from trainer.config.suggestions import NULLABLE_GROUPS, config_fields, groups, is_key, unknown_key, unknown_option
 from trainer.errors import ConfigError
 
@@ -39,10 +41,10 @@ def parse(text: str) -> Override:
     except (HydraException, ValueError) as error:
         if name.strip("+ ") not in groups() and not is_key(name.strip("+ ")):
             raise unknown_key(name.strip("+ "), value) from error
-        quoted = "'" + value.replace("'", "\\'") + "'"
-        raise config_error(text, ..., "the value is not in Hydra's grammar", f'quote it: "{name}={quoted}"') from error
+        hint = f"quote it: {as_typed(name, _as_list(value) if _takes_list(name) else value)}"
+        raise config_error(text, ..., "the value is not in Hydra's grammar", hint) from error
     if override.package is not None:
-        raise config_error(text, ..., "a group cannot be put elsewhere", f"{override.key_or_group}={value}")
+        raise config_error(text, ..., "a group cannot be put elsewhere", in_shell(override.key_or_group, value))
     if override.key_or_group.split("/")[0].split(".")[0] == "hydra":
         raise config_error(text, ..., "Hydra only composes here; its own settings have no effect", "remove it")
     return override
@@ -97,14 +99,25 @@ def _value(name: str, override: Override) -> Any:
 
 
 def _several(text: str, name: str, override: Override) -> ConfigError:
+    if _takes_list(name) and "[" not in override.get_value_string():
+        listed = override.get_value_string()
+        reason = "is several values, which a list holds in brackets"
+        return config_error(name, listed, reason, as_typed(name, _as_list(listed)))
     sampler = "sweep.sampler=random " if override.is_interval_sweep() else ""
-    hint = f"afina sweep {sampler}{text}"
-    if name in config_fields() and getattr(config_fields()[name].base, "__origin__", config_fields()[name].base) in (
-        list,
-        Any,
-    ):
-        hint += f"; for a list: {name}=[{override.get_value_string()}]"
+    hint = f"afina sweep {sampler}{shlex.quote(text)}"
+    if name in config_fields() and config_fields()[name].base is Any:
+        hint += f"; for a list: {in_shell(name, f'[{override.get_value_string()}]')}"
     return config_error(name, override.get_value_string(), "is several values, and a run has one", hint)
+
+
+def _takes_list(name: str) -> bool:
+    """Return whether a key holds a list and nothing else, so that commas cannot be those of a sweep."""
+    return name in config_fields() and typing.get_origin(config_fields()[name].base) is list
+
+
+def _as_list(text: str) -> list[str]:
+    """Return what was meant as a list: its items, without brackets and quotes around them."""
+    return [item.strip().strip("'\"") for item in text.strip().strip("[]").split(",")]
 
 
 def is_sweep(overrides: Sequence[str]) -> bool:

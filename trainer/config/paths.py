@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, parse_dataset_specs
-from trainer.config.messages import config_error, nearest
+from trainer.config.dataset_spec import TEMPLATES, is_glob, is_hub_id, is_split_name, parse_dataset_specs
+from trainer.config.messages import as_typed, config_error, nearest
 from trainer.config.schema import TrainConfig
 from trainer.config.suggestions import (
     conf_dir,
@@ -25,6 +26,7 @@ def find_data(name: str, path: str) -> str:
     Raises:
         ConfigError: nothing is there.
     """
+    _refuse_address(name, path)
     for whole in _candidates(path):
         if os.path.exists(whole) or (is_glob(path) and any(glob.iglob(whole, recursive=True))):
             return whole
@@ -33,6 +35,25 @@ def find_data(name: str, path: str) -> str:
     if is_glob(path):
         raise config_error(name, path, f"matches no file (looked from {Path.cwd()})", f"{name}='FOLDER/*.jsonl'")
     raise _missing_file(name, path, f"{name}=PATH/TO/FILE.jsonl")
+
+
+def _refuse_address(name: str, path: str) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is None:
+        return
+    on_hub = re.search(r"(?:huggingface\.co/|hf://)datasets/([\w.-]+/[\w.-]+)", path)
+    hint = f"{name}={on_hub[1]}" if on_hub else f"download it first (curl -LO, aws s3 cp …), then {name}=FILE"
+    raise config_error(name, path, "is an address, and rows are read from files or from a hub id", hint)
+
+
+def find_validation(validation: str) -> str:
+    """Return the absolute path of held-out data; the name of a split of ``data.path`` stays as it is.
+
+    Raises:
+        ConfigError: nothing is there, and it is no word.
+    """
+    if is_split_name(validation) and not any(map(os.path.exists, _candidates(validation))):
+        return validation
+    return find_data("data.validation", validation)
 
 
 def find_adapter(name: str, path: str) -> Path:
@@ -77,7 +98,8 @@ def _missing_file(name: str, path: str, hint: str) -> ConfigError:
     given = Path(path).expanduser()
     beside = os.listdir(given.parent) if os.access(given.parent, os.R_OK) and given.parent.is_dir() else []
     near = nearest(given.name, beside, 0.8)
-    hint = f"{name}={given.parent / near}" if near else hint
+    if near:  # of one data set among several, its place in the list, which cannot be typed
+        hint = f"{name}={given.parent / near}" if "[" in name else as_typed(name, str(given.parent / near))
     return config_error(name, path, f"there is no such file (looked from {Path.cwd()})", hint)
 
 

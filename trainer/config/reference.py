@@ -19,6 +19,14 @@ A key is set as `KEY=VALUE` behind any verb. An option of a group, `GROUP=OPTION
 what differs from the defaults below. The files that list every key of a group, with its cost, are `conf/train.yaml`,
 `conf/method/lora.yaml` and `conf/data/alpaca.yaml`.
 
+`--config FILE` takes keys and options from a YAML file. A run's `config.yaml` has all of them and repeats the run. One
+with a few starts from `conf/`, and what is typed wins over it:
+
+```yaml
+method: qlora                   # an option of a group
+optim: {learning_rate: 1e-4}    # keys, by section
+```
+
 **Changes the result**: "no" says where and how a run is carried out. Such a key may differ, and it is the same run: it
 has the same default name, an unfinished one resumes, a finished one is not redone. With "yes" another value is another
 run. "yes, fixed" binds checkpoints, too: a run is not resumed from one that was written with another value (of `data`:

@@ -96,7 +96,7 @@ class DataConfig:
         choices=TEXT_UNITS,
         newer=True,
     )
-    split: str = key("train", "which split of a dataset that has several (hub id, or a folder of save_to_disk)")
+    split: str = key("train", "which split of a dataset that has several; files of a folder tell theirs by name")
     subset: str | None = key(None, "which subset of a hub id that has several (main in openai/gsm8k)")
     revision: str | None = key(None, "commit, tag or branch of a hub id; pin it for repeatable runs")
     template: str = key(
@@ -129,7 +129,7 @@ class DataConfig:
         "every assistant turn, history too; last_assistant: the last one only; all: everything",
         choices=("completion", "assistant", "last_assistant", "all"),
     )
-    validation: Any = key(0.1, "held-out rows: a whole number, a share below 1, or a path; 0 holds out none")
+    validation: Any = key(0.1, "held-out rows: a number, a share below 1, a split of data.path, or a path; 0: none")
     group_by: str | None = key(
         None,
         "rows that stay on one side of the split; null: those that begin with the same user turn; a column (id, "

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config.messages import config_error, listing, nearest, one_line
+from trainer.config.messages import config_error, in_shell, listing, nearest, one_line
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
 
@@ -145,13 +145,15 @@ def unknown_key(name: str, value: object) -> ConfigError:
         )
     parent, _, entry = name.rpartition(".")
     if parent in config_fields() and typing.get_origin(config_fields()[parent].base) is dict:
-        return config_error(name, value, f"{parent} is set as a whole", f"'{parent}={{{entry}: {one_line(value)}}}'")
+        return config_error(
+            name, value, f"{parent} is set as a whole", in_shell(parent, f"{{{entry}:{one_line(value)}}}")
+        )
     guesses = _guesses(name)
     if len(guesses) == 1 and guesses[0] in groups():
         chosen = _nearest_option(one_line(value), groups()[guesses[0]])
         return config_error(name, value, "there is no such group", f"{guesses[0]}={chosen or 'OPTION'}")
     if len(guesses) == 1:
-        return config_error(name, value, reason, f"did you mean {guesses[0]}={one_line(value)}")
+        return config_error(name, value, reason, f"did you mean {in_shell(guesses[0], one_line(value))}")
     if guesses:
         return config_error(name, value, reason, f"did you mean {listing(guesses)}")
     section = name.split(".")[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from trainer.config.messages import config_error, listing
+from trainer.config.messages import config_error, in_shell, listing
 from trainer.config.overrides import check_name, parse
 from trainer.config.suggestions import config_fields, groups
 from trainer.errors import ConfigError
@@ -101,11 +101,18 @@ def _interval(text: str, override: Override) -> Interval:
         raise config_error(text, ..., f"{key} is not a number, and an interval holds numbers", f"list them: {key}=A,B")
     is_log = "log" in value.tags
     if unknown := sorted(value.tags - {"log"}):
-        raise config_error(text, ..., f"the tag {listing(unknown)} means nothing here", "tag(log, interval(LOW, HIGH))")
+        raise config_error(
+            text,
+            ...,
+            f"the tag {listing(unknown)} means nothing here",
+            in_shell(key, f"tag(log,interval({low:g},{high:g}))"),
+        )
     if not low < high:
-        raise config_error(text, ..., "an interval goes from low to high", f"{key}=interval({high:g},{low:g})")
+        raise config_error(text, ..., "an interval goes from low to high", in_shell(key, f"interval({high:g},{low:g})"))
     if is_log and low <= 0:
-        raise config_error(text, ..., "magnitudes begin above 0", f"{key}=tag(log,interval({high / 1000:g},{high:g}))")
+        raise config_error(
+            text, ..., "magnitudes begin above 0", in_shell(key, f"tag(log,interval({high / 1000:g},{high:g}))")
+        )
     return Interval(low, high, is_log, config_fields()[key].base is int)
 
 

@@ -8,7 +8,8 @@ from trainer.config.schema import TrainConfig
 from trainer.data.run_data import Data
 
 NAMED_FILES = 3
-TOLD_NOTES = ("begin_token",)  # what was done to the tokens that nobody has asked for
+# What was done to the tokens that nobody has asked for, and what the data hold and nobody trains on.
+TOLD_NOTES = ("begin_token", "other_split", "not_used")
 
 
 def describe(data: Data, config: TrainConfig) -> list[str]:
@@ -33,9 +34,8 @@ def describe(data: Data, config: TrainConfig) -> list[str]:
         lines.append(f"refused: {refused:,} rows that cannot be used, see {files}")
     for finding in data.findings:
         if finding.level == "warning" or finding.kind in TOLD_NOTES:
-            lines.append(
-                f"{finding.level}: {finding.message}" + (f" ({', '.join(finding.where)})" if finding.where else "")
-            )
+            where = f" ({', '.join(finding.where)})" if finding.where else ""
+            lines.append(f"{finding.level}: {finding.message}{where}")
     return lines
 
 

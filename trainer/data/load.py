@@ -15,9 +15,10 @@ from trainer.data.mixture import ConcatenatedTables, concatenate_tables, limit_r
 from trainer.data.prepare import checks
 from trainer.data.prepare.grouping import BY_ROW
 from trainer.data.prepare.prepare import default_cache, prepare
-from trainer.data.prepare.rejections import first_refused
+from trainer.data.prepare.rejections import first_refused, summarize_hints, summarize_rows
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
+from trainer.data.splits_in_use import check_splits, held_out_specs
 from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Template
 from trainer.data.validation_split import count_wanted, join_groups, split_rows
@@ -65,7 +66,8 @@ def _prepare_all(data_config: DataConfig, tokenizer: Any) -> list[PreparedTable]
     """Prepare the tables of all parts; that of a validation file is the last."""
     parts = _parse_specs(data_config, data_config.path)
     if isinstance(data_config.validation, str):
-        parts += _parse_specs(data_config, data_config.validation)
+        validation = data_config.validation
+        parts += held_out_specs(validation, parts, _parse_specs(data_config, validation))
     cache = Path(data_config.cache_dir).expanduser() if data_config.cache_dir else default_cache()
     return [prepare(part, data_config, tokenizer, cache) for part in parts]
 
@@ -79,16 +81,15 @@ def _check_refused(data_config: DataConfig, tables: Sequence[PreparedTable]) -> 
         return
     concerned = [table for table in tables if table.refused]
     on_too_long = data_config.on_too_long
-    first = [line for table in concerned for line in first_refused(table.refused_file, NAMED_REFUSED, on_too_long)]
+    first = [row for table in concerned for row in first_refused(table.refused_file, NAMED_REFUSED, on_too_long)]
+    shown = first[:NAMED_REFUSED]
     files = ", ".join(str(table.refused_file) for table in concerned)
-    too_long = any(f.kind == "too_long" and f.level == "refused" for table in concerned for f in table.findings)
     raise DataError(
         "data.max_refused",
         value=limit,
-        reason=f"{refused:,} of {rows:,} rows cannot be used: {'; '.join(first[:NAMED_REFUSED])}"
+        reason=f"{refused:,} of {rows:,} rows cannot be used: {summarize_rows(shown)}"
         f"{'; …' if refused > NAMED_REFUSED else ''} (all of them are in {files})",
-        hint=f"fix them, or data.max_refused={refused} to train without them"
-        + (", or for the too long ones data.max_length or data.on_too_long=drop" if too_long else ""),
+        hint=f"{summarize_hints(shown) or 'fix them'}; or data.max_refused={refused} to train without them",
     )
 
 
@@ -97,7 +98,7 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
     data_config, seed = config.data, config.run.seed
     parts = _parse_specs(data_config, data_config.path)
     mixture = concatenate_tables(tables[: len(parts)])
-    found = [finding for table in tables for finding in table.findings]
+    found = [*(finding for table in tables for finding in table.findings), *check_splits(tables)]
     if isinstance(data_config.validation, str):
         held_out = concatenate_tables(tables[len(parts) :])
         train_rows, validation = np.arange(len(mixture)), Rows(held_out, np.arange(len(held_out)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -28,6 +28,8 @@ if not torch.cuda.is_available():
 elif "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     # Read at the first CUDA allocation. No two tries have one shape: segments that grow leave no holes of old ones.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+_BEFORE_SHUTDOWN: list[Callable[[], object]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,22 @@ def init(world: World, rendezvous_seconds: float = RENDEZVOUS_SECONDS) -> None:
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
 
 
+def before_shutdown(work: Callable[[], object]) -> None:
+    """Let something be done when the process group ends, while it is still there."""
+    _BEFORE_SHUTDOWN.append(work)
+
+
 def shutdown() -> None:
-    """End the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    """End the process group, if there is one; another can be started then."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    while _BEFORE_SHUTDOWN:
+        with contextlib.suppress(Exception):  # of a run that has failed
+            _BEFORE_SHUTDOWN.pop()()
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # its own groups with it: it would take them for the next one's
+    else:
         dist.destroy_process_group()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainer.compat import deepspeed as compat
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
+from trainer.distributed import process_group as distributed
 from trainer.distributed.partition import partition
 from trainer.distributed.process_group import World
 from trainer.engine.deepspeed_config import deepspeed_config
@@ -97,8 +98,17 @@ class Engine:
             partition(model, ds_config, world, dtype)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         compat.check_optimizer(self.optimizer, self.zero_stage, fp16=dtype == torch.float16)
+        if world.world_size == 1:  # other ranks may be lost, and it waits for the device
+            distributed.before_shutdown(self._release)
         self._reads_adapters = reads_adapters
         self.train()  # models are loaded for evaluation, where transformers does not checkpoint gradients
+
+    def _release(self) -> None:
+        """Part DeepSpeed's optimizer from the parameters: each holds the other where no garbage collection looks."""
+        self.deepspeed.destroy()
+        vars(self.optimizer).clear()
+        for parameter in self.model.parameters():
+            vars(parameter).clear()
 
     @property
     def loss_scale(self) -> float:

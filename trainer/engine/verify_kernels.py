@@ -38,6 +38,7 @@ from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import KERNEL
 from trainer.kernels.varlen_attention import HALF
 from trainer.models.first_layers import first_layers
+from trainer.tracking.counter import ProgressCounter
 
 # A model of at most so many weights is tried in fp32 too, which tells a mistake from rounding. It takes four bytes a
 # weight more, for a moment.
@@ -87,9 +88,12 @@ def choose_packing_and_kernels(
     groups = verification_rows(config, data, smallest_window(model))
     with first_layers(model) as layers, _moved(model, device):
         verifier = Verifier(model, loss, groups, pad_id, kernels, f"{sum(map(len, groups))} rows{layers}")
-        uses_trie, why = _choose_packing(verifier, config.batch.packing)
-        if not uses_trie and kernels.names:
-            verifier.settle(uses_trie=False)
+        is_asked = config.batch.packing != "padded" or kernels.names
+        counter = ProgressCounter(f"verifying packing and kernels on {verifier.tried}")
+        with counter if is_asked else contextlib.nullcontext():
+            uses_trie, why = _choose_packing(verifier, config.batch.packing)
+            if not uses_trie and kernels.names:
+                verifier.settle(uses_trie=False)
     limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
     packing = Packing(uses_trie, limits, pad_id, in_pieces="varlen" in kernels.names)
     return Choice(packing, kernels.names, (why, *verifier.notes, _describe(kernels, verifier.worst)))

@@ -14,12 +14,13 @@ from torch import Tensor
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.rank_split import Limits, split_padded
+from trainer.data.batching.rank_split import Limits, rows_a_round, split_padded
 from trainer.data.run_data import Data, Rows
 from trainer.distributed.process_group import World, gather_objects, sum_over_ranks
 from trainer.evaluation.generator import Generator
 from trainer.evaluation.multiple_choice import choice_accuracy, letter_tokens
 from trainer.evaluation.text_metrics import TEXT_METRICS
+from trainer.tracking.counter import ProgressCounter
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,12 @@ def _eval_loss(
     examples = rows.tokens(range(len(rows)))
     total = 0.0
     layout = packing.split(examples, world.world_size)
-    for batch in packing.batches(examples, layout, world.rank, range(len(rows))):
-        between_batches()
-        total += float(loss_sum(batch.to(world.device)))
+    rounds = rows_a_round(layout.micros)
+    with ProgressCounter("evaluating", len(rows), recurs=True) as counter:
+        for batch, count in zip(packing.batches(examples, layout, world.rank, range(len(rows))), rounds, strict=True):
+            between_batches()
+            total += float(loss_sum(batch.to(world.device)))
+            counter.advance(count)
     (total,) = sum_over_ranks([total], world.device)
     mean = total / rows.label_tokens(np.arange(len(rows)))
     return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
@@ -135,18 +139,19 @@ def generate_answers(
     if not len(with_prompt):
         return []
     mine: dict[int, tuple[str, str]] = {}
-    for micro in split_padded(prompt_lengths[with_prompt], world.world_size, Limits(config.eval.batch_size, 0))[
-        world.rank
-    ]:
-        between_batches()
-        records = rows.examples(with_prompt[micro] if micro else [])  # a few at a time: as Python objects, rows are big
-        prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
-        # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
-        answers: Sequence[list[int]] = generator.answer(prompts or [[generator.pad_id]])
-        mine |= {
-            int(with_prompt[i]): (generator.decode(answer).strip(), record["answer"].strip())
-            for i, answer, record in zip(micro, answers, records, strict=False)
-        }
+    micros = split_padded(prompt_lengths[with_prompt], world.world_size, Limits(config.eval.batch_size, 0))
+    with ProgressCounter("generating answers", len(with_prompt), recurs=True) as counter:
+        for micro, count in zip(micros[world.rank], rows_a_round(micros), strict=True):
+            between_batches()
+            records = rows.examples(with_prompt[micro] if micro else [])  # a few: as Python objects, rows are big
+            prompts = [record["input_ids"][: record["prompt_length"]] for record in records]
+            # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
+            answers: Sequence[list[int]] = generator.answer(prompts or [[generator.pad_id]])
+            mine |= {
+                int(with_prompt[i]): (generator.decode(answer).strip(), record["answer"].strip())
+                for i, answer, record in zip(micro, answers, records, strict=False)
+            }
+            counter.advance(count)
     merged: dict[int, tuple[str, str]] = {}
     for part in gather_objects(mine):
         merged |= part

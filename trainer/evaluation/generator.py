@@ -48,7 +48,7 @@ class Generator:
         }
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[list[int]], streamer: AnswerStreamer | None = None) -> list[list[int]]:
+    def answer(self, prompts: Sequence[list[int]], streamer: BaseStreamer | None = None) -> list[list[int]]:
         """Generate the answers to some prompts, as token ids without the end token and without padding.
 
         Args:
@@ -101,6 +101,27 @@ class Generator:
         """Cut at the first end token; what stands behind it is padding."""
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         return ids[: ends[0]] if ends else ids
+
+
+class TokenCounter(BaseStreamer):
+    """Tell of each token of one answer as it comes.
+
+    Args:
+        advance: called once a token.
+    """
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (at first), then one token at a time."""
+        if self._has_prompt:
+            self._advance()
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Take the end."""
 
 
 class AnswerStreamer(BaseStreamer):

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from trainer.config.messages import as_typed
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
-from trainer.data.batching.rank_split import Limits
+from trainer.data.batching.rank_split import Limits, rows_a_round
 from trainer.data.run_data import Rows
 from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.errors import DataError
+from trainer.tracking.counter import ProgressCounter
 
 
 def choice_accuracy(
@@ -51,14 +53,16 @@ def choice_accuracy(
     ]
     packing, correct = Packing(False, limits, pad_id), 0
     layout = packing.split(prompts, world.world_size)
-    micros = layout.micros[world.rank]
-    for micro, batch in zip(micros, packing.batches(prompts, layout, world.rank, with_choices), strict=True):
-        between_batches()
-        logits = label_logits(batch.to(world.device))
-        for place, row in enumerate(micro):
-            letters = choices[with_choices[row]]
-            found = logits[place, [tokens[letter] for letter in letters]].float()
-            correct += letters[int(found.argmax())] == answers[with_choices[row]]
+    batches = packing.batches(prompts, layout, world.rank, with_choices)
+    with ProgressCounter("evaluating choices", len(with_choices), recurs=True) as counter:
+        for micro, batch, count in zip(layout.micros[world.rank], batches, rows_a_round(layout.micros), strict=True):
+            between_batches()
+            logits = label_logits(batch.to(world.device))
+            for place, row in enumerate(micro):
+                letters = choices[with_choices[row]]
+                found = logits[place, [tokens[letter] for letter in letters]].float()
+                correct += letters[int(found.argmax())] == answers[with_choices[row]]
+            counter.advance(count)
     (total,) = sum_over_ranks([float(correct)], world.device)
     return total / len(with_choices)
 
@@ -74,7 +78,12 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
     wanted = set("".join(rows.texts("choices")))
     if not wanted:
         reason = "needs rows with options (data.format=multiple_choice), and no held-out row has any"
-        raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="eval.metrics=[loss,exact_match]")
+        raise DataError(
+            "eval.metrics",
+            value="choice_accuracy",
+            reason=reason,
+            hint=as_typed("eval.metrics", ["loss", "exact_match"]),
+        )
     tokens: dict[str, int] = {}
     lengths, answers = rows.prompt_lengths, rows.texts("answer")
     first = {answer: row for row, answer in enumerate(answers) if answer in wanted}

@@ -6,10 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from trainer.data.templates.template import Template
-from trainer.evaluation.generator import Generator
 from trainer.inference.run_model import load_run
 
 logger = logging.getLogger(__name__)
@@ -42,11 +38,5 @@ def generate_run(
     )
     for note in loaded.notes:
         logger.info(f"note: {note}")
-    config = loaded.config
-    template = Template(loaded.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
-    ids, end_ids = template.encode_prompt(prompt, input), template.end_ids()
     for name in loaded.requested:
-        model = loaded.switcher.use(name)
-        torch.manual_seed(config.run.seed)
-        generator = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
-        yield name, generator.decode(generator.answer([ids])[0]).strip()
+        yield name, loaded.answer(prompt, input, name)

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.config import TrainConfig, find_adapter, load, read_values
 from trainer.config.dataset_spec import is_template_file
 from trainer.config.messages import config_error
+from trainer.data.templates.template import Template
 from trainer.distributed import process_group as distributed
 from trainer.errors import CheckpointError
+from trainer.evaluation.generator import Generator, TokenCounter
+from trainer.inference.find_base import find_base, warn_of_other_base
 from trainer.kernels.rms_norm import patch_rms_norms
 from trainer.methods import AdapterSwitcher, is_adapter
-from trainer.models.embedded import resolve
 from trainer.models.end_tokens import restore_base_eos
 from trainer.models.loading import compute_dtype, load_model, load_tokenizer
 from trainer.silence import silence_libraries
+from trainer.tracking.counter import ProgressCounter
 
 BASE = "base"  # the name of the base alone
 
@@ -47,6 +52,24 @@ class RunModel:
     def model(self) -> Any:
         """Return the base with the adapter that is on it now."""
         return self.switcher.model
+
+    def answer(self, prompt: str, input: str = "", name: str | None = None) -> str:
+        """Answer one prompt, in the template of training, as ``afina generate``; the ``generate`` keys say how.
+
+        Args:
+            prompt: the instruction.
+            input: what the instruction is about, as in an Alpaca row.
+            name: of the adapter that answers; ``None``: the one that is on the base.
+        """
+        config = self.config
+        template = Template(self.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
+        model = self.model if name is None else self.switcher.use(name)
+        torch.manual_seed(config.run.seed)
+        generator = Generator(model, self.tokenizer, config.generate, template.end_ids(), model.device)
+        ids = template.encode_prompt(prompt, input)
+        with ProgressCounter("generating", config.generate.max_new_tokens, "tokens") as counter:
+            answer = generator.answer([ids], TokenCounter(counter.advance))[0]
+        return generator.decode(answer).strip()
 
 
 def load_run(
@@ -86,13 +109,13 @@ def load_run(
         saved = _run_model_dir(run, config)
         tokenizer = restore_base_eos(load_tokenizer(str(saved), model_config), saved)
     else:
-        tokenizer = load_tokenizer(_resolve_base(config), config.model)
+        tokenizer = load_tokenizer(find_base(run, config), config.model)
     notes = _describe_differences(config, adapters)
     return RunModel(config, switcher, tokenizer, distributed.from_environment(), requested, notes)
 
 
 def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True) -> TrainConfig:
-    """Load a run's config for inference: what it was warm-started or resumed from does not matter any more.
+    """Load a run's config for inference: neither what it started from nor where it was tracked matters any more.
 
     Raises:
         ConfigError: an override cannot be used.
@@ -101,7 +124,7 @@ def load_run_config(run: Path, overrides: Sequence[str], with_data: bool = True)
         if typed.startswith("method.adapter="):
             hint = f"--adapter NAME={typed.partition('=')[2]}"
             raise config_error("method.adapter", typed.partition("=")[2], "is what training starts from", hint)
-    defaults = ["method.adapter=null", "checkpoint.resume=auto", *_saved_template_override(run)]
+    defaults = ["method.adapter=null", "checkpoint.resume=auto", "log.trackers=[]", *_saved_template_override(run)]
     return load([*defaults, *overrides], run / "config.yaml", with_data)
 
 
@@ -189,7 +212,8 @@ def _load_base(
     device = distributed.from_environment().device
     method = dataclasses.replace(config.method, bits=config.method.bits if bits is None else bits)
     dtype = compute_dtype(config.model.dtype, device, zero_stage=2)
-    folder = str(_run_model_dir(run, config)) if is_full else _resolve_base(config)
+    folder = str(_run_model_dir(run, config)) if is_full else find_base(run, config)
+    warn_of_other_base(folder, choices)
     model_config = dataclasses.replace(config.model, revision=None) if is_full else config.model
     base: Any = load_model(folder, model_config, method, dtype, device, zero_stage=0, device_map=device_map)
     patch_rms_norms(base)
@@ -198,10 +222,6 @@ def _load_base(
         return model.to(device) if device_map is None and method.bits == 16 else model
 
     return place(base).eval(), place
-
-
-def _resolve_base(config: TrainConfig) -> str:
-    return resolve(config.model.name_or_path, config.model.revision)
 
 
 def _saved_template_override(run: Path) -> list[str]:

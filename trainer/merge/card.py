@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
 from trainer.merge.merge import MergeResult
+from trainer.models.embedded import EMBEDDED
 
 
 def model_card(config: TrainConfig, summary: dict[str, Any], result: MergeResult) -> str:
@@ -21,6 +22,8 @@ def model_card(config: TrainConfig, summary: dict[str, Any], result: MergeResult
     """
     method, title = config.method, METHODS[config.method.name].title
     base = config.model.name_or_path
+    if base in EMBEDDED:
+        base = EMBEDDED[base].hub_id or base
     name = Path(base).name
     lines = [
         "---",

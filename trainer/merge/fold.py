@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.compat.peft import adapted_parameter_product, is_adapted_parameter
 from trainer.errors import CheckpointError
+from trainer.tracking.counter import ProgressCounter
 
 PROBES = 8  # random inputs a layer, as wide as its own; of an embedding so many times more ids
 # How far the folded layer's outputs may be from the live layer's, both in fp32: so much of the outputs, and so much of
@@ -35,8 +36,8 @@ def fold(model: Any) -> tuple[nn.Module, int]:
     assert isinstance(model, PeftModel)
     _untie(model)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    with torch.no_grad():
-        for name, layer in layers:
+    with torch.no_grad(), ProgressCounter("folding", len(layers), "layers") as counter:
+        for name, layer in counter.over(layers):
             _fold_layer(name.removeprefix("base_model.model."), layer)
     plain: nn.Module = model.base_model.unload()
     assert not any(isinstance(layer, BaseTunerLayer) for layer in plain.modules()), "an adapter is left"

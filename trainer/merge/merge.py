@@ -30,6 +30,7 @@ from trainer.errors import CheckpointError
 from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold
 from trainer.models.end_tokens import save_tokenizer
+from trainer.tracking.counter import ProgressCounter
 
 SHARD_SIZE = "2GB"  # of weights a file
 MAX_POSITIONS = 32  # of each prompt whose logits are compared; all its tokens have a part in them
@@ -84,8 +85,8 @@ def logits_at_positions(model: Any, prompts: Sequence[list[int]]) -> list[Tensor
     """
     device = next(model.parameters()).device
     found = []
-    with torch.no_grad():
-        for prompt in prompts:
+    with torch.no_grad(), ProgressCounter("comparing logits", len(prompts), "prompts", recurs=True) as counter:
+        for prompt in counter.over(prompts):
             logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits[0]
             spread = torch.linspace(0, len(prompt) - 1, min(MAX_POSITIONS, len(prompt)), device=device)
             found.append(logits[spread.round().long()].cpu())
@@ -113,8 +114,9 @@ def state_digests(model: nn.Module) -> dict[str, str]:
         return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
     state = model.state_dict()
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
-        return dict(zip(state, pool.map(digest, state.values()), strict=True))
+    with ThreadPoolExecutor() as pool, ProgressCounter("hashing", len(state), "tensors") as counter:
+        digests = pool.map(digest, state.values())  # hashlib lets go of the interpreter
+        return dict(zip(state, counter.over(digests), strict=True))
 
 
 def bytes_in_memory(model: nn.Module) -> Counter[torch.dtype]:
@@ -197,7 +199,8 @@ def merge(
 
 def _write(folded: Any, tokenizer: Any, folder: Path, end_ids: Sequence[int]) -> None:
     folded.config.use_cache = True  # it is off in training
-    folded.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
+    with ProgressCounter("writing the merged model"):
+        folded.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
     save_tokenizer(tokenizer, folder, end_ids, getattr(folded, "generation_config", None))
 
 

@@ -104,16 +104,17 @@ def find_projections(model: nn.Module, placement: str, layers: list[int] | None)
     return [(full, m) for full, m in found if layer_index(full) in layers]
 
 
-def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor]) -> None:
+def save_bottleneck(model: Any, folder: Path, weights: dict[str, Tensor], base: str | None = None) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Args:
         model: with the adapters.
         folder: where to.
         weights: whole tensors of the trainable parameters by their names in ``model``.
+        base: what the base is called; ``None``: by where it was loaded from.
     """
     save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    base = model.config.name_or_path
+    base = model.config.name_or_path if base is None else base
     metadata = {"peft_type": BOTTLENECK_TYPE, "base_model_name_or_path": base, **bottleneck_metadata(model)}
     (folder / "adapter_config.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
 

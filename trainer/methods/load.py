@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.files import parse_json
+from trainer.methods.base_record import base_name
 from trainer.methods.bottleneck import BOTTLENECK_TYPE, attach_bottleneck, parse_bottleneck_config
 from trainer.methods.parameters import trainable_parameters
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MAX_REASON = 400  # characters of a library's own words
 MAX_CONFIG_BYTES = 10_000_000  # a rank and an alpha pattern for each of thousands of layers are below
 # What PEFT allocates by, as an adapter_config.json names it.
 SIZES = ("r", "init_r", "num_virtual_tokens", "encoder_hidden_size", "token_dim", "bottleneck_size")
@@ -80,24 +82,26 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """
     metadata = read_adapter_config(folder)
     saved = read_tensors(folder / ADAPTER_FILE)
-    _check_sizes(folder, metadata, saved)
+    _check_sizes(base, folder, metadata, saved)
     if metadata["peft_type"] == BOTTLENECK_TYPE:
         return _load_bottleneck(base, folder, metadata, saved)
     try:
         model = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except Exception as error:  # whatever PEFT makes of a file that is anybody's
-        raise _does_not_fit(folder, next(iter(str(error).splitlines()), type(error).__name__)) from error
+        raise _does_not_fit(folder, metadata, base, _why(error)) from error
     # PEFT fills what is missing with untrained adapters and passes over what has no place.
     odd = sorted(set(saved) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     if odd:
-        raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
+        raise _does_not_fit(
+            folder, metadata, base, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them"
+        )
     return model
 
 
-def _check_sizes(folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> None:
+def _check_sizes(base: nn.Module, folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> None:
     """Refuse sizes that no saved tensor has, before anything is allocated for them: the base is in memory by now."""
     if metadata.get("megatron_config"):
-        raise _does_not_fit(folder, "megatron_core names a module that PEFT would import")
+        raise _does_not_fit(folder, metadata, base, "megatron_core names a module that PEFT would import")
     largest = max((size for tensor in saved.values() for size in tensor.shape), default=0)
     named = {name: metadata.get(name) for name in SIZES}
     patterns = metadata.get("rank_pattern")
@@ -105,7 +109,8 @@ def _check_sizes(folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor
         named |= {f"rank_pattern.{name}": rank for name, rank in patterns.items()}
     for name, size in named.items():
         if isinstance(size, (int, float)) and not isinstance(size, bool) and size > largest:
-            raise _does_not_fit(folder, f"{name} is {size}, and no saved tensor has a size above {largest}")
+            reason = f"{name} is {size}, and no saved tensor has a size above {largest}"
+            raise _does_not_fit(folder, metadata, base, reason)
 
 
 def _load_bottleneck(base: nn.Module, folder: Path, metadata: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
@@ -113,14 +118,29 @@ def _load_bottleneck(base: nn.Module, folder: Path, metadata: dict[str, Any], sa
         model = attach_bottleneck(base, parse_bottleneck_config(metadata))
         own = trainable_parameters(model)
         if odd := sorted(set(saved) ^ set(own)):
-            raise _does_not_fit(folder, f"{len(odd)} tensors of one are not in the other, {odd[0]} among them")
+            reason = f"{len(odd)} tensors of one are not in the other, {odd[0]} among them"
+            raise _does_not_fit(folder, metadata, base, reason)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
     except (RuntimeError, KeyError, ConfigError) as error:
-        raise _does_not_fit(folder, str(error).splitlines()[0]) from error
+        raise _does_not_fit(folder, metadata, base, _why(error)) from error
     return model.requires_grad_(False)
 
 
-def _does_not_fit(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(str(folder), reason=f"does not fit the base model ({reason})", hint="use its own base")
+def _why(error: BaseException) -> str:
+    """Return what is wrong in one line: torch says it in the second one, and once more for each tensor."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if not lines[0].endswith(":") or len(lines) == 1:
+        return lines[0][:MAX_REASON]
+    rest = f"; and {len(lines) - 2} more of the kind" if len(lines) > 2 else ""
+    return f"{lines[1].rstrip('.')[:MAX_REASON]}{rest}"
+
+
+def _does_not_fit(folder: Path, metadata: dict[str, Any], base: Any, why: str) -> CheckpointError:
+    trained_on = base_name(folder, metadata)
+    here = getattr(getattr(base, "config", None), "name_or_path", "") or type(base).__name__
+    reason = f"does not fit the base model {here}: it was trained on {trained_on} ({why})"
+    return CheckpointError(str(folder), reason=reason, hint=f"use its own base: model.name_or_path={trained_on}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig
+from trainer.methods.base_record import BaseRecord
 from trainer.methods.initial_weights import copy_initial_weights
 from trainer.methods.parameters import digests, trainable_parameters
 from trainer.methods.save import save_adapter, save_full
@@ -55,6 +56,7 @@ class MethodRuntime:
     Attributes:
         initial_weights: A and B as they were attached, where their product was taken out of the base (PiSSA, OLoRA);
             else empty.
+        base: which model the adapters belong to, written beside them; ``None`` where nobody has said.
     """
 
     trains_base_weights = False
@@ -64,6 +66,7 @@ class MethodRuntime:
 
     def __init__(self, model: nn.Module, method: MethodConfig) -> None:
         self.initial_weights: dict[str, Tensor] = copy_initial_weights(model, method)
+        self.base: BaseRecord | None = None
         self._initial_digests = {} if self.trains_base_weights else digests(trainable_parameters(model))
 
     def bind(self, tensors: WholeTensors) -> None:
@@ -111,7 +114,7 @@ class MethodRuntime:
         Raises:
             CheckpointError: what was written does not read back as what was meant.
         """
-        save_adapter(model, folder, weights, self.initial_weights)
+        save_adapter(model, folder, weights, self.initial_weights, self.base)
 
     def is_untouched(self, weights: dict[str, Tensor]) -> bool:
         """Whether training has changed none of these weights."""

@@ -14,13 +14,18 @@ from torch import Tensor, nn
 from trainer.compat.peft import prompt_parameters
 from trainer.errors import CheckpointError
 from trainer.methods.attach import is_prompt_learning
+from trainer.methods.base_record import BaseRecord, write_base
 from trainer.methods.bottleneck import save_bottleneck
 from trainer.methods.initial_weights import convert_to_original_base
 from trainer.methods.load import ADAPTER_FILE, read_tensors
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, weights: dict[str, Tensor], initial_weights: dict[str, Tensor] | None = None
+    model: nn.Module,
+    folder: Path,
+    weights: dict[str, Tensor],
+    initial_weights: dict[str, Tensor] | None = None,
+    base: BaseRecord | None = None,
 ) -> None:
     """Write an adapter and reopen it: in stock PEFT's form, or in bottleneck's own.
 
@@ -30,18 +35,23 @@ def save_adapter(
         weights: whole tensors of every trainable parameter by its name in ``model``.
         initial_weights: what ``initial_weights.copy_initial_weights`` gave: the adapter is written for the base as it
             was.
+        base: which model it belongs to; written beside it, and PEFT is told where that is. ``None``: PEFT is told where
+            it was loaded from.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if base is not None:
+        write_base(folder, base)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if not isinstance(model, PeftModel):
-        save_bottleneck(model, folder, whole)
+        save_bottleneck(model, folder, whole, None if base is None else base.stock_name)
         return verify_adapter(folder, whole)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
-    config.base_model_name_or_path = model.get_base_model().config.name_or_path
+    config.base_model_name_or_path = model.get_base_model().config.name_or_path if base is None else base.stock_name
+    config.revision = None if base is None else base.revision
     if is_prompt_learning(model):
         expected = {"prompt_embeddings": prompt_embeddings(whole)}
     else:

@@ -10,9 +10,10 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from trainer.config.messages import config_error
+from trainer.config.messages import as_typed, config_error, in_grammar
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
+from trainer.methods.base_record import base_name
 from trainer.methods.bottleneck import BOTTLENECK_TYPE, bottleneck_metadata
 from trainer.methods.load import ADAPTER_FILE, find_base_changing_init, read_adapter_config, read_tensors
 from trainer.methods.parameters import trainable_parameters
@@ -103,10 +104,10 @@ def _check_settings(metadata: dict[str, Any], own: dict[str, Any], method: Metho
         was, now = metadata.get(theirs) or None, own.get(theirs) or None  # an adapter of an older PEFT lacks the newest
         if was == now:
             continue
-        hint = f"method.{ours}={_as_override(metadata.get(theirs))}"
+        hint = as_typed(f"method.{ours}", metadata.get(theirs))
         if theirs in ("r", "init_r"):
-            hint += f" method.alpha={_as_override(metadata.get('lora_alpha'))}"
-        reason = f"the adapter to start from ({folder}) has {_as_override(metadata.get(theirs))}"
+            hint += f" {as_typed('method.alpha', metadata.get('lora_alpha'))}"
+        reason = f"the adapter to start from ({folder}) has {in_grammar(metadata.get(theirs))}"
         raise config_error(f"method.{ours}", own.get(theirs), reason, hint)
 
 
@@ -138,12 +139,10 @@ def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: di
         if kinds != own_kinds:
             listed = ",".join(sorted(kinds))
             reason = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"
-            hint = f"method.target_modules=[{listed}]"
+            hint = as_typed("method.target_modules", sorted(kinds))
             raise config_error("method.target_modules", sorted(own_kinds), reason, hint)
         layers, own_layers = _layer_numbers(modules), _layer_numbers(own_modules)
-        reason = (
-            f"the adapter to start from ({folder}, of {metadata.get('base_model_name_or_path')}) is in others: {layers}"
-        )
+        reason = f"the adapter to start from ({folder}, of {base_name(folder, metadata)}) is in others: {layers}"
         raise config_error("method.layers", own_layers, reason, "its layers and its own base")
     if differing := sorted(set(saved) ^ set(own)):
         raise _cannot_start(
@@ -152,7 +151,7 @@ def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: di
     for name, tensor in own.items():
         if saved[name].shape != tensor.shape:
             reason = f"has {name} of shape {tuple(saved[name].shape)}, and this run needs {tuple(tensor.shape)}"
-            raise _cannot_start(folder, reason, f"its own base, {metadata.get('base_model_name_or_path')}")
+            raise _cannot_start(folder, reason, f"its own base, {base_name(folder, metadata)}")
 
 
 def _modules(tensors: dict[str, Tensor]) -> set[str]:
@@ -163,14 +162,6 @@ def _modules(tensors: dict[str, Tensor]) -> set[str]:
 
 def _layer_numbers(modules: set[str]) -> list[int]:
     return sorted({int(part) for name in modules for part in name.split(".") if part.isdigit()})
-
-
-def _as_override(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"'{{{', '.join(f'{k}: {_as_override(v)}' for k, v in value.items())}}}'"
-    if isinstance(value, list):
-        return f"[{','.join(map(_as_override, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _cannot_start(folder: Path, reason: str, hint: str) -> ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from trainer.compat.bitsandbytes import keep_4bit_layout
+from trainer.compat.hub import hub_obstacle, was_not_reached
 from trainer.compat.torch import cpu_multiplies_bf16, cpu_multiplies_fp16
 from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
@@ -21,6 +23,8 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
+from trainer.models.hub import is_hub_model, model_error, tell_of_cache
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -72,15 +76,26 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
 
     if model.trust_remote_code:
         _tell_of_remote_code(folder)
+    is_hub = _look_for_hub(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise _not_loadable(folder, error) from error
+    if is_hub:
+        tell_of_cache(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _look_for_hub(folder: str) -> bool:
+    """Return whether a model is asked of the hub; where that cannot be reached, the libraries are set offline."""
+    is_hub = is_hub_model(folder)
+    if is_hub:
+        hub_obstacle()
+    return is_hub
 
 
 @cache
@@ -126,14 +141,16 @@ def load_model(
         _tell_of_remote_code(folder)
     if any(Path(folder).glob("*.bin")) and not any(Path(folder).glob("*.safetensors")):
         logger.info(f"{folder}: the weights are pickles, read as data: what asks for more is refused")
+    _look_for_hub(folder)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=dtype,
-            **extra,
-        )
+        with _counted(folder):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=dtype,
+                **extra,
+            )
     except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise _not_loadable(folder, error) from error
     loaded.config.use_cache = False
@@ -145,6 +162,25 @@ def load_model(
     if model.gradient_checkpointing:
         _checkpoint_gradients(loaded, selective=model.gradient_checkpointing == "selective")
     return loaded
+
+
+@contextlib.contextmanager
+def _counted(folder: str) -> Iterator[None]:
+    """Count the tensors that transformers loads inside, in the place of its own bar."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    name = Path(folder).name if Path(folder).is_dir() else folder
+    with ProgressCounter(f"loading {name}", unit="tensors") as counter:
+
+        def count(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            is_weights = options.get("desc") == "Loading weights" and len(args) == 1
+            return counter.over(args[0], len(args[0])) if is_weights else factory(*args, **options)
+
+        before = set_tqdm_hook(count)
+        try:
+            yield
+        finally:
+            set_tqdm_hook(before)
 
 
 def _checkpoint_gradients(model: Any, selective: bool) -> None:
@@ -201,6 +237,8 @@ def _quant_storage_dtype(wanted: str, dtype: torch.dtype, zero_stage: int) -> to
 
 
 def _not_loadable(folder: str, error: Exception) -> ModelError:
+    if is_hub_model(folder) and was_not_reached(error):
+        return model_error(folder)
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     hint = "check the folder" if Path(folder).is_dir() else "check the name, log in to the hub, or name a local folder"
     if "attention implementation" in reason:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
-from typing import TextIO
+from typing import IO, TYPE_CHECKING, TextIO
 
 from trainer.redaction import redact
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 LOGGERS = ("trainer", "launch")
+MIN_COLUMNS = 20  # of a terminal; one that says 0 does not know
 PREFIXES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
 
@@ -25,7 +31,7 @@ def configure_logging(*, rank: int = 0, stream: TextIO | None = None) -> None:
         rank: this process's; on all but 0 only errors are printed, behind ``[rank N]``.
         stream: where to; ``None``: ``sys.stdout``, as it is when a record comes.
     """
-    use_handler(LineHandler(lambda text: print_line(text, stream), rank))
+    use_handler(LineHandler(lambda text: print_line(text, stream), rank, stream=stream or sys.stdout))
 
 
 class LineHandler(logging.Handler):
@@ -34,10 +40,20 @@ class LineHandler(logging.Handler):
     Args:
         write: called with the text, without a newline at its end.
         rank: as in :func:`configure_logging`.
+        stream: where the lines go, and a counter's bar may.
+        bar: that is on the screen already; the lines go above it.
     """
 
-    def __init__(self, write: Callable[[str], object], rank: int = 0) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], object],
+        rank: int = 0,
+        *,
+        stream: TextIO | None = None,
+        bar: Progress | None = None,
+    ) -> None:
         super().__init__(logging.ERROR if rank else logging.INFO)
+        self.stream, self.bar = stream, bar
         self._write = write
         self._rank = f"[rank {rank}] " if rank else ""
 
@@ -69,15 +85,75 @@ def use_handler(handler: LineHandler | None) -> LineHandler | None:
     return before
 
 
+def current_handler() -> LineHandler | None:
+    """Return the handler that has the records now."""
+    return next((h for h in logging.getLogger(LOGGERS[0]).handlers if isinstance(h, LineHandler)), None)
+
+
+def draws_bars(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal on which a line can be drawn again (TERM=dumb cannot)."""
+    try:
+        return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    except ValueError:  # it was closed
+        return False
+
+
 def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print to a stream (``None``: ``sys.stdout``). One that was closed, or whose reader has gone, never raises."""
+    """Print to a stream (``None``: ``sys.stdout``), on a terminal wrapped at words. One that was closed, or whose
+    reader has gone, never raises."""
     target = sys.stdout if stream is None else stream
     try:
-        print(encodable(text, target), file=target, flush=True)
+        print(encodable(fitted(text, target), target), file=target, flush=True)
     except (OSError, ValueError):
         # `| head` has what it wanted, or the terminal was closed. What is being done was not.
         if stream is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def print_above(bar: Progress, text: str) -> None:
+    """Print above a bar, neither marked up nor coloured."""
+    bar.console.print(fitted(text, bar.console.file), markup=False, highlight=False, soft_wrap=True)
+
+
+def fitted(text: str, stream: IO[str]) -> str:
+    """Return the text as a terminal shows it best: long lines are wrapped at words. For a pipe it stays as it is."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        return text
+    return text if columns < MIN_COLUMNS else wrap_words(text, columns)
+
+
+def wrap_words(text: str, width: int | None = None) -> str:
+    """Wrap each line at words, those after the first further in; a word that is longer than a line stays whole.
+
+    Args:
+        text: any lines.
+        width: in columns; ``None``: the terminal's.
+    """
+    columns = terminal_width() if width is None else width
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= columns else _wrap_line(line, columns) for line in lines)
+
+
+def _wrap_line(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    wrapped = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapped)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal: ``COLUMNS`` where it is set, 80 in a pipe."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def encodable(text: str, stream: TextIO) -> str:

@@ -15,8 +15,6 @@ from trainer.config.method import NOT_MERGEABLE
 from trainer.config.schema import METRICS, TrainConfig
 
 SCORES = ("eval_loss", *METRICS)
-# A tokenizer that is saved with one has it there.
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def result_lines(
@@ -50,27 +48,45 @@ def score_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds for people: ``93 s``, ``8 min 35 s``, ``2 h 05 min``."""
+    """Write a time: ``42 s``, ``8 min 35 s``, ``3 h 12 min``."""
     whole = round(seconds)
-    if whole < 120:
+    if whole < 60:
         return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def size_text(size: float) -> str:
+    """Write a number of bytes: ``812 B``, ``9.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
 
 
 def size_of(folder: Path) -> str:
-    """Format the bytes of all files below a folder."""
-    return format_bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    """Write the bytes of all files below a folder."""
+    return size_text(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
-def format_bytes(size: float) -> str:
-    """Format a number of bytes for people: ``9.4 MiB``."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+def commands_after(folder: Path, method: str | None) -> list[str]:
+    """Return what people type after a run has finished, the likeliest first, each as it is typed.
+
+    Args:
+        folder: the run folder.
+        method: ``method.name`` of its config, if that can be read.
+    """
+    trained, run, found = folder / _trained(method), shlex.quote(str(folder)), []
+    if trained.is_dir():
+        found.append(f"afina chat {run}")
+        if method not in (None, *NOT_MERGEABLE):
+            found.append(f"afina merge {run} --to {shlex.quote(f'{folder}-merged')}")
+    found.append(f"afina report {run}")
+    if next((folder / "wandb").glob("offline-run-*"), None) is not None:
+        found.append(f"wandb sync {run}/wandb/offline-run-*")
+    return found
 
 
 def _cost(records: list[Any]) -> Iterator[str]:
@@ -81,24 +97,16 @@ def _cost(records: list[Any]) -> Iterator[str]:
         yield f"speed: {median(speeds):,.0f} useful tokens/s (median step){memory}"
 
 
-def _trained(folder: Path, config: TrainConfig) -> Path:
-    return folder / ("model" if config.method.name == "full" else "adapter")
+def _trained(method: str | None) -> str:
+    return "model" if method == "full" else "adapter"
 
 
 def _left(folder: Path, config: TrainConfig) -> Iterator[str]:
-    trained = _trained(folder, config)
+    trained = folder / _trained(config.method.name)
     if trained.is_dir():
         yield f"{trained.name}: {trained} ({size_of(trained)})"
 
 
 def _next(folder: Path, config: TrainConfig) -> Iterator[str]:
-    """Yield the commands that people type next, each as it is typed."""
-    trained, run = _trained(folder, config), shlex.quote(str(folder))
-    if trained.is_dir():
-        talks = (trained / CHAT_TEMPLATE).exists() and config.data.template != "plain"
-        yield f"next: afina chat {run}" if talks else f'next: afina generate {run} "…"'
-        if config.method.name not in NOT_MERGEABLE:
-            yield f"      afina merge {run} --to {shlex.quote(f'{folder}-merged')}"
-    yield f"      afina report {run}"
-    if next((folder / "wandb").glob("offline-run-*"), None) is not None:
-        yield f"      wandb sync {run}/wandb/offline-run-*"
+    for number, command in enumerate(commands_after(folder, config.method.name)):
+        yield f"{'      ' if number else 'next: '}{command}"

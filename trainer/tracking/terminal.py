@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import TRIAL
-from trainer.tracking.logs import LineHandler, print_line, use_handler
+from trainer.tracking.logs import LineHandler, draws_bars, print_above, print_line, use_handler
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -101,9 +101,9 @@ class Terminal:
         self._log_path = folder / LOG_FILE
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        if sys.stdout.isatty():
+        if draws_bars(sys.stdout):
             self._bar, self._task = _start_bar(total_steps, resume_step)
-        self._handler = LineHandler(self.write_line)
+        self._handler = LineHandler(self.write_line, bar=self._bar)
         self._handler_before = use_handler(self._handler)
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -154,7 +154,7 @@ class Terminal:
         """Leave the bar as it stands; lines are printed plainly from here on."""
         if self._bar is not None:
             self._guard(self._bar.stop)
-            self._bar = None
+            self._bar = self._handler.bar = None
 
     def close(self) -> None:
         """Stop the bar and give the log records back to whoever had them."""
@@ -179,7 +179,7 @@ class Terminal:
         if bar is None:
             print_line(text)
         else:
-            self._guard(lambda: bar.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True))
+            self._guard(lambda: print_above(bar, _printable(text)))
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from rich.table import Table
@@ -196,7 +196,7 @@ class Terminal:
             show()
         except OSError:
             # The reader of the pipe has gone (`| head`) or the terminal was closed. The training was not.
-            self._bar = None
+            self._bar = self._handler.bar = None
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
 
     def _write_log(self, text: str) -> None:
@@ -213,7 +213,7 @@ def _start_bar(total_steps: int, resume_step: int) -> tuple[Progress, TaskID]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("train"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("eta"),

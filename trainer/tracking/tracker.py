@@ -5,14 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.config.schema import TrainConfig
 from trainer.tracking.files import MetricsFile, read_metrics
+from trainer.tracking.mlflow_run import MlflowRun
+from trainer.tracking.tensorboard_run import TensorboardRun
 from trainer.tracking.terminal import Terminal, is_evaluation
 from trainer.tracking.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
+
+
+class ExternalRun(Protocol):
+    """A run in a tracker outside the run folder's own files. No method raises or waits for long: the first problem is
+    logged and ends it for this process."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Log the numbers of a record under its step."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Show an alert."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Put the summary on the run and end it."""
 
 
 class Tracker:
@@ -31,13 +47,13 @@ class Tracker:
         """Open the tracker of this process.
 
         Args:
-            config: the resolved configuration (``log`` is used here, all of it goes to W&B).
+            config: the resolved configuration (``log`` is used here, all of it goes to the trackers).
             folder: the run folder; made if it is missing.
             is_main: True on rank 0.
             total_steps: steps of the whole run, for the bar and the time that is left.
             resume_step: the step that the run is resumed from, 0 at a start; later lines of
                 `metrics.jsonl` are dropped.
-            model_info: what W&B records beside the config (parameters, world size, …).
+            model_info: what trackers record beside the config (parameters, world size, …).
         """
         if not is_main:
             return Tracker()
@@ -51,13 +67,13 @@ class Tracker:
         """
 
     def alert(self, title: str, text: str) -> None:
-        """Log a warning that people should see while the run is going on, and send it as an alert of W&B."""
+        """Log a warning that people should see while the run is going on, and send it to the trackers."""
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show sample answers; each row has ``prompt``, ``reference`` and ``answer``."""
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """End the record, also of a failed run: stop the bar, finish W&B (bounded in time). ``summary`` as in
+        """End the record, also of a failed run: stop the bar, finish the trackers (bounded in time). ``summary`` as in
         ``write_summary``, which the caller has called before: the file must not wait for a network."""
 
 
@@ -72,7 +88,10 @@ class _MainTracker(Tracker):
         self._metrics = MetricsFile(folder, resume_step=resume_step)
         self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
         # Read after MetricsFile has dropped the lines of steps that are done again.
-        self._wandb = WandbRun(config, folder, model_info, read_metrics(folder))
+        records = read_metrics(folder)
+        self._external = [
+            _open(name, config, folder, model_info, records) for name in dict.fromkeys(config.log.trackers)
+        ]
 
     def log(self, record: Mapping[str, Any]) -> None:
         record = dict(record)
@@ -86,11 +105,13 @@ class _MainTracker(Tracker):
             if not self._disk_failure_logged:
                 self._disk_failure_logged = True
                 logger.info(f"metrics.jsonl cannot be written now ({error.strerror}); training goes on")
-        self._wandb.log(record)
+        for run in self._external:
+            run.log(record)
 
     def alert(self, title: str, text: str) -> None:
         logger.info(text)
-        self._wandb.alert(title, text)
+        for run in self._external:
+            run.alert(title, text)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._terminal.samples(rows)
@@ -98,5 +119,21 @@ class _MainTracker(Tracker):
     def close(self, summary: Mapping[str, Any]) -> None:
         self._terminal.stop_bar()
         self._metrics.close()
-        self._wandb.finish(summary)
-        self._terminal.close()  # last: what W&B has to report belongs into log.txt
+        for run in self._external:
+            run.finish(summary)
+        self._terminal.close()  # last: what they have to report belongs into log.txt
+
+
+def _open(
+    name: str,
+    config: TrainConfig,
+    folder: Path,
+    model_info: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+) -> ExternalRun:
+    """Open the run in one of ``log.trackers``, resumed where there is one of this run folder."""
+    if name == "tensorboard":
+        return TensorboardRun(config, folder, model_info, records)
+    if name == "mlflow":
+        return MlflowRun(config, folder, model_info, records)
+    return WandbRun(config, folder, model_info, records)

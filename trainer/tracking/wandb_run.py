@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import netrc
 import os
-import socket
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from trainer.compat.wandb import without_metadata
-from trainer.config.execution import LogConfig
 from trainer.config.schema import TrainConfig
 from trainer.files import write_atomically
 from trainer.redaction import redact, redact_all
+from trainer.tracking.external import first_line, project_name, redacted_config, run_bounded, unreachable
 from trainer.tracking.files import strict
 from trainer.tracking.wandb_file import find_wandb_files, read_steps
 
 # wandb 0.31 waits 90 s for a server at the start and without end for uploads at the finish.
 INIT_TIMEOUT_SECONDS = 5.0
-CONNECT_TIMEOUT_SECONDS = 3.0
 FINISH_TIMEOUT_SECONDS = 15.0
 # Beyond wandb's own limit: it has let a stuck service process through before.
 GRACE_SECONDS = 5.0
@@ -65,7 +59,7 @@ class WandbRun:
             earlier_files = find_wandb_files(folder)
             self._start(config, model_info, mode)
         except Exception as error:
-            logger.info(f"W&B is off for this run: {_first_line(error)}")
+            logger.info(f"W&B is off for this run: {first_line(error)}")
             return
         self._catch_up(records, earlier_files)
 
@@ -99,7 +93,7 @@ class WandbRun:
                 # Here and not at the exit of the process, where nothing would bound it.
                 module.teardown()
 
-        problem = _run_bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
+        problem = run_bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
         # Without a run the problem was logged when it began.
         if problem and run is not None:
             logger.info(f"W&B did not finish ({problem}); `wandb sync {self._folder / 'wandb'}/*run-*` sends the rest")
@@ -111,7 +105,7 @@ class WandbRun:
             send(self._run)
         except Exception as error:
             self._run = None
-            logger.info(f"W&B stopped recording, training goes on: {_first_line(error)}")
+            logger.info(f"W&B stopped recording, training goes on: {first_line(error)}")
 
     def _catch_up(self, records: Iterable[Mapping[str, Any]], earlier_files: Iterable[Path]) -> None:
         """Log what W&B lacks of ``records``. Offline, it has what the `.wandb` files of earlier lives hold."""
@@ -119,7 +113,7 @@ class WandbRun:
             # Online the run that the server resumes starts after the last step that it has, or at 0.
             delivered = read_steps(earlier_files) if self._run.offline else range(self._run.starting_step)
         except Exception as error:
-            logger.info(f"W&B does not get what a kill of this run may have lost: {_first_line(error)}")
+            logger.info(f"W&B does not get what a kill of this run may have lost: {first_line(error)}")
             return
         self._delivered = delivered
         for record in records:
@@ -155,7 +149,7 @@ class WandbRun:
                     "entity": log.entity,
                     "group": log.group,
                     "tags": list(log.tags) or None,
-                    "config": {**_redacted_config(config), "facts": strict(model_info)},
+                    "config": {**redacted_config(config), "facts": strict(model_info)},
                 }
             ),
             "dir": str(self._folder),
@@ -168,9 +162,9 @@ class WandbRun:
                 self._run = wandb.init(mode="online", settings=wandb.Settings(api_key=key, **settings), **arguments)
                 return
             except Exception as error:
-                problem = _first_line(error)
+                problem = first_line(error)
             # The service of the failed start still holds the run's id and refuses it to a second start.
-            _run_bounded(wandb.teardown, GRACE_SECONDS)
+            run_bounded(wandb.teardown, GRACE_SECONDS)
         if problem:
             logger.info(f"W&B records this run offline: {problem}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
@@ -182,9 +176,8 @@ def names(config: TrainConfig, folder: Path) -> dict[str, str]:
     given, log = os.environ, config.log
     if given.get("WANDB_DIR"):
         logger.info(f"WANDB_DIR is not taken: what W&B records is in {folder / 'wandb'}, where a resumed run finds it")
-    project = given.get("WANDB_PROJECT") if log.project == LogConfig().project else None
     name = log.name or given.get("WANDB_NAME") or config.run.name or folder.name
-    return {"project": project or log.project, "name": name}
+    return {"project": project_name(config, "WANDB_PROJECT"), "name": name}
 
 
 def wanted_mode(setting: str) -> str:
@@ -215,24 +208,6 @@ def api_key(base_url: str) -> str | None:
     return found[0] if found else None
 
 
-def unreachable(base_url: str) -> str | None:
-    """Return why no connection to the server can be made, or None. Behind a proxy only wandb itself can tell.
-
-    Asked first because a machine without a network answers this at once, and wandb only when its time is up.
-    """
-    address = urlsplit(base_url)
-    if not address.hostname or address.scheme in getproxies():
-        return None
-    target = (address.hostname, address.port or (443 if address.scheme == "https" else 80))
-
-    def connect() -> None:
-        socket.create_connection(target, timeout=CONNECT_TIMEOUT_SECONDS).close()
-
-    # A name server that does not answer holds the look-up up for longer than any timeout of a socket.
-    problem = _run_bounded(connect, CONNECT_TIMEOUT_SECONDS + 1)
-    return f"{address.hostname} cannot be reached ({problem})" if problem else None
-
-
 def _run_id(folder: Path) -> str:
     """Return the W&B id of this run folder: made once and kept in it, so that a restart resumes the same W&B run."""
     path = folder / "wandb" / "run_id.txt"
@@ -244,40 +219,3 @@ def _run_id(folder: Path) -> str:
     fresh = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
     write_atomically(path, fresh.encode() + b"\n")
     return fresh
-
-
-def _redacted_config(config: TrainConfig) -> dict[str, Any]:
-    import yaml
-
-    module = importlib.import_module("trainer.config")
-    if not hasattr(module, "to_yaml"):
-        return asdict(config)
-    content: dict[str, Any] = yaml.safe_load(module.to_yaml(config))
-    return content
-
-
-def _run_bounded(work: Callable[[], object], seconds: float) -> str | None:
-    """Run ``work`` for at most so long; return what went wrong, or None.
-
-    A thread, since no wandb call can be cancelled.
-    """
-    problem = [f"no answer in {math.ceil(seconds)} s"]
-
-    def target() -> None:
-        try:
-            work()
-            problem.clear()
-        except Exception as error:
-            problem[:] = [_first_line(error)]
-
-    thread = threading.Thread(target=target, name="wandb-bounded", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return problem[0] if problem else None
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error; of pydantic's, whose first one only counts, all of them."""
-    text = str(error).strip().splitlines()
-    said = " ".join(" ".join(text).split()) if type(error).__name__ == "ValidationError" else (text or [""])[0]
-    return redact(f"{type(error).__name__}: {said}" if said else type(error).__name__)

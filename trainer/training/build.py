@@ -26,8 +26,10 @@ from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, count_parameters, create_runtime
 from trainer.methods.targets import adapted_modules, describe_unreached
+from trainer.models.identity import describe_base
 from trainer.models.loading import compute_dtype, load_model
 from trainer.models.positions import learned_positions, trained_positions
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
     model = attach(base, method, config.run.seed, data.total_steps(config.batch), text)
     runtime = create_runtime(model, method)
+    if world.is_main and not runtime.trains_base_weights:
+        runtime.base = describe_base(config.model, base_dir)
     if world.device.type == "cuda" and config.zero.stage < 3 and method.bits == 16:
         model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
     loss = LabelLoss(model)
@@ -91,15 +95,16 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     reduces_once = not runtime.trains_base_weights
     state = state_bytes(model, config.zero, dtype, world.world_size, reduces_once)
     model_info = {**_describe_model(model, dtype, world), "state_bytes": state, **peak, **words, **names}
-    engine = Engine(
-        model=model,
-        loss=loss,
-        config=config,
-        world=world,
-        dtype=dtype,
-        runtime=runtime,
-        reads_adapters="lora" in choice.kernels,
-    )
+    with ProgressCounter("starting DeepSpeed"):
+        engine = Engine(
+            model=model,
+            loss=loss,
+            config=config,
+            world=world,
+            dtype=dtype,
+            runtime=runtime,
+            reads_adapters="lora" in choice.kernels,
+        )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
 

@@ -14,7 +14,7 @@ from trainer.data.describe import describe
 from trainer.data.run_data import Data
 from trainer.data.step_batches import StepSource
 from trainer.engine.optimizer import peak_learning_rate, warmup_steps
-from trainer.tracking.result import format_bytes
+from trainer.tracking.result import size_text
 
 SHOWN_TARGETS = 8
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # as model.dtype calls them
@@ -81,7 +81,7 @@ def start_lines(config: TrainConfig, data: Data, model_info: dict[str, Any]) -> 
         f"({info['trainable_percent']:.2f} %)",
         f"method: {', '.join(_method(config, info['targets']))}",
         f"optimizer: {', '.join(_optimizer(config, data.total_steps(config.batch)))}",
-        f"memory: {format_bytes(info['state_bytes'])} a device for weights, gradients and optimizer; "
+        f"memory: {size_text(info['state_bytes'])} a device for weights, gradients and optimizer; "
         "activations come on top",
         f"peak of a device: {info['peak_flops'] / 1e12:.4g} TFLOP/s in {info['dtype']} ({info['peak_flops_source']})",
     ]

@@ -46,8 +46,8 @@ class StopRequest:
         self._file, self._is_training = stop_file, True
 
     def install(self) -> StopRequest:
-        """Take over the signals of this process (main thread only)."""
-        for number in _SIGNALS:
+        """Take over the signals of this process; of another thread than its main one, none can be."""
+        for number in _SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup and background shells ignore some on purpose
                 signal.signal(number, self._handle)
         if self._agent is not None or self._launchers:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig
+from trainer.tracking.counter import ProgressCounter, loading_libraries
 
 
 def view(config: TrainConfig, html: Path | None, examples: int) -> None:
@@ -21,20 +22,23 @@ def view(config: TrainConfig, html: Path | None, examples: int) -> None:
         ConfigError: there cannot be a page at ``html``; raised before anything is done.
     """
     from trainer.html import check_target
-    from trainer.view import page
+    from trainer.models.hub import check_hub
 
     if html is not None:
         check_target("--html", html)
-    from trainer.models.embedded import resolve
-    from trainer.models.loading import load_tokenizer
-    from trainer.silence import silence_libraries
-    from trainer.view import collect, terminal
-    from trainer.view.pieces import TokenDecoder
+    check_hub(config)  # before torch
+    with loading_libraries():
+        from trainer.models.embedded import resolve
+        from trainer.models.loading import load_tokenizer
+        from trainer.silence import silence_libraries
+        from trainer.view import collect, page, terminal
+        from trainer.view.pieces import TokenDecoder
 
     silence_libraries()
     tokenizer = load_tokenizer(resolve(config.model.name_or_path, config.model.revision), config.model)
     data, refusal = collect.load_or_inspect(config, tokenizer)
-    overview, decoder = collect.collect_overview(data, config, tokenizer, refusal), TokenDecoder(tokenizer)
+    with ProgressCounter("measuring lengths and shared prefixes"):
+        overview, decoder = collect.collect_overview(data, config, tokenizer, refusal), TokenDecoder(tokenizer)
     terminal.show(replace(overview, examples=collect.few_examples(data, config, decoder, examples)))
     if html is not None:
         page.write(replace(overview, examples=collect.many_examples(data, config, decoder)), html)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,9 +14,12 @@ import yaml
 
 import trainer.cli.app
 import trainer.config
+from tests.helpers.docs import bare_brackets
 from tests.helpers.processes import ROOT
+from tests.unit.test_docs import check_command
+from trainer.cli.app import VERBS
 from trainer.cli.folders import find_run
-from trainer.cli.inspection import as_yaml
+from trainer.cli.help import EXAMPLES, PANELS
 from trainer.config import load, run_folder, to_yaml
 
 Capture = pytest.CaptureFixture[str]
@@ -34,12 +39,55 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert seconds < 3
 
 
-def test_every_verb_has_help(capsys: Capture) -> None:
-    for verb in ("train", "sweep", "config", "fetch", "eval", "generate", "chat", "merge", "version"):
+def test_every_verb_has_help_with_an_example_in_80_columns(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for verb in VERBS:
         assert trainer.cli.app.main([verb, "--help"]) == 0
-        assert "Usage: afina" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"Usage: afina {verb}" in shown
+        assert f" Examples:\n   afina {verb}" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        assert bare_brackets(shown.split("Examples:")[1]) == []
+
+
+def test_the_examples_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    for verb, examples in EXAMPLES.items():
+        for example in examples if verb in VERBS else ():
+            check_command(shlex.split(example.partition(" > ")[0]))
+
+
+def test_no_summary_is_cut(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert trainer.cli.app.main([]) == 0
-    assert "Commands:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "..." not in shown.partition("Usage")[2].partition("\n")[2]
+    for verb, function in VERBS.items():
+        summary = (function.__doc__ or "").split("\n\n")[0]
+        assert any(line.strip("│ ").split() == [verb, *summary.split()] for line in shown.splitlines()), verb
+    for panel in PANELS.values():
+        assert f"─ {panel} ─" in shown
+
+
+def test_train_help_lists_the_groups(capsys: Capture) -> None:
+    assert trainer.cli.app.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("   afina train ") == 3
+    words = shown.split("Groups of the config")[1].replace(",", " ").split()
+    assert [name for name, options in trainer.config.groups().items() if not {name, *options} <= set(words)] == []
+
+
+def test_the_version_is_one_line_and_quick(capsys: Capture) -> None:
+    assert trainer.cli.app.main(["--version"]) == 0
+    assert re.fullmatch(r"afina \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+    code = (
+        "import sys, trainer.cli.app; trainer.cli.app.main(['--version']);"
+        "print('torch' in sys.modules, 'hydra' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert answer.stdout.splitlines()[-1] == "False False"
 
 
 @pytest.mark.parametrize(
@@ -99,24 +147,6 @@ def test_config_prints_yaml_that_repeats_the_run(tmp_path: Path, capsys: Capture
     assert yaml.safe_load(again)["method"]["r"] == 5
 
 
-def test_keys_are_all_there_with_their_meaning(capsys: Capture) -> None:
-    assert trainer.cli.app.main(["config", "--keys"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["key", "type", "default", "meaning"]
-    keys = {line.split()[0]: line for line in lines[1:]}
-    every = trainer.config.keys()
-    assert set(keys) == {key.name for key in every}
-    assert "null means 2 * r" in keys["method.alpha"]
-    assert keys["checkpoint.every_steps"].split()[1:3] == ["int", "100"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "null"), (True, "true"), (False, "false"), (0, "0"), (1, "1"), (0.0, "0.0"), ("a", "a")]
-)
-def test_defaults_are_shown_as_typed(value: object, text: str) -> None:
-    assert as_yaml(value) == text
-
-
 @pytest.mark.parametrize("launch", ["here", "torchrun"])
 def test_a_dry_run_tells_all_and_starts_nothing(
     launch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -164,5 +194,5 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     code = "import sys, trainer.cli.app; sys.exit(trainer.cli.app.main(['config', '--keys']))"
     command = f'{sys.executable} -c "{code}" | head -n 1'
     answer = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert answer.stdout.startswith("key ")
+    assert answer.stdout.startswith("model.name_or_path = ")
     assert answer.stderr == ""

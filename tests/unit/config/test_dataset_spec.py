@@ -153,7 +153,9 @@ def test_own_chat_templates(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     file.write_text(to_yaml(config))
     monkeypatch.chdir(here.parent)
     assert load([], config_file=file) == config
-    with pytest.raises(ConfigError, match=r"my owm\.jinja: there is no such file .* → data\.template=.*my own\.jinja$"):
+    with pytest.raises(
+        ConfigError, match=r"my owm\.jinja: there is no such file .* → 'data\.template=\".*my own\.jinja\"'$"
+    ):
         load([f"data.template='{here}/my owm.jinja'"])
 
 

@@ -77,7 +77,7 @@ def assistant(**message: Any) -> dict[str, Any]:
         (assistant(content=" \n"), "empty_answer", "messages[1].content"),
         (assistant(content=None), "null", "messages[1].content"),
         (assistant(content=[]), "empty_answer", "messages[1].content"),
-        (assistant(content=[{"type": "image_url", "image_url": "x"}]), "wrong_type", "only text is trained on"),
+        (assistant(content=[{"type": "image_url", "image_url": "x"}]), "media", "only text is trained on"),
         (assistant(content=["a"]), "wrong_type", "messages[1].content[0]"),
         (assistant(content="a\ud800"), "lone_surrogate", "messages[1].content"),
         (assistant(content="a", weight=0.5), "bad_weight", "messages[1].weight=0.5"),

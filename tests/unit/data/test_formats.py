@@ -40,11 +40,11 @@ def test_unknown_fields_are_answered_with_columns() -> None:
     columns = {"instruction": "Frage", "output": "Antwort"}
     assert detect_format(row({"Frage": "a", "Antwort": "b"}), "auto", columns) == "alpaca"
     for fields, hint in (
-        ({"question": "a", "reply": "b"}, "data.columns={prompt: question, completion: reply}"),
-        ({"instruction": "a", "response": "b", "context": "c"}, "data.columns={output: response}"),
-        ({"Instruction": "a", "Output": "b"}, "data.columns={instruction: Instruction, output: Output}"),
-        ({"mesages": CHAT}, "data.columns={messages: mesages}"),
-        ({"x": 1}, "data.columns={instruction: YOURS, output: YOURS}"),
+        ({"question": "a", "reply": "b"}, "'data.columns={prompt:question,completion:reply}'"),
+        ({"instruction": "a", "response": "b", "context": "c"}, "'data.columns={output:response}'"),
+        ({"Instruction": "a", "Output": "b"}, "'data.columns={instruction:Instruction,output:Output}'"),
+        ({"mesages": CHAT}, "'data.columns={messages:mesages}'"),
+        ({"x": 1}, "'data.columns={instruction:YOURS,output:YOURS}'"),
     ):
         with pytest.raises(DataError) as caught:
             detect_format(row(fields), "auto", {})
@@ -176,7 +176,7 @@ def test_multiple_choice_refuses(change: dict[str, Any], reason: str) -> None:
 
 
 words = st.sampled_from(
-    ["role", "content", "from", "value", "user", "assistant", "function_call", "tool_calls", "text"]
+    ["role", "content", "from", "value", "user", "assistant", "function_call", "tool_calls", "text", "[{}]", "parts"]
 )
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | words | st.just("\ud800"),
@@ -185,8 +185,8 @@ anything = st.recursive(
 )
 fields_of = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
-    "chat": ("messages", "conversations", "system", "tools"),
-    "prompt_completion": ("prompt", "completion", "response", "tools"),
+    "chat": ("messages", "conversations", "contents", "system", "systemInstruction", "tools", "functions", "images"),
+    "prompt_completion": ("prompt", "completion", "response", "user", "assistant", "tools", "label"),
     "text": ("text",),
     "multiple_choice": ("question", "options", "answer"),
 }
@@ -195,7 +195,9 @@ fields_of = {
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.sampled_from(sorted(fields_of)))
 def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(data: st.DataObject, format: str) -> None:
-    message = st.fixed_dictionaries({"role": words | anything, "content": anything}, optional={"tool_calls": anything})
+    message = st.fixed_dictionaries(
+        {"role": words | anything, "content": anything}, optional={"tool_calls": anything, "train": anything}
+    )
     value = anything | st.lists(message, max_size=3)
     fields = {name: data.draw(value) for name in fields_of[format]}
     message = ""

@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "mixture": {"prepare"},
     "validation_split": set(),
     "run_data": {"prepare", "mixture", "batching"},
-    "load": {"prepare", "templates", "mixture", "validation_split", "run_data"},
+    "splits_in_use": {"sources", "prepare"},
+    "load": {"prepare", "templates", "mixture", "splits_in_use", "validation_split", "run_data"},
     "step_batches": {"batching", "run_data"},
     "describe": {"run_data"},
 }

@@ -111,7 +111,7 @@ def test_refused_rows_are_written_down_and_left_out(asked: Asked) -> None:
             ("rows.jsonl:26", "lone_surrogate"),
             ("rows.jsonl:27", "broken_json"),
         ]
-        assert [set(row) for row in rows] == [{"where", "reason", "message", "raw"}] * 3
+        assert [set(row) for row in rows] == [{"where", "reason", "message", "raw", "hint"}] * 3
         assert (rows[0]["raw"], rows[1]["raw"], len(rows[2]["raw"])) == ('{"instruction": "a"}', bad, 2000)
         assert (found.refused, len(found)) == (3, len(ROWS))
     assert len(asked.logged) == 2

@@ -136,7 +136,7 @@ def test_an_unreachable_hub_is_one_error() -> None:
     with pytest.raises(DataError) as caught:
         source("some-one/some-data")
     message = str(caught.value)
-    assert "data.path=some-one/some-data: there is no such path on this machine, and the hub could not be" in message
+    assert "data.path=some-one/some-data: there is no such path on this machine, it is not cached, and" in message
     assert "\n" not in message
 
 

@@ -267,7 +267,7 @@ def test_any_bytes_end_as_rows_refused_or_blank(tmp_path: Path, content: bytes) 
         found = read(put(tmp_path, "rows.jsonl", content))
     except DataError as error:
         message = str(error)
-        assert "is UTF-16" in message
+        assert "is UTF-16" in message or "is one JSON array" in message
         return
     places = [int(row.where.removeprefix("rows.jsonl:")) for row in found]
     blank = [n for n, line in enumerate(lines, 1) if not line.decode(errors="replace").lstrip("\ufeff").strip()]

@@ -134,7 +134,7 @@ def test_what_cannot_be_trained_is_a_line_with_the_reason(runs: Runs, capsys: py
         ("compare.methods=[]", "must name a method"),
         ("compare.methods=[lorra]", "compare.methods=[lora]"),
         (methods("lora rank=8"), "rank=8 is not a key"),
-        (methods("lora r"), "'lora r=8'"),
+        (methods("lora r"), '["lora r=8"]'),
         (methods("lora batch.global_size=8"), "optim.learning_rate"),
         (methods("lora r=8", "lora r=8"), "twice"),
         ("compare.tune=[1,-3]", "greater than 0"),

@@ -120,20 +120,20 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"r": 4, "dora": True}, ALL, r"method\.dora=false: .* has true → method\.dora=true$"),
     ({"r": 4, "rslora": True}, ALL, r"method\.rslora=false: .* → method\.rslora=true$"),
     ({"r": 4, "bias": "lora_only"}, ALL, r"method\.bias=none: .* → method\.bias=lora_only$"),
-    ({"r": 4, "rank_pattern": {"q_proj": 2}}, ALL, r"method\.rank_pattern=.*→ method\.rank_pattern='\{q_proj: 2\}'$"),
+    ({"r": 4, "rank_pattern": {"q_proj": 2}}, ALL, r"method\.rank_pattern=.*→ 'method\.rank_pattern=\{q_proj:2\}'$"),
     (
         {"r": 4, "target_modules": "attention_min"},
         ALL,
-        r"is on q_proj, v_proj → method\.target_modules=\[q_proj,v_proj\]$",
+        r"is on q_proj, v_proj → 'method\.target_modules=\[q_proj,v_proj\]'$",
     ),
     ({"r": 4, "layers": [1]}, ALL, r"method\.layers=\[0,1\]: .* is in others: \[1\]"),
     (KINDS["adalora"], {**KINDS["adalora"], "init_r": 5}, r"method\.init_r=5: .* → method\.init_r=6 method\.alpha=12$"),
-    (KINDS["ia3, one layer"], {"name": "ia3"}, r"is on down_proj, k_proj, v_proj → method\.target_modules="),
+    (KINDS["ia3, one layer"], {"name": "ia3"}, r"is on down_proj, k_proj, v_proj → 'method\.target_modules="),
     (KINDS["prompt"], {**KINDS["prompt"], "virtual_tokens": 4}, r"method\.virtual_tokens=4: .* has 3 →"),
     (KINDS["prefix"], {**KINDS["prefix"], "virtual_tokens": 4}, r"method\.virtual_tokens=4: .* has 3 →"),
     (KINDS["bottleneck"], {**KINDS["bottleneck"], "activation": "gelu"}, r"→ method\.activation=relu$"),
     (KINDS["bottleneck"], {**KINDS["bottleneck"], "reduction_factor": 8}, r"→ method\.reduction_factor=4$"),
-    (KINDS["bottleneck, pfeiffer"], {**KINDS["bottleneck, pfeiffer"], "layers": None}, r"→ method\.layers=\[1\]$"),
+    (KINDS["bottleneck, pfeiffer"], {**KINDS["bottleneck, pfeiffer"], "layers": None}, r"→ 'method\.layers=\[1\]'$"),
 ]
 
 

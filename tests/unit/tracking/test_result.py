@@ -10,7 +10,7 @@ import pytest
 
 from trainer.config import load
 from trainer.config.method import METHODS, NOT_MERGEABLE
-from trainer.tracking.result import duration, result_lines, size_of
+from trainer.tracking.result import duration, result_lines, size_of, size_text
 
 SUMMARY = {
     "status": "finished",
@@ -32,7 +32,6 @@ def lines_of(folder: Path, *overrides: str, **arguments: Any) -> list[str]:
 def leave(folder: Path, trained: str = "adapter") -> None:
     (folder / trained).mkdir(parents=True)
     (folder / trained / "weights.safetensors").write_bytes(bytes(3 * 2**19))
-    (folder / trained / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "wandb" / "offline-run-20261128_010203-abc").mkdir(parents=True)
 
 
@@ -52,7 +51,6 @@ def test_the_end_of_a_run(tmp_path: Path) -> None:
         f"      wandb sync {quoted}/wandb/offline-run-*",
     ]
     assert not any("afina" in line for line in lines_of(run, with_next=False))
-    assert f'next: afina generate {quoted} "…"' in lines_of(run, "data.template=plain")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,19 +66,9 @@ def test_a_folder_without_its_adapter_offers_none(tmp_path: Path) -> None:
     assert not [line for line in lines_of(tmp_path) if "adapter" in line or "merge" in line or "chat" in line]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (119.4, "119 s"), (120, "2 min 00 s"), (7199, "119 min 59 s"), (7500, "2 h 05 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**30, "3.0 GiB")],
-)
-def test_sizes(size: int, text: str, tmp_path: Path) -> None:
+def test_times_and_sizes_are_short(tmp_path: Path) -> None:
+    assert [duration(s) for s in (42, 515.4, 11_520)] == ["42 s", "8 min 35 s", "3 h 12 min"]
+    assert [size_text(b) for b in (812, 1536, 9_800_000, 5e9)] == ["812 B", "1.5 KiB", "9.3 MiB", "4.7 GiB"]
     with (tmp_path / "file").open("wb") as file:
-        file.truncate(size)
-    assert size_of(tmp_path) == text
+        file.truncate(3 * 2**30)
+    assert size_of(tmp_path) == "3.0 GiB"

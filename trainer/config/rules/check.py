@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
-from trainer.config.messages import config_error, listing, nearest, one_line
+from trainer.config.messages import as_typed, config_error, listing, nearest, one_line
 from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
 from trainer.config.rules.launch import check_launch
@@ -195,12 +195,17 @@ def _evaluation(config: TrainConfig) -> None:
     scores = config.eval
     if not scores.metrics:
         raise config_error(
-            "eval.metrics", "[]", f"must name at least one of {', '.join(METRICS)}", "eval.metrics=[loss]"
+            "eval.metrics",
+            "[]",
+            f"must name at least one of {', '.join(METRICS)}",
+            as_typed("eval.metrics", ["loss"]),
         )
     for metric in scores.metrics:
         if metric not in METRICS:
             near = nearest(metric, METRICS) or METRICS[0]
-            raise config_error("eval.metrics", metric, f"must be among {', '.join(METRICS)}", f"eval.metrics=[{near}]")
+            raise config_error(
+                "eval.metrics", metric, f"must be among {', '.join(METRICS)}", as_typed("eval.metrics", [near])
+            )
     check_monitor(config)
     if isinstance(config.data.validation, str) or config.data.validation > 0:
         return
@@ -211,8 +216,8 @@ def _evaluation(config: TrainConfig) -> None:
     ):
         if value != neutral:
             reason = "there are no held-out rows to score (data.validation=0)"
-            shown = "[loss]" if name == "metrics" else one_line(neutral)
-            raise config_error(f"eval.{name}", value, reason, f"data.validation=0.1 or eval.{name}={shown}")
+            hint = f"data.validation=0.1 or {as_typed(f'eval.{name}', neutral)}"
+            raise config_error(f"eval.{name}", value, reason, hint)
 
 
 def _generation(config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.messages import config_error, listing, nearest, one_line
+from trainer.config.messages import as_typed, config_error, listing, nearest, one_line
 from trainer.config.schema import CompareConfig
 from trainer.config.suggestions import config_fields, groups, is_key
 
@@ -20,9 +20,8 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
     options = groups()["method"]
     if option not in options:
         near = nearest(option, options)
-        raise config_error(
-            name, entry or "''", f"must begin with one of {', '.join(options)}", f"{name}=[{near or 'lora'}]"
-        )
+        rest = " ".join([near or "lora", *keys])
+        raise config_error(name, entry or "''", f"must begin with one of {', '.join(options)}", as_typed(name, [rest]))
     overrides = []
     for text in keys:
         key, equals, value = text.partition("=")
@@ -30,9 +29,8 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
         if not equals or not is_key(whole) or not (whole.startswith("method.") or whole in CHOSEN):
             inside = [each.removeprefix("method.") for each in config_fields() if each.startswith("method.")]
             reason = f"{text} is not a key of method with its value, nor {listing(CHOSEN)}=RATE"
-            raise config_error(
-                name, entry, reason, f"\"{name}=['{option} {nearest(key, inside) or 'r'}={value or 8}']\""
-            )
+            hint = as_typed(name, [f"{option} {nearest(key, inside) or 'r'}={value or 8}"])
+            raise config_error(name, entry, reason, hint)
         overrides.append(f"{whole}={value}")
     return option, overrides
 
@@ -40,7 +38,7 @@ def parse_method(entry: str) -> tuple[str, list[str]]:
 def check_compare(compare: CompareConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that the group breaks."""
     if not compare.methods:
-        raise config_error("compare.methods", "[]", "must name a method", "compare.methods=[lora,full]")
+        raise config_error("compare.methods", "[]", "must name a method", as_typed("compare.methods", ["lora", "full"]))
     for entry in compare.methods:
         parse_method(entry)
         if compare.methods.count(entry) > 1:
@@ -48,4 +46,4 @@ def check_compare(compare: CompareConfig) -> None:
     for multiple in compare.tune:
         if not multiple > 0:
             reason = "must be multiples of the method's own learning rate, greater than 0"
-            raise config_error("compare.tune", one_line(multiple), reason, "compare.tune=[0.3,1,3]")
+            raise config_error("compare.tune", one_line(multiple), reason, as_typed("compare.tune", [0.3, 1, 3]))

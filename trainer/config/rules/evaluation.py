@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.messages import config_error, nearest, one_line
+from trainer.config.messages import as_typed, config_error, nearest, one_line
 from trainer.config.schema import LOWER_IS_BETTER, METRICS, TrainConfig
 
 MONITORED_METRICS = (*LOWER_IS_BETTER, *(name for name in METRICS if name != "loss"))
@@ -55,5 +55,5 @@ def _scored(name: str, value: object, metric: str, metrics: list[str]) -> None:
     if needed not in metrics:
         scored = one_line(metrics)
         reason = f"{metric} is not scored: eval.metrics is {scored}"
-        hint = f"eval.metrics={one_line([*metrics, needed])}"
+        hint = as_typed("eval.metrics", [*metrics, needed])
         raise config_error(f"eval.{name}", value, reason, hint)

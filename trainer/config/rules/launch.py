@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainer.config.messages import config_error
+from trainer.config.messages import as_typed, config_error
 from trainer.config.schema import LaunchConfig, TrainConfig
 from trainer.distributed.rendezvous import is_loopback, network_is_chosen
 
@@ -66,7 +66,9 @@ def _slurm(launch: LaunchConfig) -> None:
     for name in ("setup", "sbatch_args", "srun_args"):
         for line in getattr(launch, name):
             if "\n" in line or not line.strip():
-                raise config_error(f"launch.{name}", line, "each is one line", f"launch.{name}=[one,two]")
+                raise config_error(
+                    f"launch.{name}", line, "each is one line", as_typed(f"launch.{name}", ["one", "two"])
+                )
     for name in ("partition", "account", "qos", "constraint"):
         value = getattr(launch, name)
         if value is not None and (not value.strip() or any(c.isspace() for c in value)):
@@ -74,7 +76,7 @@ def _slurm(launch: LaunchConfig) -> None:
     for option in launch.sbatch_args:
         if not option.startswith("--"):
             raise config_error(
-                "launch.sbatch_args", option, "must begin with --", "\"launch.sbatch_args=['--nice=100']\""
+                "launch.sbatch_args", option, "must begin with --", as_typed("launch.sbatch_args", ["--nice=100"])
             )
     if launch.script is not None and not Path(launch.script).expanduser().is_file():
         hint = "`afina slurm-script > my.sbatch`, and launch.script=my.sbatch"

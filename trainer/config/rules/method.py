@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trainer.config.messages import config_error, listing, nearest, one_line
+from trainer.config.messages import as_typed, config_error, listing, nearest
 from trainer.config.method import METHODS, MethodConfig, given
 from trainer.config.suggestions import default_value
 from trainer.errors import ConfigError
@@ -37,7 +37,7 @@ def _only_its_own(method: MethodConfig) -> None:
             continue
         owners = [name for name, other in METHODS.items() if field.name in other.keys]
         reason = f"has no meaning for {info.title} (method.name={method.name})"
-        hint = f"method.{field.name}={one_line(neutral)}, or method={listing(owners)}"
+        hint = f"{as_typed(f'method.{field.name}', neutral)}, or method={listing(owners)}"
         if field.name == "r" and method.name == "full":
             hint = "choose all of it with method=full and rank=null, or method=lora"
         elif field.name == "r":
@@ -49,7 +49,7 @@ def _all_it_needs(method: MethodConfig) -> None:
     info = METHODS[method.name]
     for name, good in info.needs.items():
         if getattr(method, name) is None:
-            raise config_error(f"method.{name}", None, f"{info.title} needs it", f"method.{name}={one_line(good)}")
+            raise config_error(f"method.{name}", None, f"{info.title} needs it", as_typed(f"method.{name}", good))
 
 
 def _target_modules(value: Any) -> None:
@@ -57,21 +57,23 @@ def _target_modules(value: Any) -> None:
     if isinstance(value, str):
         if value not in TARGET_SETS:
             near = nearest(value, TARGET_SETS)
-            hint = f"{name}={near}" if near else f"{name}=[{value}]"
+            hint = as_typed(name, near or [value])
             raise config_error(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", hint)
     elif not isinstance(value, list):
         raise config_error(
             name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear"
         )
     elif not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise config_error(name, value, "must be a list of one or more module names", f"{name}=[q_proj,v_proj]")
+        raise config_error(
+            name, value, "must be a list of one or more module names", as_typed(name, ["q_proj", "v_proj"])
+        )
 
 
 def _layers(layers: list[int] | None) -> None:
     if layers is None:
         return
     if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
-        hint = "method.layers=[0,1,2], or null for all"
+        hint = f"{as_typed('method.layers', [0, 1, 2])}, or null for all"
         raise config_error("method.layers", layers, "must be one or more layers, each once, counted from 0", hint)
 
 
@@ -139,7 +141,7 @@ def _patterns(method: MethodConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for module, value in getattr(method, name).items():
             if not value > 0:
-                hint = f"method.{name}={{{module}: 16}}"
+                hint = as_typed(f"method.{name}", {module: 16})
                 raise config_error(f"method.{name}", {module: value}, "must be greater than 0 for every module", hint)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config.messages import config_error, listing, nearest
+from trainer.config.messages import as_typed, config_error, listing, nearest
 from trainer.config.schema import GRADIENT_CHECKPOINTING, KERNELS, TrainConfig
 
 
@@ -40,5 +40,5 @@ def _kernels(value: Any) -> None:
     wrong = [each for each in value if each not in KERNELS] if isinstance(value, list) else [value]
     if not isinstance(value, list) or not value or wrong:
         near = nearest(str(wrong[0]), ("auto", "none", *KERNELS)) if wrong else None
-        hint = f"model.kernels=[{near}]" if near in KERNELS else f"model.kernels={near or 'auto'}"
+        hint = as_typed("model.kernels", [near] if near in KERNELS else near or "auto")
         raise config_error("model.kernels", value, f"must be auto, none, or a list of {listing(KERNELS)}", hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config.messages import config_error, listing, nearest
+from trainer.config.messages import as_typed, config_error, listing, nearest
 from trainer.config.schema import LOWER_IS_BETTER, TrainConfig
 
 DEFAULT_REDUCTION = 3
@@ -21,7 +21,7 @@ def check_sweep(config: TrainConfig) -> None:
     for multiple in sweep.alpha_over_rank:
         if not multiple > 0:
             reason = "must be multiples of method.r, greater than 0"
-            raise config_error("sweep.alpha_over_rank", multiple, reason, "sweep.alpha_over_rank=[1,2,4]")
+            raise config_error("sweep.alpha_over_rank", multiple, reason, as_typed("sweep.alpha_over_rank", [1, 2, 4]))
     if sweep.sampler == "grid" and sweep.trials is not None:
         reason = "a grid has as many trials as combinations"
         raise config_error("sweep.trials", sweep.trials, reason, "sweep.sampler=random or sweep.trials=null")

@@ -128,6 +128,11 @@ def _assign_to_ranks(
     return out
 
 
+def rows_a_round(micros: Sequence[Sequence[Indices]]) -> list[int]:
+    """Count the examples of all ranks in each round of ``micros[rank][k]``: the k-th micro-batches run side by side."""
+    return [sum(map(len, together)) for together in zip(*micros, strict=True)]
+
+
 def _cut_by_length(sorted_lengths: Sequence[int], begin: int, limits: Limits, cap: int | None) -> list[tuple[int, int]]:
     """Cut rows sorted from long to short, from ``begin`` on, into runs within the limits and within ``cap`` padded
     tokens, if given."""

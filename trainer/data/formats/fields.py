@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config.messages import as_typed
 from trainer.data.sources.rows import Row, RowError
 
 
@@ -16,10 +18,12 @@ class RowFields:
     Attributes:
         row: the row.
         columns: our field names -> the row's, where they differ.
+        read: the row's fields that were asked for.
     """
 
     row: Row
     columns: Mapping[str, str]
+    read: set[str] = field(default_factory=set)
 
     def where(self, name: str) -> str:
         """Return the place of a field, for messages: ``file:line field``, as the row calls it."""
@@ -29,6 +33,18 @@ class RowFields:
         """Return whether the row has the field, null or not."""
         return self.columns.get(name, name) in self.row.fields
 
+    def given(self, name: str) -> bool:
+        """Return whether the row has the field, and it is not null."""
+        return self.row.fields.get(self.columns.get(name, name)) is not None
+
+    def first(self, *names: str) -> str:
+        """Return the name of the first field that is given; else of the first that is there; else the first."""
+        return next((n for n in names if self.given(n)), next((n for n in names if self.has(n)), names[0]))
+
+    def unused(self) -> list[str]:
+        """List the row's fields that hold something and were not asked for."""
+        return [key for key, value in self.row.fields.items() if key not in self.read and not is_nothing(value)]
+
     def get(self, name: str) -> Any:
         """Return an optional field; ``None`` when it is null or not there.
 
@@ -37,7 +53,9 @@ class RowFields:
         """
         if name in self.columns and not self.has(name):
             raise self._missing(name)
-        return self.row.fields.get(self.columns.get(name, name))
+        column = self.columns.get(name, name)
+        self.read.add(column)
+        return self.row.fields.get(column)
 
     def require(self, name: str) -> Any:
         """Return a field that must be there; it may be null, which the check of its type rejects.
@@ -50,8 +68,19 @@ class RowFields:
         return self.get(name)
 
     def text(self, name: str, empty: str) -> str:
-        """Return a string that must be there and not be blank; ``empty`` is the code of the error when it is."""
-        return require_text(self.where(name), self.require(name), empty)
+        """Return a string that must be there and not be blank; ``empty`` is the code of the error when it is. A number
+        is its text where ``data.columns`` names its column.
+
+        Raises:
+            RowError: it is none.
+        """
+        value = self.require(name)
+        if isinstance(value, bool | int | float):
+            if name in self.columns:
+                return json.dumps(value)
+            hint = f"quote it; or {as_typed('data.columns', {name: name})} takes numbers as text"
+            raise wrong_type(self.where(name), value, "a string", hint)
+        return require_text(self.where(name), value, empty)
 
     def optional_text(self, name: str) -> str:
         """Return an optional string; empty when it is null or missing."""
@@ -64,6 +93,11 @@ class RowFields:
             return RowError("missing_field", self.where(name), reason="is missing", hint=f"give the row `{name}`")
         reason = f"is missing, and data.columns.{name}={column} says that {name} is there"
         return RowError("missing_field", self.where(name), reason=reason, hint="fix data.columns, or the row")
+
+
+def is_nothing(value: Any) -> bool:
+    """Return whether a value says nothing: null, an empty text, list or mapping; 0 and false say something."""
+    return value is None or (not value and isinstance(value, str | list | dict))
 
 
 def require_text(where: str, value: Any, empty: str | None = None) -> str:

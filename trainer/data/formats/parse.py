@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.data.formats.conversations import parse_tools, parse_turns
+from trainer.data.formats.conversations import MessageKeys, parse_turns
 from trainer.data.formats.fields import RowFields, require_text, wrong_type
+from trainer.data.formats.meaning import check_meaning
+from trainer.data.formats.tool_calls import parse_tools
 from trainer.data.formats.turns import Example, Turn
 from trainer.data.sources.rows import Row, RowError
 
@@ -18,9 +20,14 @@ def parse_example(row: Row, format: str, columns: Mapping[str, str]) -> Example:
     """Parse a row of a format.
 
     Raises:
-        RowError: a field is missing, has the wrong type, or the row has no answer.
+        RowError: a field is missing, has the wrong type, the row has no answer, or it is more than text or no example
+            of what to say.
     """
-    return _PARSERS[format](RowFields(row, columns))
+    fields = RowFields(row, columns)
+    check_meaning(fields, format)
+    example = _PARSERS[format](fields)
+    unused = (*example.unused, *fields.unused())
+    return replace(example, unused=unused) if unused else example
 
 
 def _parse_alpaca(fields: RowFields) -> Example:
@@ -49,30 +56,56 @@ def _history_turns(fields: RowFields) -> list[Turn]:
 
 
 def _parse_chat(fields: RowFields) -> Example:
-    """Parse ``messages`` (OpenAI) or ``conversations`` (ShareGPT), with ``system`` and ``tools`` beside them."""
-    name = "conversations" if fields.has("conversations") and not fields.has("messages") else "messages"
-    turns = [*_system_turns(fields), *parse_turns(fields.where(name), fields.require(name), answers=True)]
-    if len([turn for turn in turns[:2] if turn.role == "system"]) == 2:
-        reason = "there is a system text and the conversation begins with another"
-        raise RowError("bad_turns", fields.where(name), reason=reason, hint="leave one")
+    """Parse ``messages`` (OpenAI), ``conversations`` (ShareGPT) or ``contents`` (Gemini), with ``system`` and ``tools``
+    beside them."""
+    name, keys = fields.first("messages", "conversations", "contents"), _message_keys(fields)
+    turns = [*_system_turns(fields), *parse_turns(fields.where(name), fields.require(name), True, keys)]
+    _check_one_system_text(fields.where(name), turns)
     _require_answer(fields.where(name), turns)
-    return _make_example(fields, turns, parse_tools(fields.where("tools"), fields.get("tools")))
+    return _with_tools(fields, turns, keys, name)
 
 
 def _parse_prompt_completion(fields: RowFields) -> Example:
-    """Parse ``prompt`` and ``completion`` (or ``response``), each a string or a list of messages."""
-    name = "response" if fields.has("response") and not fields.has("completion") else "completion"
-    prompt, completion = fields.require("prompt"), fields.require(name)
+    """Parse ``prompt`` and ``completion`` (or ``response``), each a string, a message or a list of messages; or
+    ``user`` and ``assistant``."""
+    prompt_name, name = fields.first("prompt", "user"), fields.first("completion", "response", "assistant")
+    prompt, completion, keys = fields.require(prompt_name), fields.require(name), _message_keys(fields)
+    turns = _system_turns(fields)
     if isinstance(prompt, list):
-        turns = parse_turns(fields.where("prompt"), prompt, answers=False)
+        turns += parse_turns(fields.where(prompt_name), prompt, False, keys)
     else:
-        turns = [Turn("user", fields.text("prompt", empty="empty_prompt"))]
+        turns.append(Turn("user", fields.text(prompt_name, empty="empty_prompt")))
+    _check_one_system_text(fields.where(prompt_name), turns)
+    if isinstance(completion, dict):
+        completion = [completion]
     if isinstance(completion, list):
-        answers = parse_turns(fields.where(name), completion, answers=True)
+        answers = parse_turns(fields.where(name), completion, True, keys)
         _require_answer(fields.where(name), answers)
     else:
         answers = [Turn("assistant", fields.text(name, empty="empty_answer"), answer=True)]
-    return _make_example(fields, [*turns, *answers], parse_tools(fields.where("tools"), fields.get("tools")))
+    return _with_tools(fields, [*turns, *answers], keys, name if isinstance(completion, list) else prompt_name)
+
+
+def _message_keys(fields: RowFields) -> MessageKeys:
+    return MessageKeys({name: fields.columns[name] for name in ("role", "content") if name in fields.columns})
+
+
+def _check_one_system_text(where: str, turns: list[Turn]) -> None:
+    if len([turn for turn in turns[:2] if turn.role == "system"]) == 2:
+        reason = "there is a system text and the conversation begins with another"
+        raise RowError("bad_turns", where, reason=reason, hint="leave one")
+
+
+def _with_tools(fields: RowFields, turns: list[Turn], keys: MessageKeys, name: str) -> Example:
+    """Make an example of turns, its tools taken from wherever they stand."""
+    inner: Any = None
+    for i, turn in enumerate(turns):
+        if turn.role == "system" and turn.extra and "tools" in turn.extra:
+            inner = turn.extra["tools"]
+            turns[i] = replace(turn, extra={k: v for k, v in turn.extra.items() if k != "tools"} or None)
+    example = _make_example(fields, turns, parse_tools(fields, inner))
+    column = fields.columns.get(name, name)
+    return replace(example, unused=tuple(f"{column}[].{key}" for key in sorted(keys.unused)))
 
 
 def _parse_text(fields: RowFields) -> Example:
@@ -85,6 +118,7 @@ def _parse_multiple_choice(fields: RowFields) -> Example:
     """Parse a question with options into a prompt: the question, a blank line, the lettered options a line each. The
     letter is the answer."""
     question = fields.text("question", empty="empty_prompt")
+    fields.get("subject")  # it groups the scores of some benchmarks, and is no part of the question
     options = _parse_options(fields)
     letter = _correct_letter(fields, options)
     listed = "\n".join(f"{key}. {option}" for key, option in options.items())
@@ -132,7 +166,12 @@ def _correct_letter(fields: RowFields, options: dict[str, str]) -> str:
 
 
 def _system_turns(fields: RowFields) -> list[Turn]:
-    text = fields.optional_text("system")
+    name = fields.first("system", "systemInstruction", "system_instruction")
+    value = fields.get(name)
+    if name != "system" and isinstance(value, dict):  # Gemini's {"parts": [{"text": …}]}
+        (turn,) = parse_turns(fields.where(name), [{"role": "system", **value}], False)
+        return [turn] if turn.text.strip() else []
+    text = fields.optional_text(name)
     return [Turn("system", text)] if text.strip() else []
 
 

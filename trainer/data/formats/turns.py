@@ -38,6 +38,7 @@ class Example:
         text: plain text, all of it in the loss; ``None`` in conversations.
         tools: tool definitions for the chat template, as they came.
         choices: letters of the options, of which the answer is one; empty where it is no multiple choice.
+        unused: fields of the row that hold something and are not read, ``messages[].KEY`` for those of messages.
     """
 
     turns: tuple[Turn, ...]
@@ -47,6 +48,7 @@ class Example:
     text: str | None = None
     tools: tuple[Any, ...] | None = None
     choices: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:

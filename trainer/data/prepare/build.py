@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from trainer.data.prepare.checks import Finding, check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
+from trainer.data.prepare.unused import check_unused
 from trainer.data.prepare.workers import encode_chunks
 from trainer.data.sources.open import Source
+from trainer.tracking.counter import ProgressCounter
 
 BIG_BYTES = 8_000_000  # below it, starting processes costs more than they save
-LOG_EVERY_SECONDS = 30
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +47,15 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
     """
     number = workers or _workers_for(source)
     name = source.names[0] if len(source.names) == 1 else f"{source.spec.path} ({len(source.names)} files)"
-    logger.info(f"preparing {name}" + (f" in {number} processes" if number > 1 else ""))
-    begin = logged = time.monotonic()
-    counter = RejectionCounter(spec.on_too_long)
+    what = f"preparing {name}" + (f" in {number} processes" if number > 1 else "")
+    begin = time.monotonic()
+    rejections, unused = RejectionCounter(spec.on_too_long, len(source.names) > 1), Counter[str]()
     parts = [np.empty(0, ROW_STATS)]
     rows = 0
     controls: set[str] = set()
     schema = Features.from_arrow_schema(SCHEMA).arrow_schema  # tells `datasets` of the columns
     with (
+        ProgressCounter(what, unit="rows") as counter,
         closing(encode_chunks(source.chunks(), spec, number)) as chunks,
         pa.OSFile(str(folder / ROWS_FILE), "wb") as file,
         pa.ipc.new_stream(file, schema) as table,
@@ -63,23 +66,23 @@ def build(source: Source, spec: EncodingSpec, workers: int | None, folder: Path)
                 table.write_batch(pa.ipc.read_record_batch(pa.py_buffer(chunk.rows), schema))
             parts.append(chunk.stats)
             rows += len(chunk.stats)
-            counter.add(chunk.rejected)
+            rejections.add(chunk.rejected)
             controls |= chunk.controls
+            unused.update(chunk.unused)
             rejected.writelines(map(to_json_line, chunk.rejected))
-            if time.monotonic() - logged > LOG_EVERY_SECONDS:
-                logged = time.monotonic()
-                logger.info(f"prepared {rows:,} rows so far")
+            counter.advance(len(chunk.stats))
     stats = np.concatenate(parts)
     np.save(folder / COUNTS_FILE, np.stack([stats["length"], stats["label_count"]]))
     np.save(folder / HASHES_FILE, np.stack([stats[name] for name in ("prefix_hash", "row_hash", "group_hash")]))
 
-    findings = counter.findings() + _check(source, spec, stats, controls)
+    findings = rejections.findings() + check_unused(unused, spec.format, spec.columns)
+    findings += _check(source, spec, stats, controls)
     seconds = time.monotonic() - begin
     logger.info(f"prepared {rows:,} rows in {seconds:.1f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return {
         "rows": rows,
-        "refused": counter.refused,
-        "dropped": counter.dropped,
+        "refused": rejections.refused,
+        "dropped": rejections.dropped,
         "truncated": int(np.count_nonzero(stats["flags"] & TRUNCATED)),
         "format": spec.format,
         "findings": [dataclasses.asdict(finding) for finding in findings],

@@ -5,6 +5,7 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from trainer.data.formats.detect import explain
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
 from trainer.data.prepare.grouping import group_hash, hash_bytes
@@ -83,11 +85,13 @@ class EncodedChunk:
         stats: of the same rows, dtype ``ROW_STATS``, shape (rows,).
         rejected: the rows that are not among them.
         controls: control tokens that the texts of rows hold, and turn markers of other tokenizers.
+        unused: fields that nobody reads -> rows that hold something in them.
     """
 
     rows: bytes
     stats: np.ndarray
     rejected: tuple[RejectedRow, ...]
+    unused: Mapping[str, int]
     controls: frozenset[str] = frozenset()
 
 
@@ -127,6 +131,7 @@ class Encoder:
         self.end_ids = frozenset([*end_ids, *(self.rendered.end_ids if self.rendered else ())])
         self.controls: set[str] = set()
         self.bos_id = spec.tokenizer.bos_token_id
+        self._unused: Counter[str] = Counter()
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """Encode or reject every row of a chunk, in its order."""
@@ -140,14 +145,17 @@ class Encoder:
             try:
                 records += self._records(row)
             except RowError as error:
+                error = explain(error, row, self.spec.format, self.spec.columns)
                 message = str(error).removeprefix(row.where).lstrip(": ")
-                rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row)))
+                rejected.append(RejectedRow(row.where, error.code, message, _raw(chunk, row), error.hint))
         stats = np.array([r.stats for r in records], dtype=ROW_STATS)
-        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), frozenset(self.controls))
+        unused, self._unused = self._unused, Counter()
+        return EncodedChunk(_serialize(records, stats), stats, tuple(rejected), unused, frozenset(self.controls))
 
     def _records(self, row: Row) -> list[_Record]:
         """Encode a row: into one record, or several where it is split."""
         spec, example = self.spec, parse_example(row, self.spec.format, self.spec.columns)
+        self._unused.update(example.unused)
         own, foreign = self.template.safe_tokenizer.find_in(_texts(example))
         self.controls |= own | foreign
         whole, example = self._encode(example)

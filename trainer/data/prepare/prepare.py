@@ -37,9 +37,10 @@ from trainer.files import (
     remove_stale_partials,
     warn_if_others_may_write,
 )
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
-VERSION = 6  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
+VERSION = 8  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
 LAYOUT = 2  # of the table's files and of what is found in the rows
 
 
@@ -114,14 +115,12 @@ def _lock_table(cache: Path, name: str) -> Iterator[None]:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             warn_if_others_may_write(cache)
-            held.enter_context(lock(cache / f"{name}.lock", _log_waiting))
+            waited = ProgressCounter("another process is preparing these rows; waiting for it")
+            with ExitStack() as waiting:
+                held.enter_context(lock(cache / f"{name}.lock", lambda: waiting.enter_context(waited)))
         except OSError as error:
             raise _no_cache(cache, error) from error
         yield
-
-
-def _log_waiting() -> None:
-    logger.info("another process is preparing these rows; waiting for it")
 
 
 def _no_cache(cache: Path, error: OSError) -> DataError:

@@ -11,8 +11,9 @@ import numpy as np
 from datasets import Dataset
 
 from trainer.data.prepare.checks import Finding
-from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_rejected
+from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_hints, summarize_rows
 from trainer.data.sources.open import Source
+from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
 
 # The files of a table's folder, besides REJECTED_FILE.
@@ -42,6 +43,8 @@ class PreparedTable:
         truncated: rows that were cut.
         format: the rows' format, never ``auto``.
         findings: what was found in the rows.
+        files: absolute paths of what the rows were read from.
+        left_alone: what lies beside them, and belongs to other splits.
     """
 
     table: Dataset
@@ -56,13 +59,15 @@ class PreparedTable:
     truncated: int
     format: str
     findings: tuple[Finding, ...]
+    files: tuple[str, ...] = ()
+    left_alone: tuple[LeftAlone, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def refused_file(self) -> Path:
-        """Every row that is not in the table, one JSON object a line: ``where``, ``reason``, ``message``, ``raw``."""
+        """Every row that is not in the table, a JSON object a line: ``where reason message raw hint``."""
         return self.folder / REJECTED_FILE
 
     def row_name(self, row: int) -> str:
@@ -85,12 +90,17 @@ def open_table(folder: Path, source: Source, fingerprint: str) -> PreparedTable:
     made = json.loads((folder / MARKER).read_text())
     if not made["rows"]:
         rejected = folder / REJECTED_FILE
-        first = [summarize_rejected(row) for row in islice(read_rejected(rejected), NAMED_REJECTED)]
-        why = f": {'; '.join(first)}; all of them are in {rejected}" if first else ", it is empty"
-        raise DataError("data.path", value=source.spec.path, reason=f"holds no usable row{why}", hint="fix the rows")
+        first = list(islice(read_rejected(rejected), NAMED_REJECTED))
+        why = f": {summarize_rows(first)}; all of them are in {rejected}" if first else ", it is empty"
+        hint = summarize_hints(first) or "fix the rows"
+        raise DataError("data.path", value=source.spec.path, reason=f"holds no usable row{why}", hint=hint)
     table = Dataset.from_file(str(folder / ROWS_FILE))
     lengths, label_counts = np.load(folder / COUNTS_FILE, mmap_mode="r")
     hashes = np.load(folder / HASHES_FILE, mmap_mode="r")
     findings = tuple(Finding(**{**found, "where": tuple(found["where"])}) for found in made["findings"])
     numbers = (made["refused"], made["dropped"], made["truncated"], made["format"])
-    return PreparedTable(table, lengths, label_counts, hashes, fingerprint, source.names, folder, *numbers, findings)
+    files = tuple(str(file.parent if source.table is not None else file) for file in source.files)
+    of_source = (files, source.left_alone)
+    return PreparedTable(
+        *(table, lengths, label_counts, hashes, fingerprint, source.names, folder, *numbers, findings, *of_source)
+    )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.compat.hub import hub_hint, hub_obstacle, was_not_reached, why_not_reached
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.messages import listing, nearest
 from trainer.data.sources.readers import chunk_rows, number_rows
 from trainer.data.sources.rows import CHUNK_LINES, Chunk
+from trainer.data.sources.splits import LeftAlone
 from trainer.errors import DataError
 
 
@@ -48,6 +50,13 @@ def load_saved(folder: Path, spec: DatasetSpec) -> Any:
         raise DataError("data.path", value=spec.path, reason=reason, hint="save it again") from error
 
 
+def other_splits(folder: Path, spec: DatasetSpec) -> tuple[LeftAlone, ...]:
+    """Name the splits of a saved data set that are not ``spec.split``."""
+    index = folder / "dataset_dict.json"
+    splits = json.loads(index.read_text(encoding="utf-8"))["splits"] if index.is_file() else []
+    return tuple(LeftAlone(s, f"{folder.name}/{s}", str(folder / s)) for s in splits if s != spec.split)
+
+
 def load_hub(spec: DatasetSpec) -> Any:
     """Load the split of a hub data set, from the hub or from the cache of an earlier run.
 
@@ -58,6 +67,7 @@ def load_hub(spec: DatasetSpec) -> Any:
     from datasets.exceptions import DatasetNotFoundError
 
     nowhere = "there is no such path on this machine, and"
+    hub_obstacle()  # without a network it sets datasets offline
     try:
         return datasets.load_dataset(spec.path, spec.subset, split=spec.split, revision=spec.revision)
     except DatasetNotFoundError as error:
@@ -66,10 +76,10 @@ def load_hub(spec: DatasetSpec) -> Any:
         hint = "correct the path; for a private one: hf auth login"
         raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
     except ConnectionError as error:
-        reason = f"{nowhere} the hub could not be reached ({_shorten(error)})"
-        hint = "correct the path; or fetch it where there is a network, save_to_disk, and name that folder"
-        raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
+        raise _not_reached(spec, error) from error
     except Exception as error:  # a builder may raise anything: an unknown split, no default configuration, a bad file
+        if was_not_reached(error):
+            raise _not_reached(spec, error) from error
         if "split" in str(error).lower():
             reason = f"{spec.path}: {_shorten(error)}"
             raise DataError("data.split", value=spec.split, reason=reason, hint="data.split=NAME") from error
@@ -81,21 +91,26 @@ def load_hub(spec: DatasetSpec) -> Any:
         raise DataError("data.path", value=spec.path, reason=reason, hint=hint) from error
 
 
+def _not_reached(spec: DatasetSpec, error: Exception) -> DataError:
+    why = f"the hub cannot be reached ({_shorten(error)})"
+    if hub_obstacle() is not None or was_not_reached(error):
+        why = why_not_reached()
+    reason = f"there is no such path on this machine, it is not cached, and {why}"
+    hint = f"correct the path; {hub_hint('data.path', spec.path, 'hf download --repo-type dataset')}"
+    return DataError("data.path", value=spec.path, reason=reason, hint=hint)
+
+
 def read_chunks(table: Any, name: str) -> Iterator[Chunk]:
-    """Read the rows of a data set in chunks, numbered from 1, with the values that ``datasets`` gives in Python.
+    """Read the rows of a data set in chunks, numbered from 1.
 
     Raises:
         DataError: its files are damaged.
     """
     try:
-        yield from chunk_rows(number_rows(table.with_format(None).iter(CHUNK_LINES), name, _to_rows), 0, name)
+        yield from chunk_rows(number_rows(table.with_format("arrow").iter(CHUNK_LINES), name), 0, name)
     except (OSError, ValueError, OverflowError, ImportError) as error:
         hint = "leave out columns that are no text, or save it again"
         raise DataError(name, reason=f"cannot be read ({_shorten(error)})", hint=hint) from error
-
-
-def _to_rows(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def _list_splits(splits: list[str]) -> str:

@@ -20,6 +20,7 @@ from trainer.data.sources.rows import (
 )
 from trainer.errors import DataError
 
+_ARRAY_OF_OBJECTS = re.compile(rb"\[\s*\{")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -54,6 +55,26 @@ def json_rows(stream: BinaryIO, name: str) -> tuple[Iterable[bytes], Iterable[Pa
         raise
 
 
+def refuse_json_array(stream: io.BufferedReader[Any], name: str) -> None:
+    """Refuse a file named as JSON Lines that is one JSON array; nothing is read from the stream.
+
+    Raises:
+        DataError: it begins with an array of objects that ends on no line of its own.
+    """
+    head = stream.peek(1 << 16).removeprefix(BOM).lstrip()
+    if not _ARRAY_OF_OBJECTS.match(head):
+        return
+    first, _, rest = head.partition(b"\n")
+    try:
+        json.loads(first)
+        is_row = bool(rest.strip())  # a list a line: each is told of as a row
+    except (ValueError, RecursionError):
+        is_row = False
+    if not is_row:
+        reason = "is one JSON array, and a file of this name holds one object a line"
+        raise DataError(name, reason=reason, hint=f"name it .json: {re.sub(r'[.](jsonl|ndjson)', '.json', name)}")
+
+
 def _lines_until_text(stream: BinaryIO) -> Iterator[bytes]:
     """Read lines up to and with the first that is not blank."""
     for line in stream:
@@ -80,6 +101,7 @@ def _object_rows(text: str, start: int, name: str) -> Iterable[ParsedRow]:
     """Read the rows of the file's one object: those of the array in it, else itself."""
     members, end = _members(text, start, name)
     _expect_end(text, end, name)
+    _refuse_pandas({key: value for key, (_, value) in members.items()}, name)
     arrays = [key for key, (_, value) in members.items() if isinstance(value, list) and any(map(_is_dict, value))]
     if not arrays or FIELDS & set(members):
         line = text.count("\n", 0, start) + 1
@@ -88,6 +110,23 @@ def _object_rows(text: str, start: int, name: str) -> Iterable[ParsedRow]:
         reason = f"holds several arrays: {', '.join(arrays)}"
         raise DataError(name, reason=reason, hint="keep one array of rows in a file")
     return _array_rows(text, members[arrays[0]][0], name)
+
+
+def _refuse_pandas(members: dict[str, Any], name: str) -> None:
+    """Refuse a table that pandas wrote otherwise than by ``orient="records"``."""
+    tables = [value for value in members.values() if isinstance(value, dict) and value]
+    alike = bool(tables) and len(tables) == len(members) and all(t.keys() == tables[0].keys() for t in tables)
+    orient = None
+    if alike and all(key.isdecimal() for key in tables[0]):
+        orient = "columns"
+    elif alike and all(key.isdecimal() for key in members):
+        orient = "index"
+    elif {"columns", "data"} <= members.keys() and isinstance(members["data"], list):
+        orient = "split" if all(isinstance(row, list) for row in members["data"]) else None
+    if orient is not None:
+        reason = f"is a table as pandas writes it with orient='{orient}', and rows are objects"
+        hint = "df.to_json('FILE.jsonl', orient='records', lines=True)"
+        raise DataError(name, reason=reason, hint=hint)
 
 
 def _is_dict(value: object) -> bool:

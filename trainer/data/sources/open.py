@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.data.sources import hf_datasets
 from trainer.data.sources.file_hashes import hash_files
 from trainer.data.sources.readers import KNOWN, PLAIN_TEXT, detect_kind, read_chunks
 from trainer.data.sources.rows import Chunk
+from trainer.data.sources.splits import LeftAlone, choose_split, name_splits
 from trainer.errors import DataError
 
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")
@@ -33,12 +34,14 @@ class Source:
         names: what they are called in messages: the file's name, below a folder or glob its path from there; a data
             set that ``datasets`` keeps has one name.
         table: that data set.
+        left_alone: what lies beside the files, and belongs to other splits.
     """
 
     spec: DatasetSpec
     files: tuple[Path, ...]
     names: tuple[str, ...]
     table: Any = field(default=None, repr=False)
+    left_alone: tuple[LeftAlone, ...] = ()
 
     @property
     def has_text_files(self) -> bool:
@@ -78,7 +81,7 @@ class Source:
 
 
 def open_source(spec: DatasetSpec) -> Source:
-    """Find the files of a data set.
+    """Find the files of a data set: of a folder or glob those of ``spec.split``.
 
     Raises:
         DataError: there are none, or their kind is unknown.
@@ -88,23 +91,42 @@ def open_source(spec: DatasetSpec) -> Source:
         table = hf_datasets.load_saved(given, spec)
         shards = tuple(Path(shard["filename"]) for shard in table.cache_files)
         split = f"/{spec.split}" if (given / "dataset_dict.json").is_file() else ""
-        return Source(spec, shards, (f"{given.name}{split}",), table)
+        return Source(spec, shards, (f"{given.name}{split}",), table, hf_datasets.other_splits(given, spec))
     if given.is_dir():
-        return _source(spec, _files_below(given, spec), given)
+        return _choose_files(spec, _files_below(given, spec), given)
     if given.exists():
         return _source(spec, [given], given.parent)
     if is_glob(spec.path):
-        return _source(spec, _glob_files(given, spec), _fixed_folder(given))
+        return _choose_files(spec, _glob_files(given, spec), _fixed_folder(given))
     if is_hub_id(spec.path):
         return Source(spec, (), (f"{spec.path}/{spec.split}",), hf_datasets.load_hub(spec))
     raise DataError("data.path", value=spec.path, reason="there is no such file", hint="data.path=PATH/TO/FILE.jsonl")
 
 
-def _source(spec: DatasetSpec, files: list[Path], above: Path) -> Source:
+def list_splits(spec: DatasetSpec) -> list[str]:
+    """List the splits of a folder, ``""`` among them where files name none.
+
+    Raises:
+        DataError: the folder holds no data.
+    """
+    folder = Path(os.path.abspath(Path(spec.path).expanduser()))
+    if hf_datasets.is_saved(folder):
+        return [left.split for left in hf_datasets.other_splits(folder, replace(spec, split=""))]
+    return sorted(set(name_splits([file.relative_to(folder).as_posix() for file in _files_below(folder, spec)])))
+
+
+def _choose_files(spec: DatasetSpec, files: list[Path], above: Path) -> Source:
+    names = [file.relative_to(above).as_posix() for file in files]
+    chosen, left_alone = choose_split(files, names, spec.split, spec.path, is_glob(spec.path))
+    return _source(spec, [files[i] for i in chosen], above, tuple(left_alone))
+
+
+def _source(spec: DatasetSpec, files: list[Path], above: Path, left_alone: tuple[LeftAlone, ...] = ()) -> Source:
     for file in files:
         if detect_kind(file) is None:
             raise DataError("data.path", value=file, reason="is of no known kind", hint=f"known are {KNOWN}")
-    return Source(spec, tuple(files), tuple(file.relative_to(above).as_posix() for file in files))
+    names = tuple(file.relative_to(above).as_posix() for file in files)
+    return Source(spec, tuple(files), names, left_alone=left_alone)
 
 
 def _files_below(folder: Path, spec: DatasetSpec) -> list[Path]:

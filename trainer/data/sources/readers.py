@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainer.data.sources.arrow_rows import convert_row, row_converters
 from trainer.data.sources.csv_records import read_csv
-from trainer.data.sources.json_arrays import json_rows
+from trainer.data.sources.json_arrays import json_rows, refuse_json_array
 from trainer.data.sources.plain_text import bounded_lines, text_rows
 from trainer.data.sources.rows import CHUNK_LINES, Chunk, ParsedRow, reject_non_utf8
 from trainer.errors import DataError
@@ -71,6 +72,7 @@ def _chunk_text(stream: io.BufferedReader[Any], kind: str, file: int, name: str,
     elif kind in PLAIN_TEXT:
         yield from chunk_rows(text_rows(stream, name, text_unit), file, name)
     else:
+        refuse_json_array(stream, name)
         yield from chunk_lines(bounded_lines(stream, name), file, name)
 
 
@@ -153,21 +155,20 @@ def _slice_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
         yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
-def number_rows(
-    tables: Iterable[Any], name: str, to_rows: Callable[[Any], list[dict[str, Any]]] | None = None
-) -> Iterator[ParsedRow]:
-    """Number the rows of tables from 1. ``to_rows`` gives a table's rows; without it the tables are Arrow's."""
+def number_rows(batches: Iterable[pa.RecordBatch | pa.Table], name: str) -> Iterator[ParsedRow]:
+    """Number the rows of Arrow's tables from 1."""
     number = 0
-    for table in tables:
-        for row in to_rows(table) if to_rows else _to_rows(table):
+    for batch in batches:
+        converters = row_converters(batch.schema)
+        for row in _to_rows(batch):
             number += 1
             if isinstance(row, UnicodeDecodeError):
                 yield number, reject_non_utf8(f"{name}:{number}", row.object, f"byte {row.start}")
             else:
-                yield number, row
+                yield number, convert_row(row, converters)
 
 
-def _to_rows(table: pa.RecordBatch) -> list[dict[str, Any] | UnicodeDecodeError]:
+def _to_rows(table: pa.RecordBatch | pa.Table) -> list[dict[str, Any] | UnicodeDecodeError]:
     """Return a table's rows; Arrow does not look into its texts, so one may turn out to be no UTF-8."""
     try:
         return table.to_pylist()

@@ -52,12 +52,14 @@ class RejectedRow:
         reason: a short fixed word, :attr:`RowError.code`.
         message: the reason in words and a hint, as one line; neither ``where`` nor the text.
         raw: its text, at most ``MAX_RAW_LENGTH`` characters; bytes that are not UTF-8 as ``\\xff``.
+        hint: the hint alone, which ends ``message`` too.
     """
 
     where: str
     reason: str
     message: str
     raw: str
+    hint: str = ""
 
 
 ParsedRow = tuple[int, dict[str, Any] | RejectedRow]  # its line or number, from 1, and its fields
@@ -127,7 +129,7 @@ def reject_non_utf8(where: str, raw: bytes | str, place: str) -> RejectedRow:
 
 def reject(where: str, code: str, reason: str, hint: str, raw: bytes | str | Mapping[str, Any]) -> RejectedRow:
     """Reject a row, with its message and its text in the form that they have everywhere."""
-    return RejectedRow(where, code, f"{reason} → {hint}", raw_text(raw))
+    return RejectedRow(where, code, f"{reason} → {hint}", raw_text(raw), hint)
 
 
 def raw_text(raw: bytes | str | Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from trainer.data.sources.rows import RowError
 from trainer.data.templates.chat_template import ChatTemplate, Message
 from trainer.data.templates.plain_templates import render_alpaca, render_plain, user_text
 from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer
+from trainer.data.templates.tool_place import ToolPlace
 from trainer.errors import DataError
 
 NAMES = ("chat", "alpaca", "alpaca_short", "plain")
@@ -85,6 +86,7 @@ class Template:
                 self._chat = ChatTemplate(tokenizer, source, name, hint)
         self._source = source
         self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
+        self._tool_place = ToolPlace(tokenizer, source)
 
     @property
     def chat_template(self) -> Any:
@@ -184,6 +186,8 @@ class Template:
     ) -> RenderedText:
         if self._chat is not None:
             messages, shift = _to_messages(turns, self.alpaca_role)
+            messages, tools, added = self._tool_place.put(messages, tools)
+            shift += added
             rendered = self._chat.render(messages, tools, add_generation_prompt, {i + shift for i in wanted}, where)
             rendered.answers = [(i - shift, begin, end) for i, begin, end in rendered.answers]
             return rendered

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from trainer.files import (
 )
 from trainer.models.embedded.smollm2 import build_smollm2
 from trainer.models.embedded.tiny import build_tiny
+from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,13 @@ class Embedded:
         about: one line for people: name, license, dtype, size.
         recipe: identity of what ``build`` makes; changes whenever the result does.
         build: fills an empty folder.
+        hub_id: what it was made of, on the hub; ``None``: it is nowhere else.
     """
 
     about: str
     recipe: str
     build: Callable[[Path], None]
+    hub_id: str | None = None
 
 
 def fetch(name: str) -> Path:
@@ -65,7 +69,10 @@ def fetch(name: str) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.parent / f".{name}.lock", _log_waiting):
+        waiting = ExitStack()
+        waited = ProgressCounter("another process is fetching the model; waiting for it")
+        with waiting, lock(folder.parent / f".{name}.lock", lambda: waiting.enter_context(waited)):
+            waiting.close()
             if not _is_complete(folder, model):
                 _build(folder, model)
     except OSError as error:
@@ -98,10 +105,6 @@ def resolve(name_or_path: str, revision: str | None = None) -> str:
     return name_or_path
 
 
-def _log_waiting() -> None:
-    logger.info("another process is fetching the model; waiting for it")
-
-
 def _build(folder: Path, model: Embedded) -> None:
     """Build an embedded model beside its place and rename it there. Called with the lock held."""
     with partial_folder(folder) as scratch:
@@ -131,6 +134,11 @@ def _is_complete(folder: Path, model: Embedded) -> bool:
 
 
 EMBEDDED = {
-    "smollm2_135m": Embedded("SmolLM2-135M-Instruct (Apache-2.0), bf16, 270 MB", "smollm2_135m-1", build_smollm2),
+    "smollm2_135m": Embedded(
+        "SmolLM2-135M-Instruct (Apache-2.0), bf16, 270 MB",
+        "smollm2_135m-1",
+        build_smollm2,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     "tiny": Embedded("a random two-layer Llama for tests, 0.5 MB", "tiny-2", build_tiny),
 }

