@@ -108,8 +108,10 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
         found += checks.check_leakage(mixture.hashes[0][train.indices], validation.tables.hashes[0], names)
     found += checks.check_mixture(mixture.hashes[1], mixture.starts, mixture.row_name)
     found += checks.check_row_count(len(train))
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
-    return Data(train, validation, _hash(train, validation), tuple(template.end_ids()), tuple(tables), tuple(found))
+    template = Template.from_config(tokenizer, data_config)
+    found += checks.check_template_kwargs(template.unread_kwargs())
+    ends, opening = tuple(template.end_ids()), tuple(template.opening_ids())
+    return Data(train, validation, _hash(train, validation), ends, tuple(tables), tuple(found), opening)
 
 
 def _hold_out(

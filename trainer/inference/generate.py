@@ -43,10 +43,10 @@ def generate_run(
     for note in loaded.notes:
         logger.info(f"note: {note}")
     config = loaded.config
-    template = Template(loaded.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
-    ids, end_ids = template.encode_prompt(prompt, input), template.end_ids()
+    template = Template.from_config(loaded.tokenizer, config.data)
+    ids, end_ids, opening_ids = template.encode_prompt(prompt, input), template.end_ids(), template.opening_ids()
     for name in loaded.requested:
         model = loaded.switcher.use(name)
         torch.manual_seed(config.run.seed)
-        generator = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device)
+        generator = Generator(model, loaded.tokenizer, config.generate, end_ids, model.device, opening_ids=opening_ids)
         yield name, generator.decode(generator.answer([ids])[0]).strip()

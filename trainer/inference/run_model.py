@@ -172,8 +172,9 @@ def _describe_differences(config: TrainConfig, given: Sequence[str]) -> list[str
             ("model.revision", config.model.revision),
             ("data.template", config.data.template),
             ("data.alpaca_role", config.data.alpaca_role),
+            ("data.template_kwargs", config.data.template_kwargs or None),
         ):
-            other = trained_with.get(key)
+            other = trained_with.get(key) or None
             if other != own and not is_template_file(str(other)):
                 notes.append(f"{name} was trained with {key}={other}; here it is {own}")
     return notes

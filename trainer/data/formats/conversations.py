@@ -81,7 +81,7 @@ def _parse_turn(where: str, message: Any, answers: bool) -> Turn:
     elif key not in message:
         raise RowError("missing_field", f"{where}.{key}", reason="is missing", hint="give the message its `content`")
     else:
-        text = _parse_content(f"{where}.{key}", message[key])
+        text = _parse_content(f"{where}.{key}", message[key], role)
     if role != "assistant":
         return Turn(role, text, extra=extra or None)
     if not calls:
@@ -102,8 +102,11 @@ def _parse_role(where: str, message: dict[str, Any]) -> tuple[str, str]:
     return written, ROLES[written]
 
 
-def _parse_content(where: str, value: Any) -> str:
-    """Return a string, or the texts of a list of content parts put together."""
+def _parse_content(where: str, value: Any, role: str) -> str:
+    """Return a string, or the texts of a list of content parts put together; the JSON text of what a tool gives back as
+    an object."""
+    if role == "tool" and isinstance(value, dict):
+        return require_text(where, json.dumps(value, ensure_ascii=False))
     if not isinstance(value, list):
         return require_text(where, value)
     texts = []

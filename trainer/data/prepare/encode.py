@@ -6,8 +6,9 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ import pyarrow as pa
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
-from trainer.data.templates.template import Encoded, Template
+from trainer.data.templates.encoded import Encoded
+from trainer.data.templates.template import Template
 
-NO_END, DOUBLE_BOS, TRUNCATED = 1, 2, 4  # bits of ROW_STATS["flags"]
+NO_END, DOUBLE_BOS, TRUNCATED, ASKED_OTHERWISE, THINKS = 1, 2, 4, 8, 16  # bits of ROW_STATS["flags"]
+MOST = 65535  # that a count in ROW_STATS can hold
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -30,7 +33,7 @@ SCHEMA = pa.schema(
         "choices": pa.string(),
     }
 )
-# What is kept in memory of each row while a table is built, beside the table itself: 57 bytes.
+# What is kept in memory of each row while a table is built, beside the table itself: 61 bytes.
 ROW_STATS = np.dtype(
     [
         ("file", np.int32),
@@ -43,6 +46,8 @@ ROW_STATS = np.dtype(
         ("reply_hash", np.int64),
         ("text_hash", np.int64),
         ("flags", np.uint8),
+        ("unended", np.uint16),
+        ("lost_thoughts", np.uint16),
     ]
 )
 
@@ -55,7 +60,7 @@ class EncodingSpec:
         tokenizer: a fast Hugging Face tokenizer.
         format: of the rows, never ``auto``.
         columns: our field names -> the rows'.
-        template, alpaca_role, train_on, max_length, on_too_long: of the ``data`` group.
+        template, alpaca_role, train_on, max_length, on_too_long, template_kwargs: of the ``data`` group.
     """
 
     tokenizer: Any
@@ -66,6 +71,7 @@ class EncodingSpec:
     train_on: str
     max_length: int
     on_too_long: str
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,8 @@ class Encoder:
 
     def __init__(self, spec: EncodingSpec) -> None:
         self.spec = spec
-        self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
+        named = (spec.template, spec.alpaca_role, spec.train_on, spec.template_kwargs)
+        self.template = Template(spec.tokenizer, *named)
         self.end_ids = frozenset(self.template.end_ids())
         self.bos_id = spec.tokenizer.bos_token_id
 
@@ -132,20 +139,26 @@ class Encoder:
             reason = "has no token in the loss" + (" once it is cut" if cut is not whole else "")
             raise RowError("empty_loss_mask", row.where, reason=reason, hint="leave the row out")
         # Hashes are of the uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal.
-        whole_ids, whole_mask = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
+        whole_ids = np.asarray(whole.ids, dtype=np.int32)
         stats = (
             *(example.file, example.line, len(ids), label_count, len(ids) - cut.prompt_length),
             *(_hash(whole_ids[: whole.prompt_prefix_length].tobytes()), _hash(whole_ids.tobytes())),
-            *(_hash(_first_reply(whole_ids, whole_mask).tobytes()), _hash((example.text or example.answer).encode())),
-            self._flags(ids, loss_mask, cut is not whole, example),
+            *(_hash(_first_reply(example, whole)), _hash((example.text or example.answer).encode())),
+            self._flags(ids, loss_mask, whole, cut is not whole, example),
+            *(min(whole.unended, MOST), min(whole.lost_thoughts, MOST)),
         )
         return _Record(stats, ids, loss_mask, cut.prompt_length, example.answer, example.choices)
 
-    def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, truncated: bool, example: Example) -> int:
+    def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, whole: Encoded, truncated: bool, example: Example) -> int:
         flags = TRUNCATED if truncated else 0
         cut_at_its_end = truncated and example.text is not None
-        if not cut_at_its_end and int(ids[np.flatnonzero(loss_mask)[-1]]) not in self.end_ids:
+        last = int(ids[np.flatnonzero(loss_mask)[-1]])
+        if not cut_at_its_end and last not in self.end_ids and not self.template.ends_turn(last):
             flags |= NO_END
+        if whole.asked_otherwise:
+            flags |= ASKED_OTHERWISE
+        if whole.has_thoughts:
+            flags |= THINKS
         if self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2:
             flags |= DOUBLE_BOS
         return flags
@@ -193,11 +206,14 @@ def fit_to_max_length(encoded: Encoded, spec: EncodingSpec, where: str, is_text:
     return Encoded(ids, loss_mask, encoded.prompt_length - excess, max(kept, encoded.prompt_prefix_length - excess))
 
 
-def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-    """Return the first run of tokens in the loss: in a chat, the first turn in the loss."""
-    begin = int(loss_mask.argmax())
-    gap = np.flatnonzero(~loss_mask[begin:])
-    return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
+def _first_reply(example: Example, encoded: Encoded) -> bytes:
+    """Return what the first turn in the loss says: not its tokens, since a template may end or open the last turn of a
+    conversation otherwise."""
+    if encoded.first_turn is None:
+        return (example.text or "").encode()
+    turn = example.turns[encoded.first_turn]
+    extra = json.dumps(turn.extra, sort_keys=True, default=str) if turn.extra else ""
+    return f"{turn.text.strip()}\0{extra}".encode()
 
 
 def _hash(data: bytes) -> int:

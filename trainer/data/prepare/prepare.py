@@ -38,7 +38,7 @@ from trainer.files import (
 )
 
 logger = logging.getLogger(__name__)
-VERSION = 6  # of the table's layout and of everything that turns text into tokens: raise it when either changes
+VERSION = 7  # of the table's layout and of everything that turns text into tokens: raise it when either changes
 
 
 def prepare(
@@ -59,7 +59,7 @@ def prepare(
         DataError: the source, the template or the cache cannot be used, or not one row can.
     """
     source = open_source(dataset)
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+    template = Template.from_config(tokenizer, data_config)
     fingerprint = _fingerprint(source, data_config, template, cache / "digests.json")
     folder = cache / fingerprint
     with _lock_table(cache, fingerprint):
@@ -130,6 +130,7 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
         template=data_config.template,
         alpaca_role=data_config.alpaca_role,
         train_on=data_config.train_on,
+        template_kwargs=data_config.template_kwargs,
         max_length=data_config.max_length,
         on_too_long=data_config.on_too_long,
     )

@@ -7,39 +7,23 @@ never read as control tokens (see :mod:`trainer.data.templates.safe_tokenizer`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config.schema import DataConfig
 from trainer.data.formats.turns import Example, Turn, last_assistant
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.chat_template import ChatTemplate, Message
+from trainer.data.templates.encoded import Encoded
 from trainer.data.templates.plain_templates import render_alpaca, render_plain, user_text
-from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer
+from trainer.data.templates.safe_tokenizer import Answer, RenderedText, SafeTokenizer, TokenizedText
 from trainer.errors import DataError
 
 NAMES = ("chat", "alpaca", "alpaca_short", "plain")
 SUFFIXES = (".jinja", ".jinja2", ".j2")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one example and its loss mask.
-
-    Attributes:
-        ids: token ids.
-        loss_mask: whether each is in the loss.
-        prompt_length: tokens before the text of the last assistant turn: what generation is prompted with. 0 for text.
-        prompt_prefix_length: tokens before the first one in the loss (under ``train_on=all``: before the first that
-            ``completion`` would put there); all of them for plain text. Rows with equal prompt prefixes are held out
-            together.
-    """
-
-    ids: list[int]
-    loss_mask: list[bool]
-    prompt_length: int
-    prompt_prefix_length: int
 
 
 class Template:
@@ -51,6 +35,7 @@ class Template:
         alpaca_role: ``data.alpaca_role``; ``system`` puts the instruction of a row that has an input into the system
             turn, after what that says.
         train_on: ``data.train_on``.
+        template_kwargs: ``data.template_kwargs``, more variables for a chat template.
 
     Attributes:
         bos_id: the token that the tokenizer itself puts before a text; ``None`` when it puts none.
@@ -59,7 +44,14 @@ class Template:
         DataError: the tokenizer cannot report offsets or has no end token; the chat template's file cannot be read.
     """
 
-    def __init__(self, tokenizer: Any, name: str, alpaca_role: str = "user", train_on: str = "completion") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        alpaca_role: str = "user",
+        train_on: str = "completion",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 "tokenizer", reason="reports no character offsets", hint="use a model with a tokenizer.json"
@@ -70,15 +62,22 @@ class Template:
             )
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
         self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        self.template_kwargs = dict(template_kwargs or {})
         source = None if name in NAMES else _read_template(name)
         self._chat: ChatTemplate | None = None
         if source is not None or (name == "chat" and tokenizer.chat_template):
             hint = (
                 "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
             )
-            self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", hint)
+            called = name if source else "the chat template"
+            self._chat = ChatTemplate(tokenizer, source, called, hint, self.template_kwargs)
         self._source = source
         self._safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
+
+    @classmethod
+    def from_config(cls, tokenizer: Any, data: DataConfig) -> Template:
+        """Make the template that a ``data`` section asks for."""
+        return cls(tokenizer, data.template, data.alpaca_role, data.train_on, data.template_kwargs)
 
     @property
     def chat_template(self) -> Any:
@@ -108,11 +107,14 @@ class Template:
         if not in_loss:
             raise self._nothing_in_loss(example.where)
         rendered = self._render(turns, example.tools, in_loss | {last}, example.where)
-        begins = {turn: begin for turn, begin, _ in rendered.answers}
+        answers = {answer.turn: answer for answer in rendered.answers}
         every = self.train_on == "all"
         tokenized = self._safe_tokenizer.tokenize(rendered, in_loss, example.where)
-        ids, loss_mask = tokenized.ids, [True] * len(tokenized.ids) if every else tokenized.loss_mask
-        prompt_length, prefix_length = tokenized.token_at(begins[last]), tokenized.token_at(begins[min(in_loss)])
+        ids, loss_mask = list(tokenized.ids), [True] * len(tokenized.ids) if every else tokenized.loss_mask
+        prompt_length = tokenized.token_at(answers[last].begin)
+        prefix_length = tokenized.token_at(answers[min(in_loss)].begin)
+        learnt = [answers[turn] for turn in sorted(in_loss)]
+        notes = self._notes(rendered, tokenized, learnt)
         while loss_mask and not loss_mask[-1]:
             ids.pop()
             loss_mask.pop()
@@ -121,7 +123,19 @@ class Template:
         if self._chat is None and self.bos_id is not None:
             ids, loss_mask = [self.bos_id, *ids], [every, *loss_mask]
             prompt_length, prefix_length = prompt_length + 1, prefix_length + 1
-        return Encoded(ids, loss_mask, prompt_length, prefix_length)
+        return Encoded(ids, loss_mask, prompt_length, prefix_length, **notes)
+
+    def _notes(self, rendered: RenderedText, tokenized: TokenizedText, learnt: Sequence[Answer]) -> dict[str, Any]:
+        """Count what the template does not do as one would wish in the turns in the loss."""
+        text, begins_alone = rendered.text, self._safe_tokenizer.begins_alone
+        asked = [a.is_asked and (self.name == "plain" or begins_alone(text, tokenized, a.begin)) for a in learnt]
+        return {
+            "first_turn": learnt[0].turn,
+            "asked_otherwise": asked.count(False),
+            "unended": sum(not answer.is_closed for answer in learnt),
+            "lost_thoughts": sum(answer.has_lost_thoughts for answer in learnt),
+            "has_thoughts": any(answer.has_thoughts for answer in learnt),
+        }
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
         """Encode a prompt that awaits its answer, as in training."""
@@ -139,19 +153,48 @@ class Template:
 
     def end_ids(self) -> list[int]:
         """Return the token that closes an answer, as this template writes it."""
-        if self.name == "chat" and self._chat is None:
+        probe = self._probe()
+        if probe is None:
             return [int(self.tokenizer.eos_token_id)]
+        _, tokenized = probe
+        return [token for token, label in zip(tokenized.ids, tokenized.loss_mask, strict=True) if label][-1:]
+
+    def opening_ids(self) -> list[int]:
+        """Return what this template writes between its generation prompt and what an answer says, thinking aside: what
+        the model has to write first. Empty with most templates."""
+        probe = self._probe()
+        if probe is None:
+            return []
+        answer, tokenized = probe
+        return tokenized.ids[tokenized.token_at(answer.begin) : tokenized.token_at(answer.text_begin)]
+
+    def ends_turn(self, token: int) -> bool:
+        """Return whether this template, as far as it is known, ends turns of the assistant with a token."""
+        ends = self._chat.end_tokens.ends | self._chat.end_tokens.of_calls if self._chat else set()
+        return self.tokenizer.convert_ids_to_tokens(token) in ends or token in self.end_ids()
+
+    def unread_kwargs(self) -> list[str]:
+        """Return the names in ``data.template_kwargs`` that the template does not hold, so cannot read."""
+        source = str(self.chat_template or "")
+        return [name for name in self.template_kwargs if not re.search(rf"\b{re.escape(name)}\b", source)]
+
+    def _probe(self) -> tuple[Answer, TokenizedText] | None:
+        """Render the shortest conversation; ``None`` where the template takes none: how the rows' answers begin and end
+        is then not known."""
+        if self.name == "chat" and self._chat is None:
+            return None
         try:
             rendered = self._render([Turn("user", "a"), Turn("assistant", "a")], None, {1}, "template")
-        except RowError:  # it takes no such conversation: how the rows' answers end is not known here
-            return [int(self.tokenizer.eos_token_id)]
-        tokenized = self._safe_tokenizer.tokenize(rendered, {1}, "template")
-        return [token for token, label in zip(tokenized.ids, tokenized.loss_mask, strict=True) if label][-1:]
+        except RowError:
+            return None
+        return rendered.answers[0], self._safe_tokenizer.tokenize(rendered, {1}, "template")
 
     def describe(self) -> str:
         """Describe what prepared tokens depend on besides the tokenizer's own files, for their fingerprint."""
         name = self.name if self._source is None else "file"
-        return "\n".join((name, self.alpaca_role, self.train_on, str(self.chat_template)))
+        ends = sorted(self._chat.end_tokens.ends) if self._chat else []
+        kwargs = json.dumps([self.template_kwargs, ends], sort_keys=True, default=str)
+        return "\n".join((name, self.alpaca_role, self.train_on, kwargs, str(self.chat_template)))
 
     def _render(
         self,
@@ -164,7 +207,8 @@ class Template:
         if self._chat is not None:
             messages, shift = _to_messages(turns, self.alpaca_role)
             rendered = self._chat.render(messages, tools, add_generation_prompt, {i + shift for i in wanted}, where)
-            rendered.answers = [(i - shift, begin, end) for i, begin, end in rendered.answers]
+            for answer in rendered.answers:
+                answer.turn -= shift
             return rendered
         if self.name == "chat":
             reason = "this model has no chat template"
