@@ -79,8 +79,9 @@ class ChatTemplate:
         self._has_generation_prompt = self._renderer.render_or_none(pair[:1]) != self._renderer.render_or_none(
             pair[:1], add_generation_prompt=True
         )
-        thinks = self._renderer.render_or_none([pair[0], {"role": "assistant", "content": _THINKS}])
-        self._splits_thoughts = thinks is not None and _THINKS not in thinks
+        thinks: list[Message] = [pair[0], {"role": "assistant", "content": _THINKS}]
+        written = [self._renderer.render_or_none(turns) for turns in (thinks, [*thinks, *pair])]
+        self._splits_thoughts = any(text is not None and _THINKS not in text for text in written)
 
     def render(
         self,
