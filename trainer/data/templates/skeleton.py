@@ -31,17 +31,20 @@ class Piece:
         text: as the row has it.
         role: of the message.
         is_thought: it is what the assistant thinks.
+        alike: the first message of the user's that is the same: templates compare messages to find the last one.
     """
 
     message: int
     text: str
     role: str
     is_thought: bool = False
+    alike: int | None = None
 
     @property
     def mark(self) -> str:
         """The place-holder."""
-        return f"{MARK_BEGIN}{self.message}{'t' if self.is_thought else ''}{MARK_END}"
+        number = self.message if self.alike is None else self.alike
+        return f"{MARK_BEGIN}{number}{'t' if self.is_thought else ''}{MARK_END}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ def mark_texts(messages: Sequence[Message], splits_thoughts: bool) -> tuple[list
             pieces.append(piece)
             changed["content"] = f"{result[1]}{piece.mark}{result[3]}"
         elif content or role == "tool" or is_text_only(message):
-            piece = Piece(i, content, role)
+            piece = Piece(i, content, role, alike=messages.index(message) if role == "user" else None)
             pieces.append(piece)
             changed["content"] = piece.mark
         marked.append(changed)
@@ -128,7 +131,12 @@ def mark_texts(messages: Sequence[Message], splits_thoughts: bool) -> tuple[list
 
 def make_skeleton(text: str, pieces: Sequence[Piece]) -> Skeleton:
     """Find the place-holders in a rendering of them."""
-    found = sorted((text.find(piece.mark), place) for place, piece in enumerate(pieces))
+    found, reached = [], dict[str, int]()
+    for place, piece in enumerate(pieces):
+        at = text.find(piece.mark, reached.get(piece.mark, 0))
+        reached[piece.mark] = at + 1 if at >= 0 else len(text)
+        found.append((at, place))
+    found.sort()
     there = [(at, pieces[place]) for at, place in found if at >= 0]
     return Skeleton(
         text,

@@ -112,12 +112,13 @@ class TurnFinder:
             return (own[0] if own else self._skeleton.ends[-1] if self._skeleton.pieces else 0), False
         cut = prompt.rfind(MARK_END) + 1
         mark = prompt[prompt.rfind(MARK_BEGIN) : cut] if cut else ""
-        at = text.find(mark)
-        if at < 0:
+        places = zip(self._skeleton.pieces, self._skeleton.ends, strict=True)
+        at = max((end for piece, end in places if piece.mark == mark and piece.message < i), default=0)
+        if mark and not at:
             return (own[0] if own else 0), False
-        if i - 1 in self._own and self._own[i - 1][1] == at + len(mark):
+        if i - 1 in self._own and self._own[i - 1][1] == at:
             self._tails[role] = prompt[cut:]
-        begin, is_whole = self._begin_after(i, at + len(mark), prompt[cut:])
+        begin, is_whole = self._begin_after(i, at, prompt[cut:])
         return begin, is_whole and text.startswith(prompt)
 
     def _begin_after(self, i: int, at: int, tail: str) -> tuple[int, bool]:
