@@ -143,25 +143,13 @@ class ChatTemplate:
             raise self._renderer.error(where, reason, hint)
         self._check_calls(messages, skeleton, bounds, where)
         out = RenderedText(whole, spans, cuts_tokens=True)
-        for i, found in sorted(bounds.items()):
-            out.answers.append(self._place(messages, skeleton, spans, i, found))
+        out.answers = _place_answers(skeleton, spans, bounds)
         if out.answers and out.answers[-1].turn == len(messages) - 1 and not bounds[len(messages) - 1].is_closed:
             last = out.answers[-1]
             out.text = f"{whole[: last.end]}{self._tokenizer.eos_token}{whole[last.end :]}"
             last.end += len(self._tokenizer.eos_token)
             last.is_closed = True
         return out
-
-    def _place(
-        self, messages: list[Message], skeleton: Skeleton, spans: list[Span], i: int, found: TurnBounds
-    ) -> Answer:
-        """Return where a turn is in the real rendering."""
-        begin, end = skeleton.position_in(spans, found.begin), skeleton.position_in(spans, found.end)
-        places = skeleton.places(i)
-        said = [spans[place][0] for place in places if not skeleton.pieces[place].is_thought]
-        lost = any(piece.message == i for piece in skeleton.lost)
-        thinks = any(skeleton.pieces[place].is_thought for place in places)
-        return Answer(i, begin, end, said[0] if said else begin, found.is_asked, found.is_closed, lost, thinks)
 
     def _find(
         self,
@@ -175,11 +163,12 @@ class ChatTemplate:
         """Render place-holders, and find the bounds of the turns that are wanted in them."""
         marked, pieces = mark_texts(messages, self._splits_thoughts)
         key = None
-        if not any(message.get("tool_calls") for message in messages):
+        if not any(m.get("tool_calls") or m["content"].startswith("<tool_response>") for m in messages):
             shape = json.dumps(marked, default=str)
             key = (shape, json.dumps(tools, default=str), add_generation_prompt, tuple(sorted(wanted)))
         if key in self._found and not again:
-            return self._found[key]
+            known, bounds = self._found[key]
+            return known.holding(pieces), bounds
         text = self._renderer.render(marked, tools, add_generation_prompt, where)
         for i, message in enumerate(marked):  # what is written as it stands is all the row's
             if message["role"] == "user" and message["content"].startswith("<tool_response>"):
@@ -286,3 +275,15 @@ class ChatTemplate:
             if found := self.safe_tokenizer.control.search(text):
                 reason = f"holds the control token {found[0]} in its tools or tool calls"
                 raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
+
+
+def _place_answers(skeleton: Skeleton, spans: list[Span], bounds: dict[int, TurnBounds]) -> list[Answer]:
+    """Return where the turns are in the real rendering, whose texts are at ``spans``."""
+    said = {p.message: span[0] for p, span in zip(skeleton.pieces, spans, strict=True) if not p.is_thought}
+    thinks = {piece.message for piece in skeleton.pieces if piece.is_thought}
+    lost = {piece.message for piece in skeleton.lost}
+    out = []
+    for i, found in sorted(bounds.items()):
+        begin, end = skeleton.position_in(spans, found.begin), skeleton.position_in(spans, found.end)
+        out.append(Answer(i, begin, end, said.get(i, begin), found.is_asked, found.is_closed, i in lost, i in thinks))
+    return out

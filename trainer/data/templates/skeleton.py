@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.data.templates.safe_tokenizer import Span
@@ -54,32 +55,31 @@ class Skeleton:
     Attributes:
         text: all of it.
         pieces: the texts that it has a place for, in their order there.
-        starts: where the place-holder of each begins.
+        starts, ends: where the place-holder of each begins and ends.
         lost: the texts that it drops.
     """
 
     text: str
     pieces: tuple[Piece, ...]
     starts: tuple[int, ...]
+    ends: tuple[int, ...]
     lost: tuple[Piece, ...]
 
-    @property
-    def ends(self) -> list[int]:
-        """Where the place-holder of each text ends."""
-        return [start + len(piece.mark) for start, piece in zip(self.starts, self.pieces, strict=True)]
+    def holding(self, pieces: Sequence[Piece]) -> Skeleton:
+        """Return it with the texts of another conversation of the same shape."""
+        place = {(piece.message, piece.is_thought): piece for piece in pieces}
+        new = [tuple(place[old.message, old.is_thought] for old in old_ones) for old_ones in (self.pieces, self.lost)]
+        return replace(self, pieces=new[0], lost=new[1])
 
     def between(self) -> list[str]:
         """Return what the template writes before, between and after the texts."""
         begins, ends = [0, *self.ends], [*self.starts, len(self.text)]
         return [self.text[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
-    def places(self, message: int) -> list[int]:
-        """Return which pieces are a message's."""
-        return [place for place, piece in enumerate(self.pieces) if piece.message == message]
-
     def next_start(self, at: int) -> int:
         """Return where the first place-holder from some character on begins; the end of the text if there is none."""
-        return min((start for start in self.starts if start >= at), default=len(self.text))
+        place = bisect_left(self.starts, at)
+        return self.starts[place] if place < len(self.starts) else len(self.text)
 
     def position_in(self, spans: Sequence[Span], at: int) -> int:
         """Return which character of the real rendering one outside all place-holders is.
@@ -88,8 +88,8 @@ class Skeleton:
             spans: of the texts in the real rendering.
             at: character of the skeleton.
         """
-        before = [(place, end) for place, end in enumerate(self.ends) if end <= at]
-        return spans[before[-1][0]][1] + at - before[-1][1] if before else at
+        place = bisect_right(self.ends, at) - 1
+        return spans[place][1] + at - self.ends[place] if place >= 0 else at
 
 
 def mark_texts(messages: Sequence[Message], splits_thoughts: bool) -> tuple[list[Message], list[Piece]]:
@@ -100,6 +100,7 @@ def mark_texts(messages: Sequence[Message], splits_thoughts: bool) -> tuple[list
         splits_thoughts: the template itself separates ``<think>…</think>`` from what is said.
     """
     marked, pieces = [], []
+    users: dict[str, int] = {}
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         changed = dict(message)
@@ -122,7 +123,7 @@ def mark_texts(messages: Sequence[Message], splits_thoughts: bool) -> tuple[list
             pieces.append(piece)
             changed["content"] = f"{result[1]}{piece.mark}{result[3]}"
         elif content or role == "tool" or is_text_only(message):
-            piece = Piece(i, content, role, alike=messages.index(message) if role == "user" else None)
+            piece = Piece(i, content, role, alike=users.setdefault(content, i) if role == "user" else None)
             pieces.append(piece)
             changed["content"] = piece.mark
         marked.append(changed)
@@ -142,6 +143,7 @@ def make_skeleton(text: str, pieces: Sequence[Piece]) -> Skeleton:
         text,
         tuple(piece for _, piece in there),
         tuple(at for at, _ in there),
+        tuple(at + len(piece.mark) for at, piece in there),
         tuple(pieces[place] for at, place in found if at < 0),
     )
 

@@ -112,8 +112,8 @@ class TurnFinder:
             return (own[0] if own else self._skeleton.ends[-1] if self._skeleton.pieces else 0), False
         cut = prompt.rfind(MARK_END) + 1
         mark = prompt[prompt.rfind(MARK_BEGIN) : cut] if cut else ""
-        places = zip(self._skeleton.pieces, self._skeleton.ends, strict=True)
-        at = max((end for piece, end in places if piece.mark == mark and piece.message < i), default=0)
+        places = reversed(list(zip(self._skeleton.pieces, self._skeleton.ends, strict=True)))
+        at = next((end for piece, end in places if piece.message < i and piece.mark == mark), 0)
         if mark and not at:
             return (own[0] if own else 0), False
         if i - 1 in self._own and self._own[i - 1][1] == at:
