@@ -102,9 +102,7 @@ class DataConfig:
         "chat template only; user: instruction, blank line, input in one user turn; system: instruction as system turn",
         choices=("user", "system"),
     )
-    template_kwargs: dict[str, Any] = key(
-        {}, "more variables of the chat template, asking too: {enable_thinking: false}"
-    )
+    template_kwargs: dict[str, Any] = key({}, "more variables that the chat template reads: {enable_thinking: false}")
     max_length: int = key(1024, "longest example in tokens, answer and end token included", ge=8)
     on_too_long: str = key(
         "error",

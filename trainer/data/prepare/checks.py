@@ -79,7 +79,7 @@ def _check_turns(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Find
     )
     ends = "answers without an end token of their own (the next turn follows), after which the model does not stop,"
     stop = "data.train_on=last_assistant, or another chat template"
-    drops = "thoughts of earlier turns, which the chat template drops, so those turns are learnt without, stand"
+    drops = "thoughts of earlier turns, which the chat template drops, so those turns are trained without, stand"
     keep = "data.train_on=last_assistant, or a row a turn, to learn them"
     no_thought = "some rows have thoughts, and to answer without is taught"
     alike = "bring thoughts for all, or none, if the model is not to do both"

@@ -164,8 +164,12 @@ class ChatTemplate:
         marked, pieces = mark_texts(messages, self._splits_thoughts)
         key = None
         if not any(m.get("tool_calls") or m["content"].startswith("<tool_response>") for m in messages):
-            shape = json.dumps(marked, default=str)
-            key = (shape, json.dumps(tools, default=str), add_generation_prompt, tuple(sorted(wanted)))
+            is_plain = all(len(message) == 2 for message in marked)  # as most rows are; JSON takes several times longer
+            shape: Any = (
+                tuple((m["role"], m["content"]) for m in marked) if is_plain else json.dumps(marked, default=str)
+            )
+            written = json.dumps(tools, default=str) if tools else ""
+            key = (shape, written, add_generation_prompt, tuple(sorted(wanted)))
         if key in self._found and not again:
             known, bounds = self._found[key]
             return known.holding(pieces), bounds

@@ -113,8 +113,8 @@ class Template:
         ids, loss_mask = list(tokenized.ids), [True] * len(tokenized.ids) if every else tokenized.loss_mask
         prompt_length = tokenized.token_at(answers[last].begin)
         prefix_length = tokenized.token_at(answers[min(in_loss)].begin)
-        learnt = [answers[turn] for turn in sorted(in_loss)]
-        notes = self._notes(rendered, tokenized, learnt)
+        counted = [answers[turn] for turn in sorted(in_loss)]
+        notes = self._notes(rendered, tokenized, counted)
         while loss_mask and not loss_mask[-1]:
             ids.pop()
             loss_mask.pop()
@@ -125,16 +125,16 @@ class Template:
             prompt_length, prefix_length = prompt_length + 1, prefix_length + 1
         return Encoded(ids, loss_mask, prompt_length, prefix_length, **notes)
 
-    def _notes(self, rendered: RenderedText, tokenized: TokenizedText, learnt: Sequence[Answer]) -> dict[str, Any]:
+    def _notes(self, rendered: RenderedText, tokenized: TokenizedText, counted: Sequence[Answer]) -> dict[str, Any]:
         """Count what the template does not do as one would wish in the turns in the loss."""
         text, begins_alone = rendered.text, self._safe_tokenizer.begins_alone
-        asked = [a.is_asked and (self.name == "plain" or begins_alone(text, tokenized, a.begin)) for a in learnt]
+        asked = [a.is_asked and (self.name == "plain" or begins_alone(text, tokenized, a.begin)) for a in counted]
         return {
-            "first_turn": learnt[0].turn,
+            "first_turn": counted[0].turn,
             "asked_otherwise": asked.count(False),
-            "unended": sum(not answer.is_closed for answer in learnt),
-            "lost_thoughts": sum(answer.has_lost_thoughts for answer in learnt),
-            "has_thoughts": any(answer.has_thoughts for answer in learnt),
+            "unended": sum(not answer.is_closed for answer in counted),
+            "lost_thoughts": sum(answer.has_lost_thoughts for answer in counted),
+            "has_thoughts": any(answer.has_thoughts for answer in counted),
         }
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
