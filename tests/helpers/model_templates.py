@@ -34,7 +34,7 @@ def model_template(name: str) -> str:
     """Return one of the templates; skip the test where trl is not installed."""
     found = importlib.util.find_spec("trl")
     if found is None or found.origin is None:
-        pytest.skip("needs the models' own chat templates: pip install -e '.[peers]'")
+        pytest.skip("needs trl, which carries the models' own chat templates: pip install -e '.[dev]'")
     return (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tests.helpers.conversations import chat, texts_in_loss
 from tests.helpers.model_templates import knowing
@@ -208,3 +210,25 @@ def test_a_conversation_is_rendered_a_bounded_number_of_times(tokenizer: Any) ->
             assert len(texts_in_loss(used, found)) == rounds + 1
             counts.append(rendered.times)
         assert counts[1] <= counts[0] <= 12, name
+
+
+def test_a_token_that_reaches_over_the_prompt_is_cut(tokenizer: Any) -> None:
+    """Two line breaks are one token: the prompt ends in one, the answer begins with one."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["ĊĊ"] = len(vocabulary)
+    tree["model"]["merges"].append(["Ċ", "Ċ"])
+    used = copy.deepcopy(tokenizer)
+    used._tokenizer = Tokenizer.from_str(json.dumps(tree))
+    assert len(used("\n\n ").input_ids) == 2
+    example = chat(say("Write f.", "\n    def f():", "Again.", "\n    def f():"))
+    template = Template(used, "chat")
+    found = template.encode(example)
+    assert texts_in_loss(used, found) == ["\n    def f():<|im_end|>"] * 2
+    assert found.asked_otherwise == 0
+    for turn, length in ((1, found.prompt_prefix_length), (3, found.prompt_length)):
+        header = used("<|im_start|>assistant\n").input_ids
+        assert found.ids[length - len(header) : length] == header
+        assert template.encode_turns(example.turns[:turn])[-len(header) :] == header
+    assert used.decode(found.ids) == used.decode(Template(tokenizer, "chat").encode(example).ids)
+    assert found.ids[: found.prompt_prefix_length] == template.encode_turns(example.turns[:1])
