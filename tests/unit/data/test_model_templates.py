@@ -127,13 +127,18 @@ def test_the_models_own_end_tokens_end_turns(tokenizer: Any, tmp_path: Path) -> 
     example = chat(CONVERSATIONS["tools"], tools=TOOLS)
     unknown = Template(used, "chat")
     assert unknown.encode(example).unended == 3
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    used.name_or_path = str(adapter)
+    of_adapter = Template(used, "chat").describe()
     used.name_or_path = str(tmp_path)
     template = Template(used, "chat")
     found = template.encode(example)
     assert found.unended == 0
     ends = [text[-17:] for text in texts_in_loss(used, found)]
     assert [e[e.rindex("<") :] for e in ends] == ["<|observation|>", "<|user|>", "<|observation|>", "<|endoftext|>"]
-    assert template.describe() != unknown.describe()
+    assert of_adapter == template.describe() != unknown.describe()
 
 
 spoken = st.text(min_size=1, max_size=12).filter(lambda t: t.strip() and not set(t) & set("\ue000\ue001"))

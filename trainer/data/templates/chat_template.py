@@ -16,7 +16,7 @@ from trainer.data.formats.fields import strings_in
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.end_tokens import model_end_tokens
 from trainer.data.templates.renderer import Renderer, roles_of
-from trainer.data.templates.safe_tokenizer import Answer, RenderedText, SafeTokenizer, Span
+from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer
 from trainer.data.templates.skeleton import (
     THOUGHT_KEYS,
     Message,
@@ -27,7 +27,7 @@ from trainer.data.templates.skeleton import (
     mark_texts,
 )
 from trainer.data.templates.tool_arguments import other_arguments
-from trainer.data.templates.turn_bounds import EndTokens, TurnBounds, TurnFinder
+from trainer.data.templates.turn_bounds import EndTokens, TurnBounds, TurnFinder, place_answers
 
 MAX_SKELETONS = 1000
 _LEAVE_OUT = "data.template=FILE.jinja, one that writes tools, or leave `tools` out"
@@ -67,14 +67,16 @@ class ChatTemplate:
         self._tools: list[Any] | None = None  # the last that were seen to be written
         self._arguments = ""  # how tool calls are to give them, where as they came was refused
         pair: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        marked, pieces = mark_texts(pair, False)
-        between = (rendered := self._renderer.render_or_none(marked)) and make_skeleton(rendered, pieces).between()
+        between = self._between(pair)
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         added = {t.content for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()}
-        self.safe_tokenizer = SafeTokenizer(tokenizer, [t for t in added if any(t in text for text in between or ())])
+        self.safe_tokenizer = SafeTokenizer(tokenizer, [t for t in added if any(t in text for text in between)])
         control = self.safe_tokenizer.control
-        closing = control.match(between[-1].lstrip()) if between else None
-        ends = {tokenizer.eos_token, *model_end_tokens(tokenizer), *([closing[0]] if closing else [])}
+        ends = {tokenizer.eos_token, *(match[0] for text in between[-1:] if (match := control.match(text.lstrip())))}
+        middle = self._between([*pair, pair[0]])
+        found = control.match(middle[-2].lstrip()) if middle else None
+        if found is None or found[0] not in ends:  # what opens the next turn may be what the model stops at
+            ends |= model_end_tokens(tokenizer)
         self.end_tokens = EndTokens(control, special, ends)
         self._has_generation_prompt = self._renderer.render_or_none(pair[:1]) != self._renderer.render_or_none(
             pair[:1], add_generation_prompt=True
@@ -82,6 +84,12 @@ class ChatTemplate:
         thinks: list[Message] = [pair[0], {"role": "assistant", "content": _THINKS}]
         written = [self._renderer.render_or_none(turns) for turns in (thinks, [*thinks, *pair])]
         self._splits_thoughts = any(text is not None and _THINKS not in text for text in written)
+
+    def _between(self, messages: list[Message]) -> list[str]:
+        """Return what is written before, between and after the texts; nothing where the template refuses them."""
+        marked, pieces = mark_texts(messages, False)
+        rendered = self._renderer.render_or_none(marked)
+        return make_skeleton(rendered, pieces).between() if rendered else []
 
     def render(
         self,
@@ -143,7 +151,7 @@ class ChatTemplate:
             raise self._renderer.error(where, reason, hint)
         self._check_calls(messages, skeleton, bounds, where)
         out = RenderedText(whole, spans, cuts_tokens=True)
-        out.answers = _place_answers(skeleton, spans, bounds)
+        out.answers = place_answers(skeleton, spans, bounds)
         if out.answers and out.answers[-1].turn == len(messages) - 1 and not bounds[len(messages) - 1].is_closed:
             last = out.answers[-1]
             out.text = f"{whole[: last.end]}{self._tokenizer.eos_token}{whole[last.end :]}"
@@ -279,15 +287,3 @@ class ChatTemplate:
             if found := self.safe_tokenizer.control.search(text):
                 reason = f"holds the control token {found[0]} in its tools or tool calls"
                 raise RowError("control_token", where, reason=reason, hint="remove the row, or change that text")
-
-
-def _place_answers(skeleton: Skeleton, spans: list[Span], bounds: dict[int, TurnBounds]) -> list[Answer]:
-    """Return where the turns are in the real rendering, whose texts are at ``spans``."""
-    said = {p.message: span[0] for p, span in zip(skeleton.pieces, spans, strict=True) if not p.is_thought}
-    thinks = {piece.message for piece in skeleton.pieces if piece.is_thought}
-    lost = {piece.message for piece in skeleton.lost}
-    out = []
-    for i, found in sorted(bounds.items()):
-        begin, end = skeleton.position_in(spans, found.begin), skeleton.position_in(spans, found.end)
-        out.append(Answer(i, begin, end, said.get(i, begin), found.is_asked, found.is_closed, i in lost, i in thinks))
-    return out

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from trainer.data.templates.safe_tokenizer import Answer, Span
 from trainer.data.templates.skeleton import MARK_BEGIN, MARK_END, Message, Skeleton
 
 MAX_RENDERED_TURNS = 8  # of one conversation, besides one a role
@@ -183,6 +184,18 @@ class TurnFinder:
     def _may_render(self) -> bool:
         self._left -= 1
         return self._left >= 0
+
+
+def place_answers(skeleton: Skeleton, spans: list[Span], bounds: dict[int, TurnBounds]) -> list[Answer]:
+    """Return where the turns are in the real rendering, whose texts are at ``spans``."""
+    said = {p.message: span[0] for p, span in zip(skeleton.pieces, spans, strict=True) if not p.is_thought}
+    thinks = {piece.message for piece in skeleton.pieces if piece.is_thought}
+    lost = {piece.message for piece in skeleton.lost}
+    out = []
+    for i, found in sorted(bounds.items()):
+        begin, end = skeleton.position_in(spans, found.begin), skeleton.position_in(spans, found.end)
+        out.append(Answer(i, begin, end, said.get(i, begin), found.is_asked, found.is_closed, i in lost, i in thinks))
+    return out
 
 
 def _common_length(one: str, other: str) -> int:
