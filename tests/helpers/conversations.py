@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
 from trainer.data.sources.rows import Row
-from trainer.data.templates.template import Encoded
+from trainer.data.templates.encoded import Encoded
 
 SYSTEM = {"role": "system", "content": "You are a travel assistant. Use the tools when you need facts."}
 KYOTO = [

@@ -109,6 +109,9 @@ class DataConfig:
         "chat template only; user: instruction, blank line, input in one user turn; system: instruction as system turn",
         choices=("user", "system"),
     )
+    template_kwargs: dict[str, Any] = key(
+        {}, "more variables that the chat template reads: {enable_thinking: false}", newer=True
+    )
     control_tokens: str = key(
         "text",
         "what a control token is (<|im_start|>) that stands in a row: text, so many characters; or parse, the token "

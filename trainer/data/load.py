@@ -115,10 +115,11 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
         found += checks.check_leakage(trained, held, validation.row_name)
     found += checks.check_mixture(mixture.hashes[1], mixture.starts, mixture.row_name)
     found += checks.check_row_count(len(train))
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+    template = Template.from_config(tokenizer, data_config)
     found += checks.check_begin_token(template, data_config.control_tokens == "parse", len(mixture))
-    end_ids = _end_ids(data_config, template, tables)
-    return Data(train, validation, _hash(train, validation), end_ids, tuple(tables), tuple(found))
+    found += checks.check_template_kwargs(template.unread_kwargs())
+    ends, opening = _end_ids(data_config, template, tables), tuple(template.opening_ids())
+    return Data(train, validation, _hash(train, validation), ends, tuple(tables), tuple(found), opening)
 
 
 def _hold_out(

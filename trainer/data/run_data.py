@@ -89,6 +89,7 @@ class Data:
         end_ids: token ids that end an answer, as the template writes them.
         parts: the tables, in the order of ``data.path``; a validation file's comes last.
         findings: what was found in them, and between them.
+        opening_ids: what the template has the model write before what it says, as most do not.
     """
 
     train: Rows
@@ -97,6 +98,7 @@ class Data:
     end_ids: tuple[int, ...]
     parts: tuple[PreparedTable, ...]
     findings: tuple[Finding, ...]
+    opening_ids: tuple[int, ...] = ()
 
     def total_steps(self, batch: BatchConfig) -> int:
         """Count the optimizer steps of the whole run."""

@@ -81,10 +81,13 @@ def evaluate(
         if "loss" in config.eval.metrics:
             metrics |= _eval_loss(scorer.loss_sum, packing, rows, world, between_batches)
         if "choice_accuracy" in config.eval.metrics:
-            letters = letter_tokens(data.validation)  # of all rows: those that are scored may not have every letter
+            opening = len(data.opening_ids)
+            letters = letter_tokens(
+                data.validation, opening
+            )  # of all rows: those that are scored may not have every letter
             limits, pad_id = packing.limits, packing.pad_id
             metrics["choice_accuracy"] = choice_accuracy(
-                scorer.label_logits, rows, letters, limits, pad_id, world, between_batches
+                scorer.label_logits, rows, letters, limits, pad_id, world, between_batches, opening=opening
             )
         if written := [name for name in config.eval.metrics if name in TEXT_METRICS]:
             answers = generate_answers(generator, rows, config, world, between_batches)
@@ -148,7 +151,7 @@ def generate_answers(
             # A rank without rows still answers one token's prompt: under ZeRO-3 its forwards are collectives.
             answers: Sequence[list[int]] = generator.answer(prompts or [[generator.pad_id]])
             mine |= {
-                int(with_prompt[i]): (generator.decode(answer).strip(), record["answer"].strip())
+                int(with_prompt[i]): (_without_thoughts(generator.decode(answer)), _without_thoughts(record["answer"]))
                 for i, answer, record in zip(micro, answers, records, strict=False)
             }
             counter.advance(count)
@@ -156,3 +159,8 @@ def generate_answers(
     for part in gather_objects(mine):
         merged |= part
     return [(int(row), *merged[int(row)]) for row in with_prompt]
+
+
+def _without_thoughts(text: str) -> str:
+    """Return what is said after ``<think>…</think>``."""
+    return text.rpartition("</think>")[2].strip()

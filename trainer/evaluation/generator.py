@@ -21,6 +21,7 @@ class Generator:
         config: the ``generate`` group.
         end_ids: token ids that end an answer besides the model's own.
         device: where the prompts go.
+        opening_ids: what the template has the model write before what it says; cut off.
         lockstep: the ranks' forwards are collectives (ZeRO-3), so each continues until all have finished.
     """
 
@@ -32,8 +33,10 @@ class Generator:
         end_ids: Sequence[int],
         device: torch.device,
         lockstep: bool = False,
+        opening_ids: Sequence[int] = (),
     ) -> None:
         self.model, self.tokenizer, self.device, self.lockstep = model, tokenizer, device, lockstep
+        self.opening_ids = list(opening_ids)
         self.pad_id: int = tokenizer.pad_token_id
         own = getattr(model.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*end_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
@@ -72,7 +75,7 @@ class Generator:
             streamer=streamer,
             **self.options,
         )
-        return [self._cut_at_end(row[width:].tolist()) for row in out]
+        return [self.cut_opening(self._cut_at_end(row[width:].tolist())) for row in out]
 
     def stream(self, prompt: list[int], write: Callable[[str], None]) -> tuple[str, str]:
         """Answer one prompt and stream its text.
@@ -96,6 +99,17 @@ class Generator:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def cut_opening(self, ids: list[int]) -> list[int]:
+        """Cut off what the template has the model write before what it says: all of it and what came before, such as
+        a channel for thoughts; while it is still being written, all."""
+        opening, length = self.opening_ids, len(self.opening_ids)
+        if not opening:
+            return ids
+        if ids == opening[: len(ids)]:
+            return []
+        ends = [i + length for i in range(len(ids) - length + 1) if ids[i : i + length] == opening]
+        return ids[ends[-1] :] if ends else ids
 
     def _cut_at_end(self, ids: list[int]) -> list[int]:
         """Cut at the first end token; what stands behind it is padding."""
@@ -150,13 +164,13 @@ class AnswerStreamer(BaseStreamer):
             self.has_ended = self.has_ended or token in self.generator.end_ids
             if not self.has_ended:
                 self._ids.append(token)
-        text = self.generator.decode(self._ids)
+        text = self.generator.decode(self.generator.cut_opening(self._ids))
         if not text.endswith("\ufffd"):  # the first bytes of a letter
             self._show(text)
 
     def end(self) -> None:
         """Write what was held back."""
-        self._show(self.generator.decode(self._ids or []))
+        self._show(self.generator.decode(self.generator.cut_opening(self._ids or [])))
 
     def _show(self, text: str) -> None:
         if text.startswith(self.shown) and text != self.shown:

@@ -25,6 +25,8 @@ def choice_accuracy(
     pad_id: int,
     world: World,
     between_batches: Callable[[], None] = lambda: None,
+    *,
+    opening: int = 0,
 ) -> float:
     """Return the share of rows whose right letter has the largest logit among the letters of the row's options.
 
@@ -38,6 +40,7 @@ def choice_accuracy(
         pad_id: fills padding.
         world: this process.
         between_batches: called before each micro-batch.
+        opening: tokens that the template has the model write between its prompt and the letter.
 
     Raises:
         DataError: none is multiple choice.
@@ -47,7 +50,7 @@ def choice_accuracy(
     if not with_choices:
         reason = f"none of the {len(rows)} rows that are scored has options"
         raise DataError("eval.metrics", value="choice_accuracy", reason=reason, hint="a larger eval.max_rows")
-    lengths = rows.prompt_lengths
+    lengths = rows.prompt_lengths + opening
     prompts = [
         _prompt(example, lengths[row]) for row, example in zip(with_choices, rows.tokens(with_choices), strict=True)
     ]
@@ -67,8 +70,9 @@ def choice_accuracy(
     return total / len(with_choices)
 
 
-def letter_tokens(rows: Rows) -> dict[str, int]:
-    """Return each letter's token right behind a prompt, read off the rows whose answer it is.
+def letter_tokens(rows: Rows, opening: int = 0) -> dict[str, int]:
+    """Return each letter's token right behind a prompt and the template's opening of an answer (so many tokens), read
+    off the rows whose answer it is.
 
     So a template's space or line break before the answer is in it.
 
@@ -85,7 +89,7 @@ def letter_tokens(rows: Rows) -> dict[str, int]:
             hint=as_typed("eval.metrics", ["loss", "exact_match"]),
         )
     tokens: dict[str, int] = {}
-    lengths, answers = rows.prompt_lengths, rows.texts("answer")
+    lengths, answers = rows.prompt_lengths + opening, rows.texts("answer")
     first = {answer: row for row, answer in enumerate(answers) if answer in wanted}
     for answer, example in zip(first, rows.tokens(list(first.values())), strict=True):
         tokens[answer] = int(example.ids[lengths[first[answer]]])

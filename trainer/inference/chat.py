@@ -44,9 +44,9 @@ class Chat:
     def __init__(self, loaded: RunModel, write: Callable[[str], None]) -> None:
         self.loaded, self.write = loaded, write
         data_config = loaded.config.data
-        self.template = Template(loaded.tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+        self.template = Template.from_config(loaded.tokenizer, data_config)
         self.has_turns = data_config.template == "chat" or self.template.chat_template is not None
-        self.end_ids = self.template.end_ids()
+        self.end_ids, self.opening_ids = self.template.end_ids(), self.template.opening_ids()
         self.turns: list[Turn] = []
         self._use_adapter(str(loaded.switcher.name))
         torch.manual_seed(loaded.config.run.seed)
@@ -54,7 +54,9 @@ class Chat:
     def _use_adapter(self, name: str) -> None:
         model = self.loaded.switcher.use(name)
         config = self.loaded.config
-        self.generator = Generator(model, self.loaded.tokenizer, config.generate, self.end_ids, model.device)
+        self.generator = Generator(
+            model, self.loaded.tokenizer, config.generate, self.end_ids, model.device, opening_ids=self.opening_ids
+        )
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         max_length = config.data.max_length
         if positions:

@@ -62,10 +62,11 @@ class RunModel:
             name: of the adapter that answers; ``None``: the one that is on the base.
         """
         config = self.config
-        template = Template(self.tokenizer, config.data.template, config.data.alpaca_role, config.data.train_on)
+        template = Template.from_config(self.tokenizer, config.data)
         model = self.model if name is None else self.switcher.use(name)
         torch.manual_seed(config.run.seed)
-        generator = Generator(model, self.tokenizer, config.generate, template.end_ids(), model.device)
+        end_ids, opening_ids = template.end_ids(), template.opening_ids()
+        generator = Generator(model, self.tokenizer, config.generate, end_ids, model.device, opening_ids=opening_ids)
         ids = template.encode_prompt(prompt, input)
         with ProgressCounter("generating", config.generate.max_new_tokens, "tokens") as counter:
             answer = generator.answer([ids], TokenCounter(counter.advance))[0]
@@ -197,8 +198,9 @@ def _describe_differences(config: TrainConfig, given: Sequence[str]) -> list[str
             ("model.revision", config.model.revision),
             ("data.template", config.data.template),
             ("data.alpaca_role", config.data.alpaca_role),
+            ("data.template_kwargs", config.data.template_kwargs or None),
         ):
-            other = trained_with.get(key)
+            other = trained_with.get(key) or None
             if other != own and not is_template_file(str(other)):
                 notes.append(f"{name} was trained with {key}={other}; here it is {own}")
     return notes

@@ -74,6 +74,8 @@ def _score_adapter(loaded: RunModel, name: str, data: Data) -> dict[str, float]:
     """Return the metrics of one adapter; sampled answers do not depend on what was scored before."""
     config, model = loaded.config, loaded.switcher.use(name)
     torch.manual_seed(config.run.seed)
-    generator = Generator(model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device)
+    generator = Generator(
+        model, loaded.tokenizer, config.generate, data.end_ids, loaded.world.device, opening_ids=data.opening_ids
+    )
     packing = Packing(False, Limits(config.batch.micro_size, config.batch.micro_tokens), generator.pad_id)
     return evaluate(PlainScorer(model), generator, packing, data, config, loaded.world).metrics

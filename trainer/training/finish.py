@@ -55,7 +55,7 @@ def _with_template(tokenizer: Any, config: TrainConfig) -> Any:
     """Return the tokenizer as it is saved: a chat template from a file goes with it, for whoever serves the model."""
     data = config.data
     if is_template_file(data.template):
-        tokenizer.chat_template = Template(tokenizer, data.template, data.alpaca_role, data.train_on).chat_template
+        tokenizer.chat_template = Template.from_config(tokenizer, data).chat_template
     return tokenizer
 
 

@@ -235,6 +235,7 @@ def create_generator(job: Job, built: Built) -> Generator:
         job.data.end_ids,
         job.world.device,
         lockstep=config.zero.stage == 3,
+        opening_ids=job.data.opening_ids,
     )
 
 

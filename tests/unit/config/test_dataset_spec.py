@@ -162,6 +162,8 @@ def test_own_chat_templates(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_columns() -> None:
     config = load(["data.columns={instruction: question, output: 'the answer'}"])
     assert config.data.columns == {"instruction": "question", "output": "the answer"}
+    kwargs = load(["data.template_kwargs={enable_thinking: false}"]).data.template_kwargs
+    assert kwargs == {"enable_thinking": False}
     config = load(["data.path=[{path: a.jsonl, columns: {text: body}},b.csv]", "data.columns={text: t}"])
     found = parts(config.data.path, columns=config.data.columns)
     assert [part.columns for part in found] == [{"text": "body"}, {"text": "t"}]

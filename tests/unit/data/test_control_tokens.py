@@ -98,7 +98,7 @@ def test_in_plain_text_and_what_tools_answer(tokenizer: Any, kind: str) -> None:
         assert squeezed(escaped) in squeezed(used.decode(ids[0]))
 
 
-@pytest.mark.parametrize("where", ["tools", "arguments", "string arguments", "name", "key", "reasoning_content"])
+@pytest.mark.parametrize("where", ["tools", "arguments", "string arguments", "name", "key"])
 @pytest.mark.parametrize("text", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 def test_in_tools_they_are_refused(tokenizer: Any, where: str, text: str) -> None:
     """There the template decides where text goes, so a control token could not be distinguished from its own."""
@@ -115,8 +115,6 @@ def test_in_tools_they_are_refused(tokenizer: Any, where: str, text: str) -> Non
             function["name"] = hostile
         case "key":
             function["arguments"] = {hostile: 1}
-        case "reasoning_content":
-            message["reasoning_content"] = hostile
     row = Row({"messages": [{"role": "user", "content": "a"}, message], "tools": tools}, "chats.jsonl:3", 3)
     with pytest.raises(RowError, match=r"chats\.jsonl:3: holds the control token <\|.* in its tools") as caught:
         Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(parse_example(row, "chat", {}))

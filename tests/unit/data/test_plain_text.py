@@ -19,7 +19,7 @@ from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources import plain_text
 from trainer.data.sources.open import open_source
 from trainer.data.sources.rows import Row, parse_rows
-from trainer.data.templates.template import Encoded
+from trainer.data.templates.encoded import Encoded
 from trainer.errors import DataError
 
 BOOK = "\ufeffA title\r\n\r\nIt begins\r\nwith two lines.\n\n \n\tAn indent stays.\nThe end\n\n"

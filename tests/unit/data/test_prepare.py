@@ -218,6 +218,7 @@ def test_config_keys_are_all_sorted_into_those_that_matter_and_those_that_do_not
         "revision",
         "template",
         "alpaca_role",
+        "template_kwargs",
         "max_length",
         "on_too_long",
     }

@@ -12,7 +12,8 @@ from tests.helpers.tokenizers import adds_bos, write_rows
 from trainer.data.formats.parse import parse_example
 from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources.rows import Row, RowError
-from trainer.data.templates.template import Encoded, Template
+from trainer.data.templates.encoded import Encoded
+from trainer.data.templates.template import Template
 from trainer.errors import DataError
 
 

@@ -15,7 +15,8 @@ from tests.helpers.tokenizers import LLAMA_LIKE, adds_bos, sentencepiece_like, w
 from trainer.data.batching.micro_batch import Tokens, collate_padded
 from trainer.data.formats.turns import Example, Turn
 from trainer.data.sources.rows import RowError
-from trainer.data.templates.template import Encoded, Template
+from trainer.data.templates.encoded import Encoded
+from trainer.data.templates.template import Template
 from trainer.errors import DataError
 from trainer.models.embedded.tiny import CHATML
 

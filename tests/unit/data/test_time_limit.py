@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tokenizers import llama3_like
-from trainer.data.templates import chat_template
+from trainer.data.templates import renderer
 from trainer.data.templates.template import Template
 from trainer.data.templates.time_limit import TimeLimit, TimeLimitExceeded
 from trainer.errors import DataError
@@ -51,7 +51,7 @@ def test_threads_are_bounded_one_by_one() -> None:
 
 
 def test_a_template_that_loops_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_TIME_LIMIT", TimeLimit(0.3))
+    monkeypatch.setattr(renderer, "_TIME_LIMIT", TimeLimit(0.3))
     file = tmp_path / "loop.jinja"
     nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     file.write_text(nested + "{% for m in messages %}{{ m.content }}{% endfor %}")

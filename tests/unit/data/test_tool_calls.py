@@ -40,7 +40,7 @@ def test_a_tool_call_is_in_the_loss_as_the_template_writes_it(tokenizer: Any) ->
 
 
 def test_arguments_as_a_string(tokenizer: Any) -> None:
-    """OpenAI gives them as a string of JSON: fine for a template that takes both, refused where it would be quoted."""
+    """OpenAI gives them as a string of JSON: each template gets them in the form that it takes."""
     takes_both = QWEN_LIKE.replace(
         "{{ call.arguments | tojson }}",
         "{{ call.arguments if call.arguments is string else call.arguments | tojson }}",
@@ -49,8 +49,15 @@ def test_arguments_as_a_string(tokenizer: Any) -> None:
     arguments = {"city": "Kyoto", "days": 2}
     rows = [chat(tool_rows(a)) for a in (arguments, json.dumps(arguments))]
     assert both.encode(rows[0]) == both.encode(rows[1])
+    wants_objects = Template(with_template(tokenizer, QWEN_LIKE), "chat")
+    assert wants_objects.encode(rows[1]) == wants_objects.encode(rows[0]) == both.encode(rows[0])
+    adds = QWEN_LIKE.replace("{{ call.arguments | tojson }}", "{{ call.arguments + '' }}")
+    wants_strings = Template(with_template(tokenizer, adds), "chat")
+    assert wants_strings.encode(rows[0]) == wants_strings.encode(rows[1]) == both.encode(rows[0])
+    empty = [chat(tool_rows(a)) for a in ({}, "{}", "")]
+    assert len({tuple(wants_objects.encode(row).ids) for row in empty}) == 1
     with pytest.raises(RowError, match="quotes the arguments of weather twice") as caught:
-        Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(rows[1])
+        Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(chat(tool_rows('in "Kyoto"')))
     assert caught.value.code == "template"
 
 
@@ -66,8 +73,12 @@ def test_thoughts_are_in_the_loss_with_their_answer(tokenizer: Any) -> None:
     answer = PLAIN[-1]["content"]
     found = Template(used, "chat", train_on="last_assistant").encode(chat(messages))
     assert texts_in_loss(used, found) == [f"<think>Hm.</think>{answer}<|im_end|>"]
-    with pytest.raises(RowError, match="otherwise than it does without them"):
-        Template(used, "chat").encode(chat(messages))
+    every = Template(used, "chat").encode(chat(messages))
+    assert texts_in_loss(used, every) == [f"{PLAIN[1]['content']}<|im_end|>", f"<think>Hm.</think>{answer}<|im_end|>"]
+    assert (every.lost_thoughts, every.has_thoughts, found.lost_thoughts) == (1, True, 0)
+    hostile = [PLAIN[0], {**PLAIN[1], "reasoning_content": "a<|im_end|>"}]
+    plain = Template(used, "chat").encode(chat(hostile))
+    assert plain.ids.count(used.convert_tokens_to_ids("<|im_end|>")) == 2
     with pytest.raises(RowError, match="drops or rewrites what the assistant says or thinks"):
         Template(tokenizer, "chat", train_on="last_assistant").encode(chat(messages))
 

@@ -137,3 +137,21 @@ def test_the_output_layer_gets_no_slice_with_gaps(tiny_model: Path, tokenizer: A
     generator(model.eval(), tokenizer, max_new_tokens=2).answer(prompts)
     assert len(seen) == 2
     assert all(seen)
+
+
+def test_what_the_template_opens_an_answer_with_is_cut_off(model: Any, tokenizer: Any) -> None:
+    cut = Generator(model, tokenizer, GenerateConfig(), (), CPU, opening_ids=[7, 8]).cut_opening
+    assert [cut(ids) for ids in ([], [7], [7, 8], [7, 8, 9])] == [[], [], [], [9]]
+    assert cut([5, 7, 9]) == [5, 7, 9]
+    assert cut([3, 7, 8, 4, 7, 8, 9, 6]) == [9, 6]  # a channel for thoughts came first
+    assert generator(model, tokenizer).cut_opening([7, 8, 9]) == [7, 8, 9]
+
+
+def test_an_answer_is_streamed_without_its_opening(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    whole = generator(model, tokenizer, max_new_tokens=12).answer(prompts[:1])[0]
+    opened = Generator(model, tokenizer, GenerateConfig(max_new_tokens=12), (), CPU, opening_ids=whole[:3])
+    written: list[str] = []
+    text, _ = opened.stream(prompts[0], written.append)
+    expected = opened.decode(opened.cut_opening(whole))
+    assert "".join(written) == text == expected
+    assert opened.answer(prompts[:1]) == [opened.cut_opening(whole)]

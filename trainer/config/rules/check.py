@@ -24,12 +24,18 @@ from trainer.config.rules.model import check_model
 from trainer.config.rules.secrets import check_secrets
 from trainer.config.rules.sweep import check_sweep
 from trainer.config.rules.tracking import check_tracking
-from trainer.config.schema import METRICS, TrainConfig
+from trainer.config.schema import METRICS, DataConfig, TrainConfig
 from trainer.config.suggestions import ConfigField, config_fields, default_value
 from trainer.errors import ConfigError
 from trainer.redaction import redact
 
 MAX_NAME_LENGTH = 128
+# What transformers' apply_chat_template takes itself, or passes to the template.
+RENDER_ARGUMENTS = frozenset(
+    ("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding")
+    + ("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs")
+    + ("return_assistant_tokens_mask", "processor_kwargs")
+)
 
 # DeepSpeed keys that afina writes, and the key of ours that decides each.
 _OURS = {
@@ -109,6 +115,21 @@ def _method(config: TrainConfig) -> None:
     check_cell(cell)
 
 
+def _template_kwargs(data: DataConfig) -> None:
+    given = data.template_kwargs
+    example = "data.template_kwargs={enable_thinking: false}"
+    if not isinstance(given, dict) or not all(isinstance(name, str) and name.isidentifier() for name in given):
+        raise config_error("data.template_kwargs", one_line(given), "must map names to values", example)
+    if taken := [name for name in given if name in RENDER_ARGUMENTS]:
+        reason = "is what a row is rendered by, not a variable of the template's own"
+        raise config_error("data.template_kwargs", taken[0], reason, example)
+    if given and data.template != "chat" and not is_template_file(data.template):
+        reason = f"needs a chat template, and data.template is {data.template}"
+        raise config_error(
+            "data.template_kwargs", one_line(given), reason, "data.template=chat or data.template_kwargs={}"
+        )
+
+
 def _data(config: TrainConfig) -> None:
     data = config.data
     own = is_template_file(data.template)
@@ -120,6 +141,7 @@ def _data(config: TrainConfig) -> None:
         reason = f"needs a chat template, and data.template is {data.template}"
         raise config_error("data.alpaca_role", data.alpaca_role, reason, "data.template=chat or data.alpaca_role=user")
     check_columns("data.columns", data.columns)
+    _template_kwargs(data)
     _max_refused(data.max_refused)
     _validation(data.validation)
 

@@ -168,9 +168,10 @@ def holds_media(where: str, kind: str) -> RowError:
 
 
 def _parse_content(where: str, value: Any, role: str) -> tuple[str, str]:
-    """Return a string, or the texts of a list of content parts put together; and what is thought in them."""
+    """Return a string, the texts of a list of content parts put together, or the JSON text of what a tool gives back as
+    an object; and what is thought in the parts."""
     if role == "tool" and isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False), ""
+        return require_text(where, json.dumps(value, ensure_ascii=False)), ""
     if not isinstance(value, list):
         return require_text(where, value), ""
     texts, thoughts = [], []

@@ -5,9 +5,10 @@ What is imported here is paid for by every worker: no torch, and not ``datasets`
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,17 @@ import pyarrow as pa
 from trainer.data.formats.detect import explain
 from trainer.data.formats.parse import parse_example
 from trainer.data.formats.turns import Example
+from trainer.data.prepare.arrow_columns import column, offsets_of, string_column
 from trainer.data.prepare.grouping import group_hash, hash_bytes
 from trainer.data.prepare.length import fit_to_max_length
 from trainer.data.sources.rows import Chunk, RejectedRow, Row, RowError, parse_rows, raw_text
+from trainer.data.templates.encoded import Encoded
 from trainer.data.templates.rendered_rows import RenderedRows
-from trainer.data.templates.template import Encoded, Template
+from trainer.data.templates.template import Template
 
-NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN = 1, 2, 4, 8, 16, 32  # bits of ROW_STATS["flags"]
+# Bits of ROW_STATS["flags"].
+NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN, ASKED_OTHERWISE, THINKS = (1 << bit for bit in range(8))
+MOST = 65535  # that a count in ROW_STATS can hold
 SCHEMA = pa.schema(
     {
         "file": pa.int32(),
@@ -34,7 +39,7 @@ SCHEMA = pa.schema(
         "choices": pa.string(),
     }
 )
-# What is kept in memory of each row while a table is built, beside the table itself: 69 bytes.
+# What is kept in memory of each row while a table is built, beside the table itself: 74 bytes.
 ROW_STATS = np.dtype(
     [
         ("file", np.int32),
@@ -48,7 +53,9 @@ ROW_STATS = np.dtype(
         ("text_hash", np.int64),
         ("group_hash", np.int64),
         ("lost", np.int32),
-        ("flags", np.uint8),
+        ("flags", np.uint16),
+        ("unended", np.uint16),
+        ("lost_thoughts", np.uint16),
     ]
 )
 
@@ -61,7 +68,8 @@ class EncodingSpec:
         tokenizer: a fast Hugging Face tokenizer.
         format: of the rows, never ``auto``.
         columns: our field names -> the rows'.
-        template, alpaca_role, train_on, max_length, on_too_long, group_by, control_tokens: of the ``data`` group.
+        template, alpaca_role, train_on, max_length, on_too_long, group_by, control_tokens, template_kwargs: of the
+            ``data`` group.
     """
 
     tokenizer: Any
@@ -74,6 +82,7 @@ class EncodingSpec:
     on_too_long: str
     group_by: str | None = None
     control_tokens: str = "text"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +114,16 @@ class _Record:
     choices: str
 
 
-class _Hashes(NamedTuple):
-    """Hashes of a row, as in ``ROW_STATS``."""
+class _Whole(NamedTuple):
+    """What ``ROW_STATS`` tells of an uncut row: hashes, and counts of its turns."""
 
     prefix: int
     row: int
     reply: int
     text: int
     group: int
+    unended: int
+    lost_thoughts: int
 
 
 class Encoder:
@@ -124,7 +135,8 @@ class Encoder:
 
     def __init__(self, spec: EncodingSpec) -> None:
         self.spec = spec
-        self.template = Template(spec.tokenizer, spec.template, spec.alpaca_role, spec.train_on)
+        named = (spec.template, spec.alpaca_role, spec.train_on, spec.template_kwargs)
+        self.template = Template(spec.tokenizer, *named)
         is_text = spec.format == "text"  # a text ends with the tokenizer's own end, whatever the chat template writes
         end_ids = [spec.tokenizer.eos_token_id] if is_text else self.template.end_ids()
         self.rendered = RenderedRows(self.template) if spec.control_tokens == "parse" else None
@@ -160,15 +172,20 @@ class Encoder:
         self.controls |= own | foreign
         whole, example = self._encode(example)
         is_text, said = example.text is not None, CONTROL * bool(own) | FOREIGN * bool(foreign)
-        hashes = _hash_row(whole, example, group_hash(example, row, spec.group_by))
+        said |= THINKS * whole.has_thoughts
+        first = said | ASKED_OTHERWISE * (whole.asked_otherwise > 0)
+        uncut = _describe(whole, example, group_hash(example, row, spec.group_by))
         pieces = fit_to_max_length(whole, spec.max_length, spec.on_too_long, row.where, is_text, self.template.bos_id)
         if pieces[0] is whole:
-            return [self._record(example, whole, hashes, said)]
+            return [self._record(example, whole, uncut, first)]
         if spec.on_too_long == "split":
-            last = len(pieces) - 1
-            return [self._record(example, piece, hashes, said | SPLIT, i == last) for i, piece in enumerate(pieces)]
+            records, rest = [], uncut._replace(unended=0, lost_thoughts=0)  # turns are counted once
+            for i, piece in enumerate(pieces):
+                told, flags = (rest, said) if i else (uncut, first)
+                records.append(self._record(example, piece, told, flags | SPLIT, piece is pieces[-1]))
+            return records
         (cut,) = pieces
-        return [self._record(example, cut, hashes, said | TRUNCATED, not is_text, len(whole.ids) - len(cut.ids))]
+        return [self._record(example, cut, uncut, first | TRUNCATED, not is_text, len(whole.ids) - len(cut.ids))]
 
     def _encode(self, example: Example) -> tuple[Encoded, Example]:
         """Encode an example, and return it as it is scored."""
@@ -178,18 +195,18 @@ class Encoder:
         return self.rendered.encode(example) or self.template.encode(example), example
 
     def _record(
-        self, example: Example, cut: Encoded, hashes: _Hashes, flags: int, has_end: bool = True, lost: int = 0
+        self, example: Example, cut: Encoded, row: _Whole, flags: int, has_end: bool = True, lost: int = 0
     ) -> _Record:
         ids, loss_mask = np.asarray(cut.ids, dtype=np.int32), np.asarray(cut.loss_mask, dtype=np.bool_)
         label_count = int(loss_mask[1:].sum())  # nothing predicts the first token
         if not label_count:
             reason = "has no token in the loss" + (" once it is cut" if flags & (TRUNCATED | SPLIT) else "")
             raise RowError("empty_loss_mask", example.where, reason=reason, hint="leave the row out")
-        row_hash = _hash(ids) if flags & SPLIT else hashes.row
+        row_hash = _hash(ids) if flags & SPLIT else row.row
         stats = (
             *(example.file, example.line, len(ids), label_count, len(ids) - cut.prompt_length),
-            *(hashes.prefix, row_hash, hashes.reply, hashes.text, hashes.group),
-            *(lost, flags | self._flags(ids, loss_mask, has_end)),
+            *(row.prefix, row_hash, row.reply, row.text, row.group),
+            *(lost, flags | self._flags(ids, loss_mask, has_end), row.unended, row.lost_thoughts),
         )
         is_rest = flags & SPLIT and not cut.prompt_length  # a piece in which the scored answer does not begin
         answer, choices = ("", "") if is_rest else (example.answer, example.choices)
@@ -197,7 +214,8 @@ class Encoder:
 
     def _flags(self, ids: np.ndarray, loss_mask: np.ndarray, has_end: bool) -> int:
         flags = 0
-        if has_end and int(ids[np.flatnonzero(loss_mask)[-1]]) not in self.end_ids:
+        last = int(ids[np.flatnonzero(loss_mask)[-1]])
+        if has_end and last not in self.end_ids and not self.template.ends_turn(last):
             flags |= NO_END
         if self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2:
             flags |= DOUBLE_BOS
@@ -211,18 +229,27 @@ def _texts(example: Example) -> Iterator[str]:
         yield turn.input
 
 
-def _hash_row(whole: Encoded, example: Example, group: int) -> _Hashes:
-    """Hash an uncut row: cut to the room that its answer leaves, equal prompts would no longer be equal."""
-    ids, loss_mask = np.asarray(whole.ids, dtype=np.int32), np.asarray(whole.loss_mask, dtype=np.bool_)
-    prefix, reply = _hash(ids[: whole.prompt_prefix_length]), _hash(_first_reply(ids, loss_mask))
-    return _Hashes(prefix, _hash(ids), reply, hash_bytes((example.text or example.answer).encode()), group)
+def _describe(whole: Encoded, example: Example, group: int) -> _Whole:
+    """Describe an uncut row by hashes and counts: cut to the room that its answer leaves, equal prompts would no longer
+    be equal."""
+    ids = np.asarray(whole.ids, dtype=np.int32)
+    prefix, reply = _hash(ids[: whole.prompt_prefix_length]), hash_bytes(_first_reply(example, whole))
+    text = hash_bytes((example.text or example.answer).encode())
+    counts = (min(whole.unended, MOST), min(whole.lost_thoughts, MOST))
+    return _Whole(prefix, _hash(ids), reply, text, group, *counts)
 
 
-def _first_reply(ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-    """Return the first run of tokens in the loss: in a chat, the first turn in the loss."""
-    begin = int(loss_mask.argmax())
-    gap = np.flatnonzero(~loss_mask[begin:])
-    return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)]
+def _first_reply(example: Example, encoded: Encoded) -> bytes:
+    """Return what the first turn in the loss says: not its tokens, since a template may end or open the last turn of a
+    conversation otherwise. Of a text, or a row that is rendered already, the first run of tokens in the loss."""
+    if encoded.first_turn is None:
+        ids, loss_mask = np.asarray(encoded.ids, dtype=np.int32), np.asarray(encoded.loss_mask, dtype=np.bool_)
+        begin = int(loss_mask.argmax())
+        gap = np.flatnonzero(~loss_mask[begin:])
+        return ids[begin : begin + int(gap[0]) if len(gap) else len(ids)].tobytes()
+    turn = example.turns[encoded.first_turn]
+    extra = json.dumps(turn.extra, sort_keys=True, default=str) if turn.extra else ""
+    return f"{turn.text.strip()}\0{extra}".encode()
 
 
 def _hash(ids: np.ndarray) -> int:
@@ -238,34 +265,17 @@ def _raw(chunk: Chunk, row: Row) -> str:
 def _serialize(records: Sequence[_Record], stats: np.ndarray) -> bytes:
     if not records:
         return b""
-    offsets = _column(pa.int32(), _offsets(stats["length"]))
+    offsets = column(pa.int32(), offsets_of(stats["length"]))
     ids, loss_mask = (np.concatenate([getattr(r, name) for r in records]) for name in ("ids", "loss_mask"))
     columns = [
-        _column(pa.int32(), stats["file"]),
-        _column(pa.int64(), stats["line"]),
-        pa.ListArray.from_arrays(offsets, _column(pa.int32(), ids)),
+        column(pa.int32(), stats["file"]),
+        column(pa.int64(), stats["line"]),
+        pa.ListArray.from_arrays(offsets, column(pa.int32(), ids)),
         pa.ListArray.from_arrays(
-            offsets, _column(pa.bool_(), np.packbits(loss_mask, bitorder="little"), len(loss_mask))
+            offsets, column(pa.bool_(), np.packbits(loss_mask, bitorder="little"), len(loss_mask))
         ),
-        _column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
-        _strings([record.answer for record in records]),
-        _strings([record.choices for record in records]),
+        column(pa.int32(), np.asarray([record.prompt_length for record in records], dtype=np.int32)),
+        string_column([record.answer for record in records]),
+        string_column([record.choices for record in records]),
     ]
     return bytes(pa.RecordBatch.from_arrays(columns, schema=SCHEMA).serialize())
-
-
-def _strings(texts: Sequence[str]) -> pa.Array:
-    data = [text.encode() for text in texts]
-    return pa.StringArray.from_buffers(
-        len(data), pa.py_buffer(_offsets([len(d) for d in data])), pa.py_buffer(b"".join(data))
-    )
-
-
-def _column(kind: pa.DataType, values: np.ndarray, length: int | None = None) -> pa.Array:
-    """Wrap bytes as an Arrow array. ``pa.array`` would do, but it imports pandas: 50 MB in every worker."""
-    values = np.ascontiguousarray(values)
-    return pa.Array.from_buffers(kind, len(values) if length is None else length, [None, pa.py_buffer(values)])
-
-
-def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

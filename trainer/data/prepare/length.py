@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.data.sources.rows import RowError
-from trainer.data.templates.template import Encoded
+from trainer.data.templates.encoded import Encoded
 
 
 def fit_to_max_length(

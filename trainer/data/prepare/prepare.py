@@ -40,8 +40,8 @@ from trainer.files import (
 from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
-VERSION = 8  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
-LAYOUT = 3  # of the table's files and of what is found in the rows
+VERSION = 9  # of everything that turns text into tokens: raise it when that changes; no older run resumes then
+LAYOUT = 4  # of the table's files and of what is found in the rows
 
 
 def prepare(
@@ -62,7 +62,7 @@ def prepare(
         DataError: the source, the template or the cache cannot be used, or not one row can.
     """
     source = open_source(dataset)
-    template = Template(tokenizer, data_config.template, data_config.alpaca_role, data_config.train_on)
+    template = Template.from_config(tokenizer, data_config)
     fingerprint = _fingerprint(source, data_config, template, cache / "digests.json")
     folder = cache / _table_name(fingerprint, data_config)
     with _lock_table(cache, folder.name):
@@ -139,6 +139,7 @@ def _build(source: Source, data_config: DataConfig, tokenizer: Any, folder: Path
         template=data_config.template,
         alpaca_role=data_config.alpaca_role,
         train_on=data_config.train_on,
+        template_kwargs=data_config.template_kwargs,
         max_length=data_config.max_length,
         on_too_long=data_config.on_too_long,
         group_by=data_config.group_by,

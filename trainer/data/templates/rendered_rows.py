@@ -10,9 +10,10 @@ import re
 from dataclasses import replace
 
 from trainer.data.formats.turns import Example
+from trainer.data.templates.encoded import Encoded
 from trainer.data.templates.plain_templates import user_text
-from trainer.data.templates.safe_tokenizer import RenderedText
-from trainer.data.templates.template import Encoded, Template
+from trainer.data.templates.safe_tokenizer import Answer, RenderedText
+from trainer.data.templates.template import Template
 
 CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 _THOUGHT = re.compile(r"<think>.*", re.DOTALL)
@@ -69,12 +70,12 @@ class RenderedRows:
         if rendered is None:
             return None
         template, answers = self._template, rendered.answers
-        in_loss = [turn for turn, _, _ in answers][-1 if template.train_on == "last_assistant" else 0 :]
+        in_loss = [answer.turn for answer in answers][-1 if template.train_on == "last_assistant" else 0 :]
         tokenized = template.safe_tokenizer.tokenize(rendered, in_loss, example.where)
         every = template.train_on == "all" or not answers
-        ids, loss_mask = tokenized.ids, [True] * len(tokenized.ids) if every else tokenized.loss_mask
-        prompt_length = tokenized.token_at(answers[-1][1]) if example.text is None else 0
-        prefix_length = tokenized.token_at(answers[in_loss[0]][1]) if answers else len(ids)
+        ids, loss_mask = list(tokenized.ids), [True] * len(tokenized.ids) if every else tokenized.loss_mask
+        prompt_length = tokenized.token_at(answers[-1].begin) if example.text is None else 0
+        prefix_length = tokenized.token_at(answers[in_loss[0]].begin) if answers else len(ids)
         while loss_mask and not loss_mask[-1]:
             ids.pop()
             loss_mask.pop()
@@ -93,13 +94,13 @@ class RenderedRows:
         if not is_opened and not self._control.match(prompt.lstrip()):
             return None
         out = RenderedText(f"{prompt}{answer}{self.ends[0]}")
-        out.answers.append((0, len(prompt), len(out.text)))
+        out.answers.append(Answer(0, len(prompt), len(out.text), len(prompt)))
         return out
 
     def _render_text(self, text: str) -> RenderedText:
         out = RenderedText(text)
         found = self._answers.finditer(text) if self._answers else ()
-        out.answers = [(number, *match.span(1)) for number, match in enumerate(found)]
+        out.answers = [Answer(number, *match.span(1), match.start(1)) for number, match in enumerate(found)]
         if not out.answers and not self._trailing_ends.search(text):
             out.text += self.ends[-1]
         return out

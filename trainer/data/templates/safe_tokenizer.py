@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -19,6 +19,31 @@ from trainer.data.sources.rows import RowError
 
 _TURN_MARKERS = re.compile(r"<\|(?:im_start|im_end|start_header_id|eot_id)\|>|<(?:start|end)_of_turn>")
 Span = tuple[int, int]  # characters, from and to
+MAX_HEADER = 64  # characters: what opens a turn is short, and the same in every row
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the model has to write itself in one turn, in characters of the rendered text.
+
+    Attributes:
+        turn: which turn.
+        begin, end: from the generation prompt to the end token, which is included.
+        text_begin: where what is said begins: the template may write something else first.
+        is_asked: exactly what the template writes to ask for this turn stands before it.
+        is_closed: an end token ends it.
+        has_lost_thoughts: the template leaves out what was thought in it.
+        has_thoughts: what was thought is in it.
+    """
+
+    turn: int
+    begin: int
+    end: int
+    text_begin: int
+    is_asked: bool = True
+    is_closed: bool = True
+    has_lost_thoughts: bool = False
+    has_thoughts: bool = False
 
 
 @dataclass(slots=True)
@@ -28,13 +53,14 @@ class RenderedText:
     Attributes:
         text: all of it.
         data: the characters that come from the row, as spans in order; the others are the template's own.
-        answers: of assistant turns, ``(turn, begin, end)``: the characters of what the model has to write itself, the
-            end token included.
+        answers: of assistant turns.
+        cuts_tokens: each answer begins with a token of its own, as it does behind a prompt that stands alone.
     """
 
     text: str = ""
     data: list[Span] = field(default_factory=list)
-    answers: list[tuple[int, int, int]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    cuts_tokens: bool = False
 
     def add_template(self, text: str) -> None:
         """Append text of the template's own."""
@@ -50,7 +76,7 @@ class RenderedText:
         begin = len(self.text)
         self.add_data(text)
         self.add_template(end)
-        self.answers.append((turn, begin, len(self.text)))
+        self.answers.append(Answer(turn, begin, len(self.text), begin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +93,7 @@ class TokenizedText:
 
     ids: list[int]
     loss_mask: list[bool]
-    offsets: Sequence[Span]
+    offsets: list[Span]
     reach: list[int]
     special: Collection[int]
 
@@ -98,6 +124,7 @@ class SafeTokenizer:
         names = {*special, *markers, *(t for t in (tokenizer.bos_token, tokenizer.eos_token) if t)}
         self.control = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
         self.is_text_genuine = False
+        self._headers: dict[str, list[int]] = {}
         self._control_ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
         # The unknown token also stands for what the vocabulary lacks, wherever that comes from.
         self._special = frozenset(self._control_ids.values()) - {tokenizer.unk_token_id}
@@ -125,18 +152,37 @@ class SafeTokenizer:
         text = rendered.text
         controls = self._find_controls(rendered)
         ids, offsets = self._encode_whole(text, controls) or self._encode_pieces(text, controls, where)
+        for answer in reversed(rendered.answers) if rendered.cuts_tokens else ():
+            self._cut(text, ids, offsets, answer.begin)
         # 0 prompt, 1 in the loss, 2 and 3 the same of control tokens: those decide for a token that takes spaces along.
         marks = bytearray(len(text))
-        for turn, begin, end in rendered.answers:
-            if turn in turns_in_loss:
-                marks[begin:end] = b"\1" * (end - begin)
+        for answer in rendered.answers:
+            if answer.turn in turns_in_loss:
+                marks[answer.begin : answer.end] = b"\1" * (answer.end - answer.begin)
         for begin, end in controls:
             marks[begin:end] = bytes([marks[begin] | 2]) * (end - begin)
         reach = list(accumulate((end for _, end in offsets), max))
-        begins = [begin for turn, begin, _ in rendered.answers if turn in turns_in_loss]
+        begins = [answer.begin for answer in rendered.answers if answer.turn in turns_in_loss]
         first = bisect_right(reach, min(begins, default=len(text)))
         loss_mask = [False] * first + [max(marks[begin:end], default=0) & 1 > 0 for begin, end in offsets[first:]]
         return TokenizedText(ids, loss_mask, offsets, reach, self._special)
+
+    def begins_alone(self, text: str, tokenized: TokenizedText, at: int) -> bool:
+        """Return whether the tokens before a character are those of the text before it alone: a token may reach over
+        it, or what follows may change how spaces before it are cut."""
+        token = first = tokenized.token_at(at)
+        if token < len(tokenized.ids) and tokenized.offsets[token][0] < at:
+            return tokenized.ids[token] in tokenized.special
+        while first and tokenized.ids[first - 1] not in tokenized.special:
+            first -= 1
+        first -= first > 0  # the control token before them
+        begin = tokenized.offsets[first][0] if first < token else at
+        header = text[begin:at]
+        if len(header) > MAX_HEADER:
+            return True
+        if header not in self._headers:
+            self._headers[header] = self._encode(header, plain=False).ids
+        return self._headers[header] == tokenized.ids[first:token]
 
     def _find_controls(self, rendered: RenderedText) -> list[Span]:
         """Find the template's own control tokens."""
@@ -148,7 +194,25 @@ class SafeTokenizer:
             at = end
         return out
 
-    def _encode_whole(self, text: str, controls: list[Span]) -> tuple[list[int], Sequence[Span]] | None:
+    def _cut(self, text: str, ids: list[int], offsets: list[Span], at: int) -> None:
+        """Encode what a token that reaches over a character stands in again, as two texts that meet there; left as it
+        is where the tokenizer would change the text."""
+        token = bisect_right(offsets, (at, -1)) - 1
+        if token < 0 or not offsets[token][0] < at < offsets[token][1] or ids[token] in self._special:
+            return
+        first = last = token
+        while first and ids[first - 1] not in self._special:
+            first -= 1
+        while last + 1 < len(ids) and ids[last + 1] not in self._special:
+            last += 1
+        begin, end = offsets[first][0], offsets[last][1]
+        parts = [(begin, self._encode(text[begin:at], plain=True)), (at, self._encode(text[at:end], plain=True))]
+        new = [token for _, part in parts for token in part.ids]
+        if self._special.isdisjoint(new) and self._backend.decode(new) == self._backend.decode(ids[first : last + 1]):
+            ids[first : last + 1] = new
+            offsets[first : last + 1] = [(start + b, start + e) for start, part in parts for b, e in part.offsets]
+
+    def _encode_whole(self, text: str, controls: list[Span]) -> tuple[list[int], list[Span]] | None:
         """Encode the whole text at once; ``None`` when the tokenizer takes the row's text for a control token."""
         if [match.span() for match in self.control.finditer(text)] != controls:
             return None
@@ -160,7 +224,7 @@ class SafeTokenizer:
             return None
         return ids, encoding.offsets
 
-    def _encode_pieces(self, text: str, controls: list[Span], where: str) -> tuple[list[int], Sequence[Span]]:
+    def _encode_pieces(self, text: str, controls: list[Span], where: str) -> tuple[list[int], list[Span]]:
         """Encode what stands between the template's control tokens as plain text, and put those in by their ids."""
         ids: list[int] = []
         offsets: list[Span] = []

@@ -7,40 +7,26 @@ never read as control tokens (see :mod:`trainer.data.templates.safe_tokenizer`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config.schema import DataConfig
 from trainer.data.formats.turns import Example, Turn, last_assistant
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.chat_template import ChatTemplate, Message
-from trainer.data.templates.plain_templates import render_alpaca, render_plain, user_text
-from trainer.data.templates.safe_tokenizer import RenderedText, SafeTokenizer
+from trainer.data.templates.encoded import Encoded
+from trainer.data.templates.messages import to_messages, turns_in_loss
+from trainer.data.templates.plain_templates import render_alpaca, render_plain
+from trainer.data.templates.renderer import Renderer
+from trainer.data.templates.safe_tokenizer import Answer, RenderedText, SafeTokenizer, TokenizedText
 from trainer.data.templates.tool_place import ToolPlace
 from trainer.errors import DataError
 
 NAMES = ("chat", "alpaca", "alpaca_short", "plain")
 SUFFIXES = (".jinja", ".jinja2", ".j2")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one example and its loss mask.
-
-    Attributes:
-        ids: token ids.
-        loss_mask: whether each is in the loss.
-        prompt_length: tokens before the text of the last assistant turn: what generation is prompted with. 0 for text.
-        prompt_prefix_length: tokens before the first one in the loss (under ``train_on=all``: before the first that
-            ``completion`` would put there); all of them for plain text. Rows with equal prompt prefixes are held out
-            together.
-    """
-
-    ids: list[int]
-    loss_mask: list[bool]
-    prompt_length: int
-    prompt_prefix_length: int
 
 
 class Template:
@@ -52,6 +38,7 @@ class Template:
         alpaca_role: ``data.alpaca_role``; ``system`` puts the instruction of a row that has an input into the system
             turn, after what that says.
         train_on: ``data.train_on``.
+        template_kwargs: ``data.template_kwargs``, more variables for a chat template.
 
     Attributes:
         bos_id: the token that the tokenizer itself puts before a text; ``None`` when it puts none.
@@ -62,7 +49,14 @@ class Template:
         DataError: the tokenizer cannot report offsets or has no end token; the chat template's file cannot be read.
     """
 
-    def __init__(self, tokenizer: Any, name: str, alpaca_role: str = "user", train_on: str = "completion") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        alpaca_role: str = "user",
+        train_on: str = "completion",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 "tokenizer", reason="reports no character offsets", hint="use a model with a tokenizer.json"
@@ -73,6 +67,7 @@ class Template:
             )
         self.tokenizer, self.name, self.alpaca_role, self.train_on = tokenizer, name, alpaca_role, train_on
         self.bos_id: int | None = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        self.template_kwargs = dict(template_kwargs or {})
         source = None if name in NAMES else _read_template(name)
         self.adds_bos = False
         self._chat: ChatTemplate | None = None
@@ -80,13 +75,19 @@ class Template:
             hint = (
                 "data.alpaca_role=user" if alpaca_role == "system" else "data.template=FILE.jinja, one that takes them"
             )
-            self._chat = ChatTemplate(tokenizer, source, name if source else "the chat template", hint)
+            called = name if source else "the chat template"
+            self._chat = ChatTemplate(tokenizer, source, called, hint, self.template_kwargs)
             if source is not None and not self.writes_bos():
                 source, self.adds_bos = f"{{{{- bos_token }}}}{source}", True
-                self._chat = ChatTemplate(tokenizer, source, name, hint)
+                self._chat = ChatTemplate(tokenizer, source, called, hint, self.template_kwargs)
         self._source = source
-        self._tool_place = ToolPlace(tokenizer, source)
+        self._tool_place = ToolPlace(tokenizer, source, self.template_kwargs)
         self.safe_tokenizer = self._chat.safe_tokenizer if self._chat else SafeTokenizer(tokenizer)
+
+    @classmethod
+    def from_config(cls, tokenizer: Any, data: DataConfig) -> Template:
+        """Make the template that a ``data`` section asks for."""
+        return cls(tokenizer, data.template, data.alpaca_role, data.train_on, data.template_kwargs)
 
     @property
     def chat_template(self) -> Any:
@@ -97,10 +98,12 @@ class Template:
 
     def write_chat(self, messages: list[Message], add_generation_prompt: bool = False) -> str | None:
         """Return what the chat template writes, in use or not; ``None`` where there is none or it refuses."""
-        chat = self._chat
-        if chat is None and self.tokenizer.chat_template:
-            chat = ChatTemplate(self.tokenizer, None, "the chat template", "")
-        return None if chat is None else chat.write(messages, add_generation_prompt)
+        if self._chat is not None:
+            return self._chat.write(messages, add_generation_prompt)
+        if not self.tokenizer.chat_template:
+            return None
+        renderer = Renderer(self.tokenizer, None, "the chat template", "", self.template_kwargs)
+        return renderer.render_or_none(messages, None, add_generation_prompt)
 
     def writes_bos(self) -> bool:
         """Return whether the chat template writes the token that the tokenizer itself puts before a text; so too where
@@ -127,15 +130,18 @@ class Template:
         if last is None:
             raise self._nothing_in_loss(example.where)
         turns = example.turns if self.train_on == "all" else example.turns[: last + 1]
-        in_loss = _turns_in_loss(turns, self.train_on, last)
+        in_loss = turns_in_loss(turns, self.train_on, last)
         if not in_loss:
             raise self._nothing_in_loss(example.where)
         rendered = self._render(turns, example.tools, in_loss | {last}, example.where)
-        begins = {turn: begin for turn, begin, _ in rendered.answers}
+        answers = {answer.turn: answer for answer in rendered.answers}
         every = self.train_on == "all"
         tokenized = self.safe_tokenizer.tokenize(rendered, in_loss, example.where)
-        ids, loss_mask = tokenized.ids, [True] * len(tokenized.ids) if every else tokenized.loss_mask
-        prompt_length, prefix_length = tokenized.token_at(begins[last]), tokenized.token_at(begins[min(in_loss)])
+        ids, loss_mask = list(tokenized.ids), [True] * len(tokenized.ids) if every else tokenized.loss_mask
+        prompt_length = tokenized.token_at(answers[last].begin)
+        prefix_length = tokenized.token_at(answers[min(in_loss)].begin)
+        counted = [answers[turn] for turn in sorted(in_loss)]
+        notes = self._notes(rendered, tokenized, counted)
         while loss_mask and not loss_mask[-1]:
             ids.pop()
             loss_mask.pop()
@@ -144,7 +150,19 @@ class Template:
         if self._chat is None and self.bos_id is not None:
             ids, loss_mask = [self.bos_id, *ids], [every, *loss_mask]
             prompt_length, prefix_length = prompt_length + 1, prefix_length + 1
-        return Encoded(ids, loss_mask, prompt_length, prefix_length)
+        return Encoded(ids, loss_mask, prompt_length, prefix_length, **notes)
+
+    def _notes(self, rendered: RenderedText, tokenized: TokenizedText, counted: Sequence[Answer]) -> dict[str, Any]:
+        """Count what the template does not do as one would wish in the turns in the loss."""
+        text, begins_alone = rendered.text, self.safe_tokenizer.begins_alone
+        asked = [a.is_asked and (self.name == "plain" or begins_alone(text, tokenized, a.begin)) for a in counted]
+        return {
+            "first_turn": counted[0].turn,
+            "asked_otherwise": asked.count(False),
+            "unended": sum(not answer.is_closed for answer in counted),
+            "lost_thoughts": sum(answer.has_lost_thoughts for answer in counted),
+            "has_thoughts": any(answer.has_thoughts for answer in counted),
+        }
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
         """Encode a prompt that awaits its answer, as in training."""
@@ -162,19 +180,48 @@ class Template:
 
     def end_ids(self) -> list[int]:
         """Return the token that closes an answer, as this template writes it."""
-        if self.name == "chat" and self._chat is None:
+        probe = self._probe()
+        if probe is None:
             return [int(self.tokenizer.eos_token_id)]
+        _, tokenized = probe
+        return [token for token, label in zip(tokenized.ids, tokenized.loss_mask, strict=True) if label][-1:]
+
+    def opening_ids(self) -> list[int]:
+        """Return what this template writes between its generation prompt and what an answer says, thinking aside: what
+        the model has to write first. Empty with most templates."""
+        probe = self._probe()
+        if probe is None:
+            return []
+        answer, tokenized = probe
+        return tokenized.ids[tokenized.token_at(answer.begin) : tokenized.token_at(answer.text_begin)]
+
+    def ends_turn(self, token: int) -> bool:
+        """Return whether this template, as far as it is known, ends turns of the assistant with a token."""
+        ends = self._chat.end_tokens.ends | self._chat.end_tokens.of_calls if self._chat else set()
+        return self.tokenizer.convert_ids_to_tokens(token) in ends or token in self.end_ids()
+
+    def unread_kwargs(self) -> list[str]:
+        """Return the names in ``data.template_kwargs`` that the template does not hold, so cannot read."""
+        source = str(self.chat_template or "")
+        return [name for name in self.template_kwargs if not re.search(rf"\b{re.escape(name)}\b", source)]
+
+    def _probe(self) -> tuple[Answer, TokenizedText] | None:
+        """Render the shortest conversation; ``None`` where the template takes none: how the rows' answers begin and end
+        is then not known."""
+        if self.name == "chat" and self._chat is None:
+            return None
         try:
             rendered = self._render([Turn("user", "a"), Turn("assistant", "a")], None, {1}, "template")
-        except RowError:  # it takes no such conversation: how the rows' answers end is not known here
-            return [int(self.tokenizer.eos_token_id)]
-        tokenized = self.safe_tokenizer.tokenize(rendered, {1}, "template")
-        return [token for token, label in zip(tokenized.ids, tokenized.loss_mask, strict=True) if label][-1:]
+        except RowError:
+            return None
+        return rendered.answers[0], self.safe_tokenizer.tokenize(rendered, {1}, "template")
 
     def describe(self) -> str:
         """Describe what prepared tokens depend on besides the tokenizer's own files, for their fingerprint."""
         name = self.name if self._source is None else "file"
-        return "\n".join((name, self.alpaca_role, self.train_on, str(self.chat_template)))
+        ends = sorted(self._chat.end_tokens.ends) if self._chat else []
+        kwargs = json.dumps([self.template_kwargs, ends], sort_keys=True, default=str)
+        return "\n".join((name, self.alpaca_role, self.train_on, kwargs, str(self.chat_template)))
 
     def _render(
         self,
@@ -185,11 +232,12 @@ class Template:
         add_generation_prompt: bool = False,
     ) -> RenderedText:
         if self._chat is not None:
-            messages, shift = _to_messages(turns, self.alpaca_role)
+            messages, shift = to_messages(turns, self.alpaca_role)
             messages, tools, added = self._tool_place.put(messages, tools)
             shift += added
             rendered = self._chat.render(messages, tools, add_generation_prompt, {i + shift for i in wanted}, where)
-            rendered.answers = [(i - shift, begin, end) for i, begin, end in rendered.answers]
+            for answer in rendered.answers:
+                answer.turn -= shift
             return rendered
         if self.name == "chat":
             reason = "this model has no chat template"
@@ -212,32 +260,6 @@ class Template:
     def _nothing_in_loss(self, where: str) -> RowError:
         reason = f"holds nothing that data.train_on={self.train_on} puts into the loss"
         return RowError("empty_loss_mask", where, reason=reason, hint="fix its weights or roles, or remove the row")
-
-
-def _turns_in_loss(turns: Sequence[Turn], train_on: str, last: int) -> set[int]:
-    """Choose the turns in the loss; of ``all``, those that would be if only answers were."""
-    assistant = {i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.weight}
-    answers = {i for i in assistant if turns[i].answer}
-    if train_on == "all":
-        return answers or assistant or {last}
-    return {"completion": answers, "assistant": assistant, "last_assistant": assistant & {last}}[train_on]
-
-
-def _to_messages(turns: Sequence[Turn], alpaca_role: str) -> tuple[list[Message], int]:
-    """Turn turns into what ``apply_chat_template`` takes; and say how many messages stand before the first turn's."""
-    out: list[Message] = []
-    instructions = []
-    for turn in turns:
-        as_system = alpaca_role == "system" and bool(turn.input)
-        instructions += [turn.text] if as_system else []
-        text = turn.input if as_system else user_text(turn)
-        out.append({"role": turn.role, "content": text, **(turn.extra or {})})
-    if not instructions:
-        return out, 0
-    if out[0]["role"] == "system":
-        out[0]["content"] = "\n\n".join([out[0]["content"], *instructions])
-        return out, 0
-    return [{"role": "system", "content": "\n\n".join(instructions)}, *out], 1
 
 
 def _read_template(name: str) -> str:

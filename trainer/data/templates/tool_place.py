@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trainer.data.templates.skeleton import Message
 from trainer.data.templates.time_limit import TimeLimit
 
-Message = dict[str, Any]
 _NAME = "tool_of_a_probe"
 _PROBE = {"name": _NAME, "description": "a", "parameters": {"type": "object", "properties": {}}}
 _TIME_LIMIT = TimeLimit(10.0)
@@ -20,10 +20,11 @@ class ToolPlace:
     Args:
         tokenizer: a Hugging Face tokenizer.
         source: the template; ``None`` takes the tokenizer's own.
+        template_kwargs: more variables of the template's.
     """
 
-    def __init__(self, tokenizer: Any, source: str | None) -> None:
-        self._tokenizer, self._source = tokenizer, source
+    def __init__(self, tokenizer: Any, source: str | None, template_kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer, self._source, self._kwargs = tokenizer, source, dict(template_kwargs)
         self._in_system: bool | None = None
 
     def put(
@@ -55,7 +56,7 @@ class ToolPlace:
     def _render(self, messages: list[Message], tools: list[Any] | None) -> str:
         try:
             with _TIME_LIMIT.limited():
-                given = {"tools": tools, "chat_template": self._source, "tokenize": False}
+                given = {"tools": tools, "chat_template": self._source, "tokenize": False, **self._kwargs}
                 return str(self._tokenizer.apply_chat_template(messages, **given))
         except Exception:  # a template is code of its author's; what is wrong with it, the rows will say
             return ""
