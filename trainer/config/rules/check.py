@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_columns, is_template_file
-from trainer.config.messages import as_typed, config_error, listing, nearest, one_line
+from trainer.config.messages import as_typed, config_error, in_shell, listing, nearest, one_line
 from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
 from trainer.config.rules.launch import check_launch
@@ -117,7 +117,7 @@ def _method(config: TrainConfig) -> None:
 
 def _template_kwargs(data: DataConfig) -> None:
     given = data.template_kwargs
-    example = "data.template_kwargs={enable_thinking: false}"
+    example = in_shell("data.template_kwargs", "{enable_thinking: false}")
     if not isinstance(given, dict) or not all(isinstance(name, str) and name.isidentifier() for name in given):
         raise config_error("data.template_kwargs", one_line(given), "must map names to values", example)
     if taken := [name for name in given if name in RENDER_ARGUMENTS]:
@@ -125,9 +125,8 @@ def _template_kwargs(data: DataConfig) -> None:
         raise config_error("data.template_kwargs", taken[0], reason, example)
     if given and data.template != "chat" and not is_template_file(data.template):
         reason = f"needs a chat template, and data.template is {data.template}"
-        raise config_error(
-            "data.template_kwargs", one_line(given), reason, "data.template=chat or data.template_kwargs={}"
-        )
+        hint = f"data.template=chat or {as_typed('data.template_kwargs', {})}"
+        raise config_error("data.template_kwargs", one_line(given), reason, hint)
 
 
 def _data(config: TrainConfig) -> None:
