@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -127,7 +128,7 @@ def page(recorded: Sequence[tuple[Screen, Recording]], folder: Path) -> list[str
         "",
     ]
     for screen, shown in recorded:
-        lines += [f"## {screen.title}", *([screen.words] if screen.words else []), "", "```"]
+        lines += [f"## {screen.title}", *textwrap.wrap(screen.words, 119, break_on_hyphens=False), "", "```"]
         lines += [f"$ afina {screen.command}"]
         if screen.at is not None:
             lines += [

@@ -12,7 +12,7 @@ from launch.report.gather import Report, gather
 from launch.report.listing import SWEEP_FILES
 from launch.report.next_steps import next_commands
 from launch.report.rows import GIB, score_text
-from launch.report.runs import SCORES, Run, cost, number, saved_bytes
+from launch.report.runs import SCORES, Run, cost, number
 from launch.report.text_curve import Look, loss_curve
 from launch.report.values import show as as_typed
 from trainer.config.dataset_spec import parse_dataset_specs
@@ -21,7 +21,7 @@ from trainer.errors import AfinaError, CheckpointError
 from trainer.files import write_atomically
 from trainer.html import check_target, visible
 from trainer.tracking.files import RUN_FILES
-from trainer.tracking.result import duration, size_text
+from trainer.tracking.result import duration, size_of
 
 # What the drawing of a report takes from its page: a file of its own brings it along.
 SVG_STYLE = """
@@ -164,9 +164,8 @@ def _memory(run: Run) -> str:
 
 def _saved(run: Run) -> list[tuple[str, str]]:
     assert run.folder is not None
-    size = saved_bytes(run.folder)
     found = [(name, run.folder / name) for name in ("adapter", "model") if (run.folder / name).is_dir()]
-    return [(name, f"{visible(str(place))}, {size_text(size)}") for name, place in found]
+    return [(name, f"{visible(str(place))}, {size_of(place)}") for name, place in found]
 
 
 def age(seconds: float) -> str:

@@ -151,8 +151,9 @@ class Terminal:
         return f"sample {number}: {answer if before == answer else f'{before} → {answer}'} (reference {reference})"
 
     def stop_bar(self) -> None:
-        """Leave the bar as it stands; lines are printed plainly from here on."""
+        """Take the bar away; lines are printed plainly from here on."""
         if self._bar is not None:
+            self._bar.live.transient = True
             self._guard(self._bar.stop)
             self._bar = self._handler.bar = None
 
