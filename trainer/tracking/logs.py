@@ -121,7 +121,8 @@ def fitted(text: str, stream: IO[str]) -> str:
         columns = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError, AttributeError):
         return text
-    return text if columns < MIN_COLUMNS else wrap_words(text, columns)
+    is_told = "COLUMNS" in os.environ or columns < MIN_COLUMNS  # a pseudo-terminal that nobody has sized says 0
+    return wrap_words(text, None if is_told else columns)
 
 
 def wrap_words(text: str, width: int | None = None) -> str:

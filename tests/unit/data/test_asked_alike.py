@@ -107,7 +107,7 @@ def test_a_prompt_that_no_answer_follows_is_told(tokenizer: Any, tmp_path: Path)
     used = tokenizer_of(tokenizer, "r1distill")
     table = prepared(tmp_path, used, [{"messages": say(f"Which {i}?", f"The {i}.")} for i in range(3)])
     assert kinds(table)["asked_otherwise"] == 3
-    assert "do not begin where the chat template's generation prompt ends" in str(table.findings)
+    assert "do not begin where the template's generation prompt ends" in str(table.findings)
     thinks = say("Which ferry?", "<think>\nOf 1800.\n</think>\n\nThe Ada.")
     with pytest.raises(
         RowError, match=r"drops or rewrites what the assistant says or thinks in turn 2 → .*take it out"

@@ -30,9 +30,9 @@ def adapted(name: str = "qwen2", **keys: Any) -> Any:
     return model
 
 
-def gradients(model: Any) -> list[Tensor]:
+def gradients(model: Any, ids: Tensor = IDS) -> list[Tensor]:
     torch.manual_seed(1)  # dropout
-    logits = model(input_ids=IDS, use_cache=False).logits
+    logits = model(input_ids=ids, use_cache=False).logits
     return [logits, *torch.autograd.grad(logits.square().mean(), [p for p in model.parameters() if p.requires_grad])]
 
 
@@ -115,12 +115,19 @@ def test_a_quantised_base_keeps_its_own_product(bits: int, used: list[str]) -> N
 
 
 def test_not_further_from_the_truth_than_peft_in_bf16() -> None:
+    """In the mean of several inputs: of one alone the two differ by chance, up to 1.3 times either way."""
     model = adapted()
-    exact = gradients(copy.deepcopy(model).double())
-    model = model.to(torch.bfloat16)
-    off = distance([g.double() for g in gradients(model)], exact)
-    patch_lora_linears(model)
-    assert distance([g.double() for g in gradients(model)], exact) <= 1.1 * off
+    exact, half = copy.deepcopy(model).double(), model.to(torch.bfloat16)
+    inputs = [torch.randint(5, 35, IDS.shape, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    truths = [gradients(exact, ids) for ids in inputs]
+
+    def distances() -> list[float]:
+        found = [gradients(half, ids) for ids in inputs]
+        return [distance([g.double() for g in one], truth) for one, truth in zip(found, truths, strict=True)]
+
+    by_peft = distances()
+    patch_lora_linears(half)
+    assert sum(distances()) <= 1.1 * sum(by_peft)
 
 
 @pytest.mark.parametrize("way", ["disabled", "merged", "dora", "two adapters", "autocast"])

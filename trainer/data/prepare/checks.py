@@ -126,7 +126,7 @@ def _check_turns(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Find
     thinks = (stats["flags"] & THINKS) > 0
     silent = ~thinks if thinks.any() else np.zeros(len(stats), dtype=bool)
     asked = (stats["flags"] & ASKED_OTHERWISE) > 0
-    otherwise = "answers do not begin where the chat template's generation prompt ends, so servers ask otherwise,"
+    otherwise = "answers do not begin where the template's generation prompt ends, so servers ask otherwise,"
     ask_alike = (
         "'data.template_kwargs={enable_thinking: false}' if the template reads it, data.train_on=last_assistant for "
         "earlier turns, or ask with what stands before the answers in `afina data`"

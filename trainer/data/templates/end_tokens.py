@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 FILES = ("generation_config.json", "config.json")
 ADAPTER_FILE = "adapter_config.json"
 
@@ -16,6 +14,8 @@ ADAPTER_FILE = "adapter_config.json"
 def model_end_tokens(tokenizer: Any) -> set[str]:
     """Return the end tokens of the model that a tokenizer was loaded with, or that its adapter is for: what servers
     stop at. Empty where none are known."""
+    from transformers.utils import cached_file  # a worker comes up before it needs transformers
+
     source = str(getattr(tokenizer, "name_or_path", "") or "")
     with suppress(OSError, ValueError, KeyError):
         source = str(json.loads(Path(source, ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"])
