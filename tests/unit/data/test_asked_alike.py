@@ -169,6 +169,20 @@ def test_thoughts(tokenizer: Any, tmp_path: Path) -> None:
     assert texts_in_loss(tokenizer, whole) == ["<think>\nOf 1800.\n</think>\n\nThe Ada.<|im_end|>"]
 
 
+def test_the_turns_of_a_row_that_is_split_are_counted_once(tokenizer: Any, tmp_path: Path) -> None:
+    used = tokenizer_of(tokenizer, "qwen3")
+    turns = say(*(text for i in range(8) for text in (f"Which ferry number {i}?", "The Ada, as it says.")))
+    for turn in turns[1::2]:
+        turn["reasoning_content"] = "Of 1800."
+    table = prepared(tmp_path, used, [{"messages": turns}], max_length=64, on_too_long="split")
+    assert len(table) > 2
+    assert {k: n for k, n in kinds(table).items() if k in ("lost_thoughts", "no_thoughts", "split")} == {
+        "lost_thoughts": 1,
+        "split": 1,
+    }
+    assert "7 thoughts of earlier turns" in str(table.findings)
+
+
 def test_an_answer_that_begins_with_a_newline_and_an_indent(tokenizer: Any) -> None:
     used = tokenizer_of(tokenizer, "qwen3")
     code = "\n    def f():\n        return 0\n"

@@ -241,3 +241,9 @@ def test_plain(tokenizer: Any) -> None:
         assert text.ids.count(begins.eos_token_id) == 1
         assert all(text.loss_mask)
         assert (text.prompt_length, text.prompt_prefix_length) == (0, len(text.ids))
+
+
+@pytest.mark.parametrize("template", ["{{ messages | length }}", "{{ messages[0].content }}", "nothing"])
+def test_a_template_that_drops_turns_is_refused(tokenizer: Any, template: str) -> None:
+    with pytest.raises(RowError, match="drops a turn of user → assistant"):
+        Template(with_template(tokenizer, template), "chat").encode(chat(PLAIN))

@@ -180,3 +180,21 @@ def test_a_template_from_a_file_gets_it_too(tokens: Any, asked: Asked, tmp_path:
     untouched, findings, _ = tokens(CHAT, tokenizer=begins)
     assert untouched == plain, "its own template is taken as it is served"
     assert "there is none" in findings["begin_token"].message
+
+
+@pytest.mark.parametrize("rows", [TEXT, PROMPT])
+def test_another_answer_to_a_prompt_is_told(tokens: Any, rows: list[dict[str, Any]]) -> None:
+    """The first answer counts: what comes later answers what may have gone another way."""
+    last = "completion" if rows is PROMPT else "text"
+    others = [{**rows[0], last: rows[0][last].replace("0.", "Nothing.")}]
+    assert tokens([*rows, *others], PARSE)[1]["other_answer"].count == 1
+    later = [{**rows[0], last: rows[0][last].replace("0!", "Nothing!")}]
+    assert "other_answer" not in tokens([*rows, *later], PARSE)[1]
+
+
+def test_variables_of_the_template_do_not_hide_what_opens_an_answer(tokens: Any, asked: Asked) -> None:
+    thinks = copy.deepcopy(asked.tokenizer)
+    quiet = "{% if quiet and add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    thinks.chat_template = f"{thinks.chat_template}{quiet}"
+    keys = (PARSE, "data.template_kwargs={quiet: true}")
+    assert tokens(TEXT, *keys, tokenizer=thinks)[0] == tokens(TEXT, PARSE)[0]

@@ -86,10 +86,11 @@ class ChatTemplate:
         self._splits_thoughts = any(text is not None and _THINKS not in text for text in written)
 
     def _between(self, messages: list[Message]) -> list[str]:
-        """Return what is written before, between and after the texts; nothing where the template refuses them."""
+        """Return what is written before, between and after the texts; nothing where it refuses or drops them."""
         marked, pieces = mark_texts(messages, False)
         rendered = self._renderer.render_or_none(marked)
-        return make_skeleton(rendered, pieces).between() if rendered else []
+        skeleton = make_skeleton(rendered or "", pieces)
+        return [] if skeleton.lost else skeleton.between()
 
     def render(
         self,
