@@ -95,14 +95,14 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[
     from rich.table import Table
 
     console, heads = Console(), [name.replace("_", " ") for name in header]
-    widths = _widths([[head, *(row[i] for row in rows)] for i, head in enumerate(heads)], console.width)
-    if widths is None:
+    fitted = _widths([[head, *(row[i] for row in rows)] for i, head in enumerate(heads)], console.width)
+    if fitted is None:
         for row in rows:
             console.print(_in_words(header, row, console.width), markup=False, highlight=False, soft_wrap=True)
         return
     # folded, not cut: a folder's name that ends in … cannot be typed
     table = Table()
-    for head, width in zip(heads, widths, strict=True):
+    for head, width in zip(heads, fitted, strict=True):
         table.add_column(escape(head), overflow="fold", width=width)
     for number, row in enumerate(rows):
         table.add_row(*map(escape, row), style=styles[number] if styles else None)

@@ -105,7 +105,7 @@ def test_nothing_else_reaches_for_a_private_name() -> None:
         own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)} | own_attributes(tree)
         for node in ast.walk(tree):
             match node:
-                case ast.Attribute(value=ast.Name(id="self" | "cls" | "ctx")) | ast.Attribute(attr="_exit"):
+                case ast.Attribute(value=ast.Name(id="self" | "cls" | "ctx")) | ast.Attribute(attr="_exit" | "_replace"):
                     continue
                 case ast.Attribute(attr=name) if is_private(name) and name not in own:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")

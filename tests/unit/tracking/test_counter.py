@@ -184,6 +184,7 @@ def test_the_bar_of_a_run_shows_its_evaluation_instead_of_the_steps(columns: int
     shown = record([sys.executable, "-c", RUN, os.fspath(tmp_path)], columns=columns)
     during = shown.screen_at(next(at for at, text in shown.chunks if "96/256" in text))
     assert [line.split()[0] for line in during] == ["evaluating"], "one line: what goes on now"
-    assert "1/150" in shown.screen()[-1]
+    assert "1/150" in shown.text, "then the steps again"
+    assert shown.screen() == [""], "the bar goes with the run"
     assert shown.widest_line() <= columns
     assert "evaluating" not in (tmp_path / "log.txt").read_text()
