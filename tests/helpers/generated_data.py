@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from trainer.data.mixture import concatenate_tables
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.run_data import Data, Rows
 

@@ -17,6 +17,7 @@ from trainer.data.prepare.grouping import BY_ROW
 from trainer.data.prepare.prepare import default_cache, prepare
 from trainer.data.prepare.rejections import first_refused, summarize_hints, summarize_rows
 from trainer.data.prepare.table import PreparedTable
+from trainer.data.prepare.turn_checks import check_template_kwargs
 from trainer.data.run_data import Data, Rows
 from trainer.data.splits_in_use import check_splits, held_out_specs
 from trainer.data.templates.rendered_rows import RenderedRows
@@ -117,7 +118,7 @@ def _split(config: TrainConfig, tokenizer: Any, tables: Sequence[PreparedTable],
     found += checks.check_row_count(len(train))
     template = Template.from_config(tokenizer, data_config)
     found += checks.check_begin_token(template, data_config.control_tokens == "parse", len(mixture))
-    found += checks.check_template_kwargs(template.unread_kwargs())
+    found += check_template_kwargs(template.unread_kwargs())
     ends, opening = _end_ids(data_config, template, tables), tuple(template.opening_ids())
     return Data(train, validation, _hash(train, validation), ends, tuple(tables), tuple(found), opening)
 

@@ -13,7 +13,7 @@ from trainer.config.schema import BatchConfig
 from trainer.data.batching.global_batch import total_steps
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.mixture import ConcatenatedTables
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.prepare.table import PreparedTable
 
 

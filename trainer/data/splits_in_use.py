@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.config.dataset_spec import DatasetSpec, is_glob, is_split_name
 from trainer.config.messages import listing
-from trainer.data.prepare.checks import MAX_PLACES, Finding
+from trainer.data.prepare.finding import MAX_PLACES, Finding
 from trainer.data.prepare.table import PreparedTable
 from trainer.data.sources.open import list_splits
 from trainer.errors import DataError

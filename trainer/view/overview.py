@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.sources.rows import RejectedRow
 from trainer.files import read_json_lines
 from trainer.html import visible

@@ -15,9 +15,9 @@ from tests.helpers.model_templates import knowing
 from tests.helpers.tokenizers import write_rows
 from trainer.config.dataset_spec import DatasetSpec
 from trainer.config.schema import DataConfig
-from trainer.data.prepare.checks import check_template_kwargs
 from trainer.data.prepare.prepare import prepare
 from trainer.data.prepare.table import PreparedTable
+from trainer.data.prepare.turn_checks import check_template_kwargs
 from trainer.data.sources.rows import RowError
 from trainer.data.templates.template import Template
 

@@ -14,7 +14,7 @@ from tests.helpers.tokenizers import with_template, write_rows
 from trainer.config import load
 from trainer.data.describe import describe
 from trainer.data.load import inspect_data, load_data
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.prepare.unused import check_unused
 from trainer.data.run_data import Data
 from trainer.errors import AfinaError, ConfigError, DataError

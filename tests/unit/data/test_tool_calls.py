@@ -83,10 +83,20 @@ def test_thoughts_are_in_the_loss_with_their_answer(tokenizer: Any) -> None:
         Template(tokenizer, "chat", train_on="last_assistant").encode(chat(messages))
 
 
+def test_a_template_without_tools_is_asked_without_them_too(tokenizer: Any) -> None:
+    """As DeepSeek-V3's own: it writes calls, as strings, and no tools."""
+    used = with_template(tokenizer, QWEN_LIKE.replace("if tools", "if none"))
+    messages = [KYOTO[1], {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, *KYOTO[3:]]
+    with_tools = Template(used, "chat").encode(chat(messages, tools=[WEATHER]))
+    without = Template(used, "chat").encode(chat(messages))
+    assert with_tools.drops_tools
+    assert not without.drops_tools
+    assert (with_tools.ids, with_tools.loss_mask) == (without.ids, without.loss_mask)
+
+
 @pytest.mark.parametrize(
     ("how", "template", "message"),
     [
-        ("ignores tools", QWEN_LIKE.replace("if tools", "if none"), "drops the tools"),
         ("ignores calls", QWEN_LIKE.replace("m.tool_calls or []", "[]"), "drops a tool call \\('weather'\\)"),
         ("drops the call's text", QWEN_LIKE.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}"), "→"),
         ("refuses", "{{ raise_exception('no\ntools') }}", "refuses the turns user → assistant.*no tools"),

@@ -21,7 +21,7 @@ import trainer.config
 from tests.helpers import generated_data as made_data
 from tests.helpers.tokenizers import sentencepiece_like
 from trainer.data.batching.global_batch import global_batch, total_steps
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.run_data import Data
 from trainer.html import visible
 from trainer.view import choose, collect, terminal

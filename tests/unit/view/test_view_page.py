@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.sources.rows import RejectedRow
 from trainer.errors import ConfigError
 from trainer.view import page

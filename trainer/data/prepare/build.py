@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from trainer.data.prepare.checks import Finding, check_controls, check_table
+from trainer.data.prepare.checks import check_controls, check_table
 from trainer.data.prepare.encode import ROW_STATS, SCHEMA, TRUNCATED, EncodingSpec
+from trainer.data.prepare.finding import Finding
 from trainer.data.prepare.rejections import REJECTED_FILE, RejectionCounter, to_json_line
 from trainer.data.prepare.table import COUNTS_FILE, HASHES_FILE, ROWS_FILE
 from trainer.data.prepare.unused import check_unused

@@ -5,50 +5,28 @@ Everything is computed from columns of numbers that are there anyway, never from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
 from trainer.data.prepare.encode import (
-    ASKED_OTHERWISE,
     CONTROL,
     DOUBLE_BOS,
     FOREIGN,
     NO_END,
     SPLIT,
-    THINKS,
     TRUNCATED,
 )
+from trainer.data.prepare.finding import MAX_PLACES, Finding, count_rows, finding
+from trainer.data.prepare.turn_checks import check_turns
 from trainer.data.templates.template import Template
 
-MAX_PLACES = 5  # rows named in a finding
 MIN_ROWS = 100
 ONE_CLASS_SHARE = 0.9
 SHORT_ANSWER_TOKENS = 32
 NAMED_CONTROLS = 3
 MUCH_LOST_SHARE = 0.1  # of all tokens, cut away
 MIN_CLASS_ROWS = 20  # in fewer rows, one class for nearly all is chance
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One kind of trouble in the data, and how many rows have it. A table's marker holds it as JSON.
-
-    Attributes:
-        kind: a short fixed word: ``empty_answer``, ``duplicate``, ``leak`` …
-        level: ``refused`` (rows left out, counted against ``data.max_refused``), ``left_out`` (too long, under
-            ``on_too_long=drop``), ``warning`` or ``note``.
-        count: rows concerned.
-        message: one sentence: the trouble, and a hint.
-        where: the first few, ``file:line``.
-    """
-
-    kind: str
-    level: str
-    count: int
-    message: str
-    where: tuple[str, ...]
 
 
 def check_table(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
@@ -65,12 +43,12 @@ def check_table(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Findi
     unended, stops = "no end token closes the answer, so the model does not learn to stop,", "fix the chat template"
     begins, one_begin = "two begin tokens stand at the start", "take one out of the chat template or of the rows"
     found = [
-        *_finding("duplicate", "warning", same, repeated, "remove them", row_name),
-        *_finding("other_answer", "warning", other, differs, "keep one of them", row_name),
-        *_finding("no_end_token", "warning", no_end, unended, f"{stops}, or data.template=alpaca", row_name),
-        *_finding("double_bos", "warning", two_begins, begins, one_begin, row_name),
+        *finding("duplicate", "warning", same, repeated, "remove them", row_name),
+        *finding("other_answer", "warning", other, differs, "keep one of them", row_name),
+        *finding("no_end_token", "warning", no_end, unended, f"{stops}, or data.template=alpaca", row_name),
+        *finding("double_bos", "warning", two_begins, begins, one_begin, row_name),
     ]
-    found += [*_check_lengths(stats, row_name), *_check_turns(stats, row_name)]
+    found += [*_check_lengths(stats, row_name), *check_turns(stats, row_name)]
     return found + _check_one_class(stats, row_name)
 
 
@@ -87,14 +65,14 @@ def check_controls(stats: np.ndarray, names: list[str], parse: bool, row_name: C
     own, foreign = ((stats["flags"] & bit) > 0 for bit in (CONTROL, FOREIGN))
     if foreign.sum() * 2 > len(stats) and not own.any():
         what = f"turn markers ({listed}) stand in the text, and this tokenizer has no such tokens,"
-        return _finding("control_tokens", "warning", foreign, what, "give `messages`, or the model of these", row_name)
+        return finding("control_tokens", "warning", foreign, what, "give `messages`, or the model of these", row_name)
     what = f"control tokens ({listed}) stand in the text and are read as characters"
     if parse or not own.any():
         return []
     if own.sum() * 2 > len(stats):
         hint = "data.control_tokens=parse, if the rows are rendered already; else take them out"
-        return _finding("control_tokens", "warning", own, what, hint, row_name)
-    return _finding("control_tokens", "note", own, what, "take them out, if they are not meant as text", row_name)
+        return finding("control_tokens", "warning", own, what, hint, row_name)
+    return finding("control_tokens", "note", own, what, "take them out, if they are not meant as text", row_name)
 
 
 def _check_lengths(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
@@ -105,7 +83,7 @@ def _check_lengths(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Fi
     level = "warning" if share > MUCH_LOST_SHARE else "note"
     shorter = f"{lost:,} tokens ({share:.0%} of all) are cut away to fit data.max_length"
     longer = "raise it, or data.on_too_long=split, to keep them"
-    found = _finding("truncated", level, cut, shorter, longer, row_name)
+    found = finding("truncated", level, cut, shorter, longer, row_name)
     if pieces.any():
         rows = len(np.unique(stats[["file", "line"]][pieces]))
         made = f"{int(pieces.sum()):,} pieces are made of {count_rows(rows)} longer than data.max_length"
@@ -115,42 +93,6 @@ def _check_lengths(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Fi
         )
         found.append(Finding("split", "note", rows, f"{made} → raise it for fewer", where))
     return found
-
-
-def _check_turns(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Finding]:
-    """Check what the chat template makes of the turns: whether servers ask as was trained, where turns end, thoughts.
-
-    In multiple turns one row may have one kind of trouble several times, so turns are counted too.
-    """
-    unended, lost = (int(stats[name].sum()) for name in ("unended", "lost_thoughts"))
-    thinks = (stats["flags"] & THINKS) > 0
-    silent = ~thinks if thinks.any() else np.zeros(len(stats), dtype=bool)
-    asked = (stats["flags"] & ASKED_OTHERWISE) > 0
-    otherwise = "answers do not begin where the template's generation prompt ends, so servers ask otherwise,"
-    ask_alike = (
-        "'data.template_kwargs={enable_thinking: false}' if the template reads it, data.train_on=last_assistant for "
-        "earlier turns, or ask with what stands before the answers in `afina data`"
-    )
-    ends = "answers without an end token of their own (the next turn follows), after which the model does not stop,"
-    stop = "data.train_on=last_assistant, or another chat template"
-    drops = "thoughts of earlier turns, which the chat template drops, so those turns are trained without, stand"
-    keep = "data.train_on=last_assistant, or a row a turn, to learn them"
-    no_thought = "some rows have thoughts, and to answer without is taught"
-    alike = "bring thoughts for all, or none, if the model is not to do both"
-    return [
-        *_finding("asked_otherwise", "warning", asked, otherwise, ask_alike, row_name),
-        *_finding("unended_turn", "warning", stats["unended"] > 0, f"{unended:,} {ends}", stop, row_name),
-        *_finding("lost_thoughts", "warning", stats["lost_thoughts"] > 0, f"{lost:,} {drops}", keep, row_name),
-        *_finding("no_thoughts", "note", silent, no_thought, alike, row_name),
-    ]
-
-
-def check_template_kwargs(unread: Sequence[str]) -> list[Finding]:
-    """Warn of names in ``data.template_kwargs`` that the template does not read."""
-    if not unread:
-        return []
-    message = f"data.template_kwargs: the template reads no {', '.join(unread)} → take it out, or see its own names"
-    return [Finding("template_kwargs", "warning", len(unread), message, ())]
 
 
 def find_repeats(
@@ -191,7 +133,7 @@ def check_mixture(row_hashes: np.ndarray, starts: np.ndarray, row_name: Callable
     rows = np.arange(len(row_hashes))
     elsewhere = np.searchsorted(starts, rows, "right") != np.searchsorted(starts, first[group], "right")
     what, hint = "an earlier part of the mixture is repeated", "take them out, or give the parts other weights"
-    return _finding("duplicate", "warning", elsewhere, what, hint, row_name)
+    return finding("duplicate", "warning", elsewhere, what, hint, row_name)
 
 
 def check_leakage(
@@ -209,7 +151,7 @@ def check_leakage(
         leaked |= np.isin(held_out, train)
     what = "the prompt prefix of a held-out row is trained on, so the score is too good,"
     hint = "take them out of data.path or of data.validation"
-    return _finding("leak", "warning", leaked, what, hint, row_name)
+    return finding("leak", "warning", leaked, what, hint, row_name)
 
 
 def check_held_out(
@@ -281,19 +223,5 @@ def _check_one_class(stats: np.ndarray, row_name: Callable[[int], str]) -> list[
         mask = np.zeros(len(stats), dtype=bool)
         mask[rows] = stats["text_hash"][rows] == values[counts.argmax()]
         what = f"one and the same answer, of {len(rows):,} that a file has, stands"
-        out += _finding("one_class", "warning", mask, what, "balance the answers", row_name)
+        out += finding("one_class", "warning", mask, what, "balance the answers", row_name)
     return out
-
-
-def _finding(
-    kind: str, level: str, mask: np.ndarray, what: str, hint: str, row_name: Callable[[int], str]
-) -> list[Finding]:
-    """Report what holds in the rows of a mask, if it holds in any."""
-    rows = np.flatnonzero(mask)
-    where = tuple(row_name(int(row)) for row in rows[:MAX_PLACES])
-    return [Finding(kind, level, len(rows), f"{what} in {count_rows(len(rows))} → {hint}", where)] if len(rows) else []
-
-
-def count_rows(count: int) -> str:
-    """Return ``1 row``, ``2,000 rows``."""
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"

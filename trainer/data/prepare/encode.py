@@ -26,7 +26,7 @@ from trainer.data.templates.rendered_rows import RenderedRows
 from trainer.data.templates.template import Template
 
 # Bits of ROW_STATS["flags"].
-NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN, ASKED_OTHERWISE, THINKS = (1 << bit for bit in range(8))
+NO_END, DOUBLE_BOS, TRUNCATED, SPLIT, CONTROL, FOREIGN, ASKED_OTHERWISE, THINKS, NO_TOOLS = (1 << b for b in range(9))
 MOST = 65535  # that a count in ROW_STATS can hold
 SCHEMA = pa.schema(
     {
@@ -173,7 +173,7 @@ class Encoder:
         whole, example = self._encode(example)
         is_text, said = example.text is not None, CONTROL * bool(own) | FOREIGN * bool(foreign)
         said |= THINKS * whole.has_thoughts
-        first = said | ASKED_OTHERWISE * (whole.asked_otherwise > 0)
+        first = said | ASKED_OTHERWISE * (whole.asked_otherwise > 0) | NO_TOOLS * whole.drops_tools
         uncut = _describe(whole, example, group_hash(example, row, spec.group_by))
         pieces = fit_to_max_length(whole, spec.max_length, spec.on_too_long, row.where, is_text, self.template.bos_id)
         if pieces[0] is whole:

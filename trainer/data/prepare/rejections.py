@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from trainer.config.dataset_spec import FORMATS
-from trainer.data.prepare.checks import MAX_PLACES, Finding, count_rows
+from trainer.data.prepare.finding import MAX_PLACES, Finding, count_rows
 from trainer.data.sources.rows import RejectedRow
 
 REJECTED_FILE = "refused.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from trainer.data.prepare.checks import Finding
+from trainer.data.prepare.finding import Finding
 from trainer.data.prepare.rejections import REJECTED_FILE, read_rejected, summarize_hints, summarize_rows
 from trainer.data.sources.open import Source
 from trainer.data.sources.splits import LeftAlone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trainer.config.messages import as_typed, nearest
-from trainer.data.prepare.checks import Finding, count_rows
+from trainer.data.prepare.finding import Finding, count_rows
 
 MAX_NAMED = 20
 # What others call the fields that a row need not have; asked for only when a row has no such field of its own.

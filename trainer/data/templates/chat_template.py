@@ -144,7 +144,7 @@ class ChatTemplate:
         where: str,
     ) -> RenderedText:
         whole = self._renderer.render(messages, tools, add_generation_prompt, where)
-        self._require_tools(messages, tools, whole, where)
+        drops_tools = self._drops_tools(messages, tools, whole, where)
         for again in (False, True):  # a template may write the time of day
             skeleton, bounds = self._find(messages, tools, add_generation_prompt, wanted, where, again)
             spans = find_texts(whole, skeleton)
@@ -155,7 +155,7 @@ class ChatTemplate:
             hint = "data.template=alpaca, or FILE.jinja: a template that leaves the text alone"
             raise self._renderer.error(where, reason, hint)
         self._check_calls(messages, skeleton, bounds, where)
-        out = RenderedText(whole, spans, cuts_tokens=True)
+        out = RenderedText(whole, spans, cuts_tokens=True, drops_tools=drops_tools)
         out.answers = place_answers(skeleton, spans, bounds)
         if out.answers and out.answers[-1].turn == len(messages) - 1 and not bounds[len(messages) - 1].is_closed:
             last = out.answers[-1]
@@ -260,10 +260,11 @@ class ChatTemplate:
                     reason = f"{self._called} quotes the arguments of {inner['name']} twice, as they are a string"
                     raise self._renderer.error(where, reason, "give arguments as an object, not as a string of JSON")
 
-    def _require_tools(self, messages: list[Message], tools: Sequence[Any] | None, whole: str, where: str) -> None:
-        """Require the template to write the tools."""
+    def _drops_tools(self, messages: list[Message], tools: Sequence[Any] | None, whole: str, where: str) -> bool:
+        """Return whether the template writes no tools at all, so that servers ask without them too; one that writes
+        some of them raises."""
         if not tools:
-            return
+            return False
         if self._tools != list(tools):
             opening = [message for message in messages[:2] if message["role"] in ("system", "user")]
             written, without = (
@@ -275,13 +276,14 @@ class ChatTemplate:
                 if self._renderer.render(marked, tools, False, where) == self._renderer.render(
                     marked, None, False, where
                 ):
-                    raise self._renderer.error(where, f"{self._called} drops the tools", _LEAVE_OUT)
+                    return True
             self._tools = list(tools)
         for tool in tools:
             inner = tool.get("function", tool)
             name = inner.get("name") if isinstance(inner, Mapping) else None
             if isinstance(name, str) and name not in whole:
                 raise self._renderer.error(where, f"{self._called} drops a tool ({name!a})", _LEAVE_OUT)
+        return False
 
     def _reject_controls(self, messages: list[Message], tools: Sequence[Any] | None, where: str) -> None:
         """Reject control tokens inside tools and tool calls: those strings have no place of their own in the rendering,

@@ -22,6 +22,7 @@ class Encoded:
         unended: turns in the loss that no end token closes.
         lost_thoughts: turns in the loss whose thoughts the template leaves out.
         has_thoughts: a turn in the loss has thoughts.
+        drops_tools: the template has left out the row's tools.
     """
 
     ids: list[int]
@@ -33,3 +34,4 @@ class Encoded:
     unended: int = 0
     lost_thoughts: int = 0
     has_thoughts: bool = False
+    drops_tools: bool = False

@@ -55,12 +55,14 @@ class RenderedText:
         data: the characters that come from the row, as spans in order; the others are the template's own.
         answers: of assistant turns.
         cuts_tokens: each answer begins with a token of its own, as it does behind a prompt that stands alone.
+        drops_tools: the template has left out all tools of the row.
     """
 
     text: str = ""
     data: list[Span] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     cuts_tokens: bool = False
+    drops_tools: bool = False
 
     def add_template(self, text: str) -> None:
         """Append text of the template's own."""

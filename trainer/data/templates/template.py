@@ -162,6 +162,7 @@ class Template:
             "unended": sum(not answer.is_closed for answer in counted),
             "lost_thoughts": sum(answer.has_lost_thoughts for answer in counted),
             "has_thoughts": any(answer.has_thoughts for answer in counted),
+            "drops_tools": rendered.drops_tools,
         }
 
     def encode_prompt(self, instruction: str, input: str = "") -> list[int]:
