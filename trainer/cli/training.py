@@ -42,10 +42,11 @@ def train(
     if config.sweep.axes or config.sweep.alpha_over_rank:
         hint = f"afina sweep {shlex.join(arguments)}"
         raise ConfigError("sweep.axes", reason="are those of a sweep, and this is one run", hint=hint)
-    if not dry_run and (said := answer_of_finished(config)) is not None:
-        print("\n".join(said))
-        return 0
-    check_row_count(config)
+    if not dry_run:
+        if (said := answer_of_finished(config)) is not None:
+            print("\n".join(said))
+            return 0
+        check_row_count(config)
     if config.launch.kind == "slurm":
         from launch.slurm import submit
 
