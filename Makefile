@@ -95,6 +95,7 @@ packages:
 	has slurmctld || missing="$$missing slurmctld"; has slurmd || missing="$$missing slurmd"; \
 	has sbatch || missing="$$missing slurm-client"; has munged || missing="$$missing munge"; \
 	has chromium || has chromium-browser || has google-chrome || missing="$$missing chromium"; \
+	has zsh || missing="$$missing zsh"; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && has apt-get; then \
 	  echo "tests: installing$$missing"; apt-get update -qq >/dev/null 2>&1; \
