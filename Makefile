@@ -25,7 +25,7 @@ TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false 
 
 help:
 	@echo "make demo    a real fine-tune of the embedded model on real headlines, with the score before and after"
-	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (about 45 minutes on 2 cores)"
+	@echo "make test    everything: lint, types, unit, distributed, end-to-end and Slurm tests (25 to 45 minutes on 2 cores)"
 	@echo "make check   lint, types, known vulnerabilities of what is installed, and unit tests (3 to 4 minutes)"
 	@echo "make format  let ruff fix what it can"
 	@echo "make bench   the benchmarks, with the peers they compare with"
