@@ -30,7 +30,7 @@ def check_turns(stats: np.ndarray, row_name: Callable[[int], str]) -> list[Findi
     keep = "data.train_on=last_assistant, or a row a turn, to learn them"
     no_thought = "some rows have thoughts, and to answer without is taught"
     alike = "bring thoughts for all, or none, if the model is not to do both"
-    untold = "the chat template writes no tools, so calls are learnt, and servers ask, without them"
+    untold = "the chat template writes no tools, so calls are trained on, and servers ask, without them"
     told = "data.template=FILE.jinja, one that writes tools"
     return [
         *finding("asked_otherwise", "warning", asked, otherwise, ask_alike, row_name),
