@@ -139,6 +139,11 @@ def test_the_models_own_end_tokens_end_turns(tokenizer: Any, tmp_path: Path) -> 
     ends = [text[-17:] for text in texts_in_loss(used, found)]
     assert [e[e.rindex("<") :] for e in ends] == ["<|observation|>", "<|user|>", "<|observation|>", "<|endoftext|>"]
     assert of_adapter == template.describe() != unknown.describe()
+    # the base has gone elsewhere: what was saved beside the adapter says it too
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/gone"}))
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    used.name_or_path = str(adapter)
+    assert Template(used, "chat").describe() == of_adapter
 
 
 spoken = st.text(min_size=1, max_size=12).filter(lambda t: t.strip() and not set(t) & set("\ue000\ue001"))
