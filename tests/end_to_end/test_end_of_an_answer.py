@@ -19,7 +19,7 @@ END, BASE_END = "<|im_end|>", "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A base that ends its texts with another token than the template its answers, and rows that are quickly learnt."""
+    """A base that ends its texts with another token than the template its answers, and rows soon learned."""
     folder = tmp_path_factory.mktemp("ends")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

@@ -124,10 +124,8 @@ def record(
         timeout_seconds: after them it is ended, and the test fails.
     """
     words = [os.fspath(word) for word in command]
-    ours, theirs = pty.openpty() if columns else os.pipe()
+    ours, theirs = _terminal(columns) if columns else os.pipe()
     apart = os.pipe() if stdout_apart else None
-    if columns:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     begin = time.monotonic()
     process = subprocess.Popen(
         words,
@@ -164,6 +162,13 @@ def record(
     return recording
 
 
+def _terminal(columns: int) -> tuple[int, int]:
+    """Open a pseudo-terminal of 40 lines; return our end and the command's."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    return ours, theirs
+
+
 def record_warm(
     *args: str | os.PathLike[str],
     columns: int | None = 80,
@@ -176,8 +181,7 @@ def record_warm(
     recording = Recording(columns=columns)
     with tempfile.TemporaryDirectory() as folder:
         if columns:
-            ours, theirs = pty.openpty()
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+            ours, theirs = _terminal(columns)
             output = os.ttyname(theirs)
         else:
             output = f"{folder}/pipe"

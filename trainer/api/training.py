@@ -43,7 +43,7 @@ def load(overrides: Sequence[str] = (), config_file: str | Path | None = None) -
 
     Args:
         overrides: as they are typed behind ``afina train``: ``["experiment=demo", "method.r=8"]``.
-        config_file: a run's ``config.yaml``, to repeat it; it takes the place of the groups.
+        config_file: a run's ``config.yaml``, to repeat it, or one of a few keys and options, laid over ``conf/``.
 
     Raises:
         ConfigError: one of them cannot be used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from trainer.checkpoint.config_history import read_config
 from trainer.config import TrainConfig, changed_result_fields, run_folder
-from trainer.config.identity import PATH_FIELDS, result_fields
+from trainer.config.identity import PATH_FIELDS
 from trainer.errors import AfinaError
 from trainer.tracking.files import METRICS_FILE, SUMMARY_FILE, read_metrics, read_summary
 from trainer.tracking.result import result_lines
@@ -27,7 +28,8 @@ def answer_of_finished(config: TrainConfig) -> list[str] | None:
         before = read_config(folder)
         if before is None or changed_result_fields(before, config):
             return None
-        if any(_changed_at(file) > (folder / SUMMARY_FILE).stat().st_mtime for file in _sources(config)):
+        ended = (folder / SUMMARY_FILE).stat().st_mtime
+        if any(_changed_at(file) > ended for file in _sources(config)):
             return None
         return finished_lines(folder, before, summary)
     except (OSError, AfinaError):
@@ -41,16 +43,14 @@ def finished_lines(folder: Path, config: TrainConfig, summary: dict[str, Any]) -
     return [first, *result_lines(folder, config, summary, records)]
 
 
-def _sources(config: TrainConfig) -> Iterator[Path]:
+def _sources(config: TrainConfig) -> Iterator[str]:
     """Yield the files on this disk that the run's settings name, with those in its folders."""
-    fields = result_fields(config)
-    for path in (Path(text) for name in PATH_FIELDS for text in _texts(fields[name])):
-        if path.is_dir():
-            yield from path.rglob("*")
-        elif path.exists():
-            yield path
-        else:
-            yield from path.parent.glob(path.name)  # a pattern, or nothing of this disk
+    for section, _, field in (name.partition(".") for name in PATH_FIELDS):
+        for text in _texts(getattr(getattr(config, section), field)):
+            if os.path.isdir(text):
+                yield from glob.iglob(os.path.join(glob.escape(text), "**"), recursive=True)
+            else:
+                yield from [text] if os.path.exists(text) else glob.iglob(text, recursive=True)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _changed_at(file: Path) -> float:
+def _changed_at(file: str) -> float:
     """Return when a file got its content or its name, in seconds since 1970: one may be replaced by an older one."""
     found = os.stat(file)
     return max(found.st_mtime, found.st_ctime)

@@ -109,7 +109,7 @@ class _Once(logging.Filter):
 
 
 def connect(url: SplitResult) -> str | None:
-    """Open a connection to the hub, or to the proxy before it; return why it cannot be opened."""
+    """Open a connection to a server, or to the proxy before it; return why it cannot be opened."""
     host = url.hostname or ""
     proxies = {} if proxy_bypass(host) else getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")

@@ -60,6 +60,11 @@ class StepSource:
     world_size: int
     device: torch.device
 
+    def count_tokens(self, step: int) -> tuple[int, int]:
+        """Return the tokens of a step's rows, and those that are computed for them, over all ranks."""
+        examples = self.rows.tokens(global_batch(self.seed, step, len(self.rows), self.global_size))
+        return sum(len(e.ids) for e in examples), self.packing.split(examples, self.world_size).computed_tokens
+
     def make(self, step: int) -> StepBatches:
         """Make the batches of the update after ``step`` others."""
         chosen = global_batch(self.seed, step, len(self.rows), self.global_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +12,12 @@ from urllib.request import getproxies
 
 import yaml
 
+from trainer.compat.hub import connect
 from trainer.config import to_yaml
 from trainer.config.execution import LogConfig
 from trainer.config.schema import TrainConfig
 from trainer.redaction import redact, redact_all
 from trainer.tracking.files import strict
-
-CONNECT_TIMEOUT_SECONDS = 3.0
 
 
 def run_bounded(work: Callable[[], object], seconds: float) -> str | None:
@@ -57,13 +55,7 @@ def unreachable(base_url: str) -> str | None:
     address = urlsplit(base_url)
     if not address.hostname or address.scheme in getproxies():
         return None
-    target = (address.hostname, address.port or (443 if address.scheme == "https" else 80))
-
-    def connect() -> None:
-        socket.create_connection(target, timeout=CONNECT_TIMEOUT_SECONDS).close()
-
-    # A name server that does not answer holds the look-up up for longer than any timeout of a socket.
-    problem = run_bounded(connect, CONNECT_TIMEOUT_SECONDS + 1)
+    problem = connect(address)
     return f"{address.hostname} cannot be reached ({problem})" if problem else None
 
 

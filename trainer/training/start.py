@@ -37,12 +37,9 @@ def log_start(
     """
     for line in start_lines(config, data, model_info):
         logger.info(line)
-    step = source.make(first_step) if first_step < data.total_steps(config.batch) else None
-    if step is not None and step.computed_tokens:
-        logger.info(
-            f"a step: {step.useful_tokens:,} tokens of rows, {step.computed_tokens:,} computed "
-            f"({step.useful_tokens / step.computed_tokens:.2f} x), of the first step's rows"
-        )
+    if first_step < data.total_steps(config.batch):
+        useful, computed = source.count_tokens(first_step)
+        logger.info(f"a step: {useful:,} tokens of rows, {computed:,} computed ({useful / computed:.2f} x), at first")
     logger.info(f"run: {folder}" + (f", resumed after step {first_step}" if first_step else ""))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.processes import ROOT
 from tests.helpers.tokenizers import write_rows
-from trainer.checkpoint.finished import answer_of_finished
+from trainer.checkpoint.finished import _sources, answer_of_finished
 from trainer.config import load, to_yaml
 
 SUMMARY = {"status": "finished", "steps": 4, "wall_seconds": 7.0, "metrics": {"eval_loss": 1.5}, "error": None}
@@ -65,6 +65,15 @@ def test_rows_that_may_have_changed_are_looked_at_in_full(tmp_path: Path) -> Non
     os.utime(tmp_path / "other" / "runs" / "one" / "summary.json", (time.time() - 1,) * 2)
     old.replace(other.rows)
     assert other.answer() is None
+
+
+@pytest.mark.parametrize("path", ["{0}", "{0}/*/part*.jsonl", "[{0}/a/part-0.jsonl]", "[{{path: {0}/a, weight: 2}}]"])
+def test_each_way_to_name_rows_is_looked_at(path: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "a").mkdir(parents=True)
+    write_rows(data / "a" / "part-0.jsonl", [{"instruction": "a", "output": "b"}] * 4)
+    config = load(["model=tiny", f"data.path={path.format(data)}", "run.name=one"], with_data=False)
+    assert str(data / "a" / "part-0.jsonl") in {os.path.normpath(file) for file in _sources(config)}
 
 
 def test_a_summary_that_cannot_be_read_is_left_to_the_start(tmp_path: Path) -> None:

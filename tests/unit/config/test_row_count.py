@@ -41,5 +41,8 @@ def test_what_lines_do_not_tell_is_left_to_the_preparation(tmp_path: Path) -> No
     array = tmp_path / "rows.json"
     array.write_text("[]")
     check(array, "batch.global_size=8")
+    # a row may become several
+    rows = write_rows(tmp_path / "long.jsonl", [ROW] * 3)
+    check(rows, "batch.global_size=8", "data.validation=0", "data.on_too_long=split")
     # more held out than there are has an error of its own
     check(write_rows(tmp_path / "rows.jsonl", [ROW] * 3), "batch.global_size=8", "data.validation=5")

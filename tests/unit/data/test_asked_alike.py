@@ -69,7 +69,7 @@ def kinds(table: PreparedTable) -> dict[str, int]:
     return {finding.kind: finding.count for finding in table.findings}
 
 
-def test_what_the_template_opens_an_answer_with_is_learnt(tokenizer: Any) -> None:
+def test_what_the_template_opens_an_answer_with_is_learned(tokenizer: Any) -> None:
     used = tokenizer_of(tokenizer, "qwen3")
     example = chat(say("Which ferry is oldest?", "The Ada."))
     template = Template(used, "chat")

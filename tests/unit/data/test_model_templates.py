@@ -104,7 +104,7 @@ def reference(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, ends: 
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_each_turn_is_learnt_from_its_generation_prompt_on(tokenizer: Any, name: str, kind: str) -> None:
+def test_each_turn_is_learned_from_its_generation_prompt_on(tokenizer: Any, name: str, kind: str) -> None:
     ends, _ = ENDS[name]
     used = knowing(tokenizer, model_template(name), ends[0])
     messages, tools = messages_of(name, kind), TOOLS if kind == "tools" else None
@@ -159,8 +159,8 @@ def test_labels_are_the_answers_and_their_end(tokenizer: Any, name: str, rounds:
     example = chat(turns)
     template = Template(used, "chat")
     found = template.encode(example)
-    learnt = texts_in_loss(used, found)
-    assert [answer.strip() in text for (_, answer), text in zip(rounds, learnt, strict=True)] == [True] * len(rounds)
-    assert learnt[-1].endswith(ends[0])
+    learned = texts_in_loss(used, found)
+    assert [answer.strip() in text for (_, answer), text in zip(rounds, learned, strict=True)] == [True] * len(rounds)
+    assert learned[-1].endswith(ends[0])
     prompt = template.encode_turns(example.turns[:1])
     assert (found.ids[: found.prompt_prefix_length] == prompt) or found.asked_otherwise

@@ -127,7 +127,7 @@ def test_control_tokens_in_other_rows_are_genuine(tokens: Any, asked: Asked) -> 
     assert [ids.count(special) for ids, _ in tokens(rows)[0]] == [0] * 6
 
 
-def test_texts_without_turns_are_learnt_whole(tokens: Any, asked: Asked) -> None:
+def test_texts_without_turns_are_learned_whole(tokens: Any, asked: Asked) -> None:
     special = asked.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     found, _, _ = tokens([{"text": f"one {i}<|endoftext|>two {i}"} for i in NUMBERS], PARSE)
     for ids, mask in found:

@@ -93,7 +93,7 @@ def test_calls_and_results_as_messages_of_their_own() -> None:
     assert turns[2] == Turn("tool", '{"year": 1800, "é": null}')
     assert len(turns) == 4
     messages[2] = {**messages[2], "loss": False}
-    assert [turn.weight for turn in read({"messages": messages}).turns] == [1, 1, 0, 1, 1], "one call is learnt"
+    assert [turn.weight for turn in read({"messages": messages}).turns] == [1, 1, 0, 1, 1], "one call is learned"
 
 
 def test_thoughts_in_a_part_of_their_own() -> None:
@@ -145,8 +145,8 @@ def test_tools_are_written_where_the_template_wants_them(tokenizer: Any, place: 
     found = Template(with_template(tokenizer, PHI_LIKE), "chat").encode(parse_example(row(fields), "chat", {}))
     head = f"<|im_start|>system\n{system}<tools>{written}</tools><|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
     assert tokenizer.decode(found.ids) == f"{head}<|im_start|>assistant\na<|im_end|>"
-    learnt = [i for i, label in zip(found.ids, found.loss_mask, strict=True) if label]
-    assert tokenizer.decode(learnt) == "a<|im_end|>"
+    learned = [i for i, label in zip(found.ids, found.loss_mask, strict=True) if label]
+    assert tokenizer.decode(learned) == "a<|im_end|>"
     beside = Template(with_template(tokenizer, QWEN_LIKE), "chat").encode(parse_example(row(fields), "chat", {}))
     assert f"<tools>\n{json.dumps(TOOLS[0])}\n</tools>" in tokenizer.decode(beside.ids)
 
@@ -167,7 +167,7 @@ KTO = {"prompt": "q", "completion": "a"}
 
 
 @pytest.mark.parametrize("label", [True, False, "True", "false"])
-def test_good_and_bad_answers_are_not_learnt_alike(label: Any) -> None:
+def test_good_and_bad_answers_are_not_learned_alike(label: Any) -> None:
     found = refused({**KTO, "label": label})
     assert (found.code, found.hint) == ("preference", "'data.columns={keep:label}' trains on the good ones alone")
     kept = {"keep": "label"}

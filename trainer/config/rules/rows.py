@@ -12,13 +12,15 @@ from trainer.errors import ConfigError
 def check_row_count(config: TrainConfig) -> None:
     """Raise where ``data.max_rows`` or the lines of one JSON Lines file are fewer than ``batch.global_size``.
 
-    Other sources are counted when they are prepared: what a row of them is takes reading.
+    Other sources are counted when they are prepared: what a row of them is takes reading. So are rows that are split.
     """
     wanted, limit = config.batch.global_size, config.data.max_rows
     if limit is not None and limit < wanted:
         raise _too_few(wanted, limit, f"data.max_rows={limit}")
     path = config.data.path
-    if not isinstance(path, str) or not path.endswith(".jsonl") or not Path(path).is_file():
+    if config.data.on_too_long == "split" or not isinstance(path, str):
+        return
+    if not path.endswith(".jsonl") or not Path(path).is_file():
         return
     validation = config.data.validation
     held_out = validation if isinstance(validation, int) and not isinstance(validation, bool) else 0
