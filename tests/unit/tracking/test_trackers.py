@@ -237,6 +237,14 @@ def test_a_package_that_is_missing_is_refused_with_the_command(
     assert load(overrides).log.trackers == ["wandb", name]
 
 
+def test_a_run_without_wandb_does_not_need_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "is_installed", lambda package: package != "wandb")
+    for mode in ("off", "auto", "offline"):
+        assert load(["debug=tiny", f"log.wandb='{mode}'"]).log.wandb == mode
+    with pytest.raises(ConfigError, match=r"needs the package wandb, which is not installed → .* or log=off"):
+        load(["debug=tiny", "log.wandb=online"])
+
+
 def test_a_tracker_that_there_is_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"log.trackers=tensorbord: must be among .* → log.trackers=\[tensorboard\]"):
         load(["debug=tiny", "log.trackers=[tensorbord]"])

@@ -34,14 +34,16 @@ def check_tracking(config: TrainConfig) -> None:
 
 
 def check_trackers_installed(config: TrainConfig) -> None:
-    """Raise a :class:`ConfigError` for a tracker whose package is not installed.
+    """Raise a :class:`ConfigError` for a tracker that was asked for and whose package is not installed.
 
     A machine without torch does not train: what it submits is checked again where it runs.
     """
     for name in config.log.trackers:
-        if not is_installed(name) and is_installed("torch"):
+        is_needed = name != "wandb" or config.log.wandb == "online"  # else a line says that W&B is off for this run
+        if is_needed and not is_installed(name) and is_installed("torch"):
             reason = f"needs the package {PACKAGES[name]}, which is not installed"
-            raise config_error("log.trackers", name, reason, f"pip install -c constraints.txt {PACKAGES[name]}")
+            hint = f"pip install -c constraints.txt {PACKAGES[name]}"
+            raise config_error("log.trackers", name, reason, f"{hint}, or log=off" if name == "wandb" else hint)
 
 
 def is_installed(package: str) -> bool:
