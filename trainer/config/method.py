@@ -49,6 +49,9 @@ class MethodConfig:
         "optimizer and schedule start from step 0",
     )
     init: str = key("default", "how trained tensors start; which starts there are depends on the method")
+    seed: int | None = key(
+        None, "of the random numbers that trained tensors start from; null: run.seed", ge=0, newer=True
+    )
     init_r: int | None = key(None, "adalora: rank of every adapter at the start", ge=1)
     target_r: int | None = key(None, "adalora: rank that the adapters have in the mean at the end", ge=1)
     tinit: int | None = key(None, "adalora: updates before the first rank is taken; null: 10 % of the run", ge=0)
@@ -109,7 +112,7 @@ class Method:
 
 BASE = frozenset({"adapter", "bits", "quant_type", "double_quant", "compute_dtype", "quant_storage"})
 TARGETS = frozenset({"target_modules", "layers"})
-LORA = frozenset({"r", "alpha", "dropout", "bias", "rank_pattern", "alpha_pattern", "rslora", "dora", "init"})
+LORA = frozenset({"r", "alpha", "dropout", "bias", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "seed"})
 ADALORA_NEEDS = {"init_r": 12, "target_r": 8, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
 BOTTLENECK_NEEDS = {"reduction_factor": 16, "placement": "houlsby", "activation": "relu"}
 
@@ -128,25 +131,25 @@ METHODS: dict[str, Method] = {
     "adalora": Method(
         "AdaLoRA",
         3e-3,
-        TARGETS | BASE | {"alpha", "dropout", "tinit", "tfinal", "deltaT", *ADALORA_NEEDS},
+        TARGETS | BASE | {"alpha", "dropout", "seed", "tinit", "tfinal", "deltaT", *ADALORA_NEEDS},
         ADALORA_NEEDS,
     ),
     "ia3": Method("IA3", 3e-3, TARGETS | BASE | {"feedforward_modules"}, {}),
     "prompt": Method(
         "prompt tuning",
         1e-2,
-        BASE | {"virtual_tokens", "init", "init_text"},
+        BASE | {"virtual_tokens", "init", "init_text", "seed"},
         {"virtual_tokens": 20},
         ("default", "vocab", "text"),
     ),
     "prefix": Method(
         "prefix tuning",
         3e-2,
-        BASE | {"virtual_tokens", "prefix_projection", "encoder_hidden_size", "init"},
+        BASE | {"virtual_tokens", "prefix_projection", "encoder_hidden_size", "init", "seed"},
         {"virtual_tokens": 20, "prefix_projection": False},
         ("default", "zero"),
     ),
-    "bottleneck": Method("bottleneck adapters", 1e-3, BASE | {"layers", *BOTTLENECK_NEEDS}, BOTTLENECK_NEEDS),
+    "bottleneck": Method("bottleneck adapters", 1e-3, BASE | {"layers", "seed", *BOTTLENECK_NEEDS}, BOTTLENECK_NEEDS),
 }
 
 # Why a method leaves nothing that could be folded into the base.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from trainer.compat.peft import is_rank_divisor, prompt_start
 from trainer.config.method import MethodConfig
 from trainer.methods.bottleneck import attach_bottleneck
+from trainer.methods.parameters import trial_parameters
 from trainer.methods.peft_configs import peft_config
 from trainer.methods.warm_start import warm_start
 
@@ -47,6 +49,37 @@ def attach(
     if method.adapter is not None:
         warm_start(adapted, method, Path(method.adapter))
     return adapted
+
+
+def attach_trials(model: nn.Module, trials: Mapping[str, tuple[MethodConfig, int]]) -> PeftModel:
+    """Attach the LoRA adapters of several trials to one base, each as :func:`attach` gives it to a model of its own.
+
+    Args:
+        model: the base model.
+        trials: the ``method`` group and the seed of each, by the name of its adapter.
+
+    Returns:
+        Stock PEFT's wrapper with an adapter a trial, all of them trainable; the first one is PEFT's active adapter.
+
+    Raises:
+        ConfigError: a named module or layer does not exist in this model.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    # before any is attached: the base's modules still have their own names
+    configs = {name: peft_config(model, method, 1) for name, (method, _) in trials.items()}
+    wrapped: PeftModel | None = None
+    for name, config in configs.items():
+        torch.manual_seed(trials[name][1])
+        if wrapped is None:
+            wrapped = PeftModel(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            wrapped.add_adapter(name, config, autocast_adapter_dtype=False)
+    assert wrapped is not None, "a group has trials"
+    for name in trials:
+        for parameter in trial_parameters(wrapped, name).values():
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
 
 
 def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_ids: list[int] | None) -> nn.Module:

@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from trainer.compat.bitsandbytes import is_4bit
 from trainer.compat.deepspeed import whole_numel
 
+LONE_ADAPTER = "default"  # PEFT's name of an adapter that was given none
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trial_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one of several adapters, by the names that they have in a model with that adapter alone
+    (there it is PEFT's ``default``), in the model's order."""
+    own = f".{name}."
+    return {n.replace(own, f".{LONE_ADAPTER}."): p for n, p in model.named_parameters() if own in n}
 
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -72,7 +72,7 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     if "choice_accuracy" in config.eval.metrics:
         letter_tokens(data.validation)  # an error now, not after the first hours
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
-    model = attach(base, method, config.run.seed, data.total_steps(config.batch), text)
+    model = attach(base, method, _initial_seed(config), data.total_steps(config.batch), text)
     runtime = create_runtime(model, method)
     if world.is_main and not runtime.trains_base_weights:
         runtime.base = describe_base(config.model, base_dir)
@@ -107,6 +107,10 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
         )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
+
+
+def _initial_seed(config: TrainConfig) -> int:
+    return config.run.seed if config.method.seed is None else config.method.seed
 
 
 def _check_row_lengths(base: nn.Module, data: Data) -> None:
