@@ -22,8 +22,10 @@ from trainer.engine.kernel_set import INSTALL, KernelSet
 from trainer.engine.verify_varlen import verify_varlen
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.liger import liger_obstacle
+from trainer.kernels.trial_lora import ActiveTrials, patch_trial_linears
 from trainer.kernels.trie_attention import KERNEL, register, trie_context
 from trainer.methods import attach
+from trainer.methods.attach import attach_trials
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -91,6 +93,36 @@ def test_every_kernel_in_bf16_is_no_further_from_fp32_than_none() -> None:
     found = gradients(model, GPU, in_pieces=True)
     kernels.remove(*kernels.names)
     assert distance(found, exact) <= 2 * plain
+
+
+def trials_gradients(device: torch.device, dtype: torch.dtype, in_pieces: bool) -> Tensor:
+    """Of three trials of unlike ranks through one forward."""
+    torch.manual_seed(0)
+    methods = MethodConfig(r=4), MethodConfig(r=3, target_modules="attention"), MethodConfig(r=16)
+    trials = {f"trial_{k}": (method, k) for k, method in enumerate(methods)}
+    register()
+    model = attach_trials(tiny("llama"), trials)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    model = model.to(device, dtype).eval()
+    model.base_model.model.set_attn_implementation(KERNEL)
+    patch_trial_linears(model, ActiveTrials(tuple(trials)))
+    loss = LabelLoss(model, chunk_elements=400)
+    batch = Packing(True, Limits(None, 4096), 0, in_pieces).collate(rows(), range(4)).to(device)
+    with trie_context(batch.paths, 3):
+        value = loss(model, batch, 3).sum()
+        found = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad])
+    return torch.cat([g.flatten().double().cpu() for g in found])
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_trials_through_one_forward_have_the_gradients_of_the_cpu(in_pieces: bool) -> None:
+    exact = trials_gradients(torch.device("cpu"), torch.float64, in_pieces=False)
+    assert distance(trials_gradients(GPU, torch.float32, in_pieces), exact) < 1e-4
+    in_16_bits = distance(trials_gradients(torch.device("cpu"), torch.bfloat16, in_pieces=False), exact)
+    assert distance(trials_gradients(GPU, torch.bfloat16, in_pieces), exact) <= 2 * in_16_bits
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "qlora_8bit"])

@@ -26,10 +26,11 @@ def patch_lora_linears(model: nn.Module) -> Patch | None:
     Returns:
         the patch, applied; ``None`` where there is no such layer.
     """
-    return patch_forwards([(module, partial(_forward, module)) for module in model.modules() if _is_lora_layer(module)])
+    return patch_forwards([(module, partial(_forward, module)) for module in model.modules() if is_lora_linear(module)])
 
 
-def _is_lora_layer(module: nn.Module) -> bool:
+def is_lora_linear(module: nn.Module) -> bool:
+    """Return whether a module is PEFT's LoRA layer on a linear one, dense or quantised."""
     return type(module).__module__.startswith("peft.tuners.lora.") and type(module).__name__ in LAYERS
 
 
@@ -39,7 +40,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name, base = layer.active_adapters[0], layer.base_layer
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     dropped = layer.lora_dropout[name](x)
-    if dropped is x and _is_frozen_dense(base, x):
+    if dropped is x and is_frozen_dense(base, x):
         return LoraLinear.apply(x, base.weight, base.bias, a, b, scaling)
     result = base(x)
     if result.dtype != a.dtype:
@@ -59,7 +60,8 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     return x.dtype == a.dtype and a.numel() > 0 and b.numel() > 0
 
 
-def _is_frozen_dense(base: nn.Module, x: Tensor) -> bool:
+def is_frozen_dense(base: nn.Module, x: Tensor) -> bool:
+    """Return whether a layer under LoRA is a dense product in the dtype of ``x``, whole and not trained."""
     if type(base) is not nn.Linear or base.weight.dtype != x.dtype or is_partitioned(base.weight):
         return False
     return not any(p.requires_grad for p in base.parameters())

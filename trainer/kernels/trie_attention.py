@@ -33,16 +33,25 @@ from trainer.kernels.varlen_attention import attend_pieces
 
 KERNEL = "afina_trie"
 SDPA, SDPA_MASK = sdpa()
-_paths: list[TriePaths | Pieces] = []  # of the micro-batch in its forward or backward; recomputation there needs it too
+# Of the micro-batch in its forward or backward, since recomputation there needs it too; and the rows of the forward.
+_paths: list[tuple[TriePaths | Pieces, int]] = []
 
 
 @contextlib.contextmanager
-def trie_context(paths: TriePaths | Pieces | None) -> Iterator[None]:
-    """Attend along these paths in the forwards and backwards inside; ``None`` changes nothing."""
+def trie_context(paths: TriePaths | Pieces | None, trials: int = 1) -> Iterator[None]:
+    """Attend along these paths in the forwards and backwards inside.
+
+    Args:
+        paths: of one micro-batch; ``None`` changes nothing.
+        trials: how many times the micro-batch stands in the batch of the forward.
+    """
     if paths is None:
         yield
         return
-    _paths.append(paths)
+    if isinstance(paths, Pieces) and trials > 1:
+        paths = paths.repeated(trials)
+    rows = trials if isinstance(paths, TriePaths) else paths.rows
+    _paths.append((paths, rows))
     try:
         yield
     finally:
@@ -70,9 +79,9 @@ def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
             raise RuntimeError("a trie's forward (or its recomputation in the backward) is outside of its trie_context")
     elif not is_marked:
         raise RuntimeError("a forward of padded rows is inside a trie_context, which is for a trie's alone")
-    elif (rows, tokens) != _paths[-1].shape:
-        wanted = " × ".join(map(str, _paths[-1].shape))
-        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {wanted}")
+    elif (rows, tokens) != (wanted := (_paths[-1][1], _paths[-1][0].shape[1])):
+        wanted_tokens = " × ".join(map(str, wanted))
+        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {wanted_tokens}")
 
 
 def register() -> None:
@@ -96,8 +105,8 @@ def trie_attention(
 
     Args:
         module: the attention layer.
-        query: (1, heads, nodes, width) in a trie.
-        key, value: (1, key heads, nodes, width).
+        query: (trials, heads, nodes, width) in a trie.
+        key, value: (trials, key heads, nodes, width).
         attention_mask: :func:`trie_mask` in a trie; else for SDPA.
         dropout: of attention probabilities.
         scaling: of the scores; null: one over the root of the width.
@@ -105,7 +114,7 @@ def trie_attention(
         **others: what some models add; ``softcap`` and attention sinks are not for this kernel.
 
     Returns:
-        (1, nodes, heads, width) and no weights.
+        (trials, nodes, heads, width) and no weights.
 
     Raises:
         RuntimeError: a trie outside of its :func:`trie_context`, or anything else inside one.
@@ -117,7 +126,7 @@ def trie_attention(
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    paths = _paths[-1]
+    paths, _ = _paths[-1]
     if isinstance(paths, TriePaths):
         return _attend_trie(paths, query, key, value, sliding_window, scaling, dropout), None
     if dropout:
@@ -128,16 +137,21 @@ def trie_attention(
 def _attend_trie(
     paths: TriePaths, query: Tensor, key: Tensor, value: Tensor, window: int | None, scaling: float, dropout: float
 ) -> Tensor:
-    """Return the outputs of a trie's nodes, (1, nodes, heads, width), bucket by bucket of its paths."""
-    _, heads, nodes, width = query.shape
-    order = paths.query_order(heads)
+    """Return the outputs of a trie's nodes, (trials, nodes, heads, width), bucket by bucket of its paths.
+
+    The trials share the paths: their heads stand one after another, as those of one trial.
+    """
+    trials, own_heads, nodes, width = query.shape
+    heads = trials * own_heads
+    order = paths.query_order(heads, trials)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     queries = _Reorder.apply(query.reshape(-1, width), order.gather, order.inverse, None)
     keys_and_values = key.reshape(-1, width), value.reshape(-1, value.shape[-1])
     query_rows = queries.split([b.queries.numel() * heads for b in paths.buckets])
+    key_indices = paths.key_indices(trials * key.shape[1])
     out = []
-    for bucket, gather_index, q in zip(paths.buckets, paths.key_indices(key.shape[1]), query_rows, strict=True):
+    for bucket, gather_index, q in zip(paths.buckets, key_indices, query_rows, strict=True):
         q = q.view(len(bucket.queries), heads, -1, width)
         mask = bucket.mask(window)
         if is_short(q, bucket.keys.shape[1], dropout):
@@ -151,7 +165,7 @@ def _attend_trie(
         out.append(attended.reshape(-1, attended.shape[-1]))
     # The layers that follow want the heads of a node side by side.
     attended = _Reorder.apply(torch.cat(out), order.node_inverse, order.node_gather, order.padding)
-    return attended.view(1, nodes, heads, -1)
+    return attended.view(trials, nodes, own_heads, -1)
 
 
 def _attend_bucket(

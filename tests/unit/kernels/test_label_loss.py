@@ -224,3 +224,47 @@ def test_a_model_with_logits_of_its_own_making_is_not_cut(model: Any) -> None:
     with pytest.warns(UserWarning, match="logits in a way of its own"):
         found = LabelLoss(model, chunk_elements=4 * 384)(model, batch).item()
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("elements", [None, 4 * 384])
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "gemma2", "cohere"])
+def test_the_loss_of_each_trial_is_that_of_its_rows(
+    model: Any, name: str, is_trained: bool, elements: int | None
+) -> None:
+    """Each trial changes the token embeddings in its own way."""
+    model = model if name == "tiny" else small_model(name)
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=is_trained)
+    batch = padded(random_rows([5, 12, 1, 9]), range(4), pad_id=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    offsets, scales = torch.tensor([0.0, 0.9, -0.7]), torch.tensor([1.0, 0.5, 2.0])
+    ramp = torch.linspace(-1, 1, words.weight.shape[1])
+
+    def loss_and_gradients(own: Tensor, trials: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        change = 1 + own.repeat_interleave(len(batch.input_ids))[:, None, None] * ramp
+        hook = words.register_forward_hook(lambda _, __, out: out * change)
+        loss = LabelLoss(model, elements)
+        value = loss(model, batch, trials)
+        found = torch.autograd.grad((value * (1 if trials is None else scales)).sum(), trained)
+        hook.remove()
+        return value.detach(), found
+
+    found, gradients = loss_and_gradients(offsets, 3)
+    each = [loss_and_gradients(offsets[k : k + 1], None) for k in range(3)]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.stack([value for value, _ in each]), rtol=1e-5, atol=0)
+    assert len(set(found.tolist())) == 3
+    for k, gradient in enumerate(gradients):
+        expected = sum(scale * own[k] for scale, (_, own) in zip(scales, each, strict=True))
+        assert float((gradient - expected).norm()) <= 2e-5 * float(expected.norm()) + 1e-6
+
+
+def test_without_labels_each_trial_has_a_loss_of_zero(model: Any) -> None:
+    import dataclasses
+
+    batch = dataclasses.replace(padded([], [], pad_id=0), max_labels=3)
+    found = LabelLoss(model, chunk_elements=384)(model, batch, 2)
+    assert found.tolist() == [0, 0]
+    found.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from tests.helpers.architectures import tiny
+from tests.helpers.shared_prefixes import rows_with_shared_prefixes
 from trainer.data.batching.micro_batch import MicroBatch, Tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
 from trainer.kernels.label_loss import LabelLoss
-from trainer.kernels.trie_attention import KERNEL, register, trie_context
+from trainer.kernels.trie_attention import KERNEL, register, trie_attention, trie_context, trie_mask
 
 
 @pytest.fixture(params=["llama", "mistral, window 8"])
@@ -90,3 +94,47 @@ def test_a_trie_of_one_node_attends_to_itself_inside_and_outside(model: Any) -> 
         with trie_context(batch.paths):
             inside = loss.logits(model, batch)
     torch.testing.assert_close(inside, outside)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=rows_with_shared_prefixes(),
+    layout=st.sampled_from([(True, False), (True, True), (False, True)]),
+    trials=st.integers(1, 4),
+    window=st.sampled_from([None, 3]),
+)
+def test_trials_attend_as_each_does_alone(
+    rows: list[Tokens], layout: tuple[bool, bool], trials: int, window: int | None
+) -> None:
+    uses_trie, in_pieces = layout
+    batch = Packing(uses_trie, Limits(None, 4096), 0, in_pieces=in_pieces).collate(rows, range(len(rows)))
+    count, tokens = batch.input_ids.shape
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(trials * count, heads, tokens, 8) for heads in (4, 2, 2)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    outer = torch.randn(trials * count, tokens, 4, 8, generator=generator, dtype=torch.float64)
+
+    def attend(tensors: list[Tensor], outer: Tensor, trials: int) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with trie_context(batch.paths, trials):
+            mask = trie_mask(torch.device("cpu"))
+            out, _ = trie_attention(nn.Identity(), *leaves, mask, sliding_window=window)
+            return [out.detach(), *torch.autograd.grad(out, leaves, outer)]
+
+    alone = [
+        attend([t[k : k + count] for t in inputs], outer[k : k + count], 1) for k in range(0, trials * count, count)
+    ]
+    for found, *each in zip(attend(inputs, outer, trials), *alone, strict=True):
+        torch.testing.assert_close(found, torch.cat(each), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_forward_of_more_or_fewer_trials_raises(model: Any, in_pieces: bool) -> None:
+    examples = [Tokens(np.asarray(row, np.int32), np.ones(3, dtype=bool)) for row in ([5, 6, 7], [5, 6, 8])]
+    batch = Packing(True, Limits(None, 4096), 0, in_pieces=in_pieces).collate(examples, range(2))
+    loss = LabelLoss(model)
+    with trie_context(batch.paths, 2):
+        assert len(set(loss(model, batch, 2).tolist())) == 1
+        for trials in (None, 3):
+            with pytest.raises(RuntimeError, match="trie_context of 2 × 4"):
+                loss(model, batch, trials)

@@ -40,6 +40,11 @@ class GatheredKeys:
         """Return its tensors, in order."""
         return [getattr(self, field.name) for field in fields(self)]
 
+    def repeated(self, times: int) -> GatheredKeys:
+        """Return the keys of the same trie so many times, one after another."""
+        counts = len(self.own), len(self.nodes), len(self.nodes), len(self.own), len(self.shared)
+        return GatheredKeys(*(_repeat(t, count, times) for t, count in zip(self.tensors(), counts, strict=True)))
+
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
@@ -72,6 +77,15 @@ class Pieces:
     def shape(self) -> tuple[int, int]:
         """Rows and tokens of the forward that it is the attention of."""
         return self.rows, self.tokens
+
+    def repeated(self, times: int) -> Pieces:
+        """Return the layout of the same rows so many times, one after another."""
+        tokens = self.rows * self.tokens
+        keys = tokens if self.gathered is None else len(self.gathered.nodes)
+        query_ends = torch.cat([self.query_ends[:1], _repeat(self.query_ends[1:], tokens, times)])
+        key_ends = torch.cat([self.key_ends[:1], _repeat(self.key_ends[1:], keys, times)])
+        gathered = None if self.gathered is None else self.gathered.repeated(times)
+        return Pieces(query_ends, key_ends, gathered, self.max_queries, self.max_keys, times * self.rows, self.tokens)
 
     def tensors(self) -> list[Tensor]:
         """Return its tensors, which :meth:`with_tensors` takes back from another device."""
@@ -111,6 +125,12 @@ def row_pieces(rows: int, width: int) -> Pieces:
     """Cut padded rows into one piece a row, padding included."""
     ends = _ends([width] * rows)
     return Pieces(ends, ends, None, width, width, rows, width)
+
+
+def _repeat(indices: Tensor, count: int, times: int) -> Tensor:
+    """Repeat indices into ``count`` vectors, each time of the next ``count``."""
+    begins = torch.arange(0, times * count, count, dtype=indices.dtype, device=indices.device)
+    return (begins[:, None] + indices).flatten()
 
 
 def _ends(counts: Sequence[int]) -> Tensor:

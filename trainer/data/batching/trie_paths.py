@@ -61,7 +61,8 @@ class QueryOrder:
         gather: which vector stands at each place of the buckets, int64, shape (places,); node 0's in padding.
         inverse: the place of each vector, int64, shape (heads * nodes,).
         padding: the padded places, int64, in no order.
-        node_gather, node_inverse: ``gather`` and ``inverse`` of (nodes, heads), flattened, the layout of the outputs.
+        node_gather, node_inverse: ``gather`` and ``inverse`` of (trials, nodes, own heads), flattened: the layout of
+            the outputs.
     """
 
     gather: Tensor
@@ -85,7 +86,7 @@ class TriePaths:
     buckets: list[Bucket]
     place: Tensor
     padding: Tensor
-    _query_orders: dict[int, QueryOrder] = field(default_factory=dict)
+    _query_orders: dict[tuple[int, int], QueryOrder] = field(default_factory=dict)
     _key_indices: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -98,9 +99,9 @@ class TriePaths:
         """The mean number of copies of a node's key and value: one for each row that attends to it."""
         return sum(b.keys.numel() for b in self.buckets) / len(self.place)
 
-    def query_order(self, heads: int) -> QueryOrder:
-        """Return how ``heads`` query heads are reordered; computed once."""
-        if heads not in self._query_orders:
+    def query_order(self, heads: int, trials: int = 1) -> QueryOrder:
+        """Return how ``heads`` query heads, of ``trials`` after one another, are reordered; computed once."""
+        if (heads, trials) not in self._query_orders:
             nodes = len(self.place)
             parts = [_expand_heads(b.queries, heads, nodes) for b in self.buckets]
             gather = torch.cat(parts)
@@ -112,15 +113,16 @@ class TriePaths:
                 for b, part in zip(self.buckets, places.split([len(p) for p in parts]), strict=True)
             ]
             inverse = torch.cat(grids, dim=1)[:, self.place]
-            self._query_orders[heads] = QueryOrder(
+            own = heads // trials
+            self._query_orders[heads, trials] = QueryOrder(
                 gather,
                 inverse.flatten(),
                 # by arithmetic, not by looking for them: how many there are, the host would have to wait for
                 (row_begin * heads + head * width + column).flatten(),
-                node_gather=gather % nodes * heads + gather // nodes,
-                node_inverse=inverse.t().flatten(),
+                node_gather=(gather // (own * nodes) * nodes + gather % nodes) * own + gather // nodes % own,
+                node_inverse=inverse.view(trials, own, nodes).transpose(1, 2).flatten(),
             )
-        return self._query_orders[heads]
+        return self._query_orders[heads, trials]
 
     def key_indices(self, heads: int) -> list[Tensor]:
         """Return, for each bucket, which vector of (heads, nodes) each of its (rows, heads, keys) is, both flattened:
