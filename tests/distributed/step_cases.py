@@ -235,7 +235,8 @@ CASES: dict[str, Callable[[Bench], Any]] = {
         )
         for zero, what, method in SKIPPED
     },
-    **{f"rewound {zero}": partial(rewound_run_goes_on_from_the_checkpoint, zero=zero) for zero in ("stage0", "stage3")},
+    **{f"rewound {zero}": partial(rewound_run_goes_on_from_the_checkpoint, zero=zero)
+       for zero in ("stage0", "stage2", "stage3")},
     **{f"chunks {zero}": partial(chunks_equal_one_call, zero=zero, overrides=[]) for zero in ZERO},
     **{
         f"chunks {zero} method=full": partial(chunks_equal_one_call, zero=zero, overrides=["method=full"])

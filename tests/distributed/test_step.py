@@ -51,7 +51,7 @@ def test_a_skipped_step_is_as_if_it_were_not_there(seen: Cases, case: str) -> No
     assert found["equal"]
 
 
-@pytest.mark.parametrize("zero", ["stage0", "stage3"])
+@pytest.mark.parametrize("zero", ["stage0", "stage2", "stage3"])
 def test_a_rewound_run_goes_on_from_the_checkpoint(seen: Cases, zero: str) -> None:
     found = seen[f"rewound {zero}"]
     assert found["records"] == [[4, 2], [5, 0], [4, 2], [5, 0]]

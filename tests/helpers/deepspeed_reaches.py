@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +108,66 @@ def moments_before_the_first_step() -> None:
         assert sum(float(adam.state[share]["exp_avg"].sum()) for share in shares) == float(value.sum())
 
 
+def groups_of_parameters() -> None:
+    """Shares and reduced gradients by group, under stage 3 also of a group that is cut into several; what is written to
+    the gradients is what the step takes."""
+    for stage in STAGES:
+        engine, optimizer, weights = build_groups(stage, sub_group_size=16)
+        by_group = compat.fp32_shares_by_group(optimizer, stage, 2)
+        assert [sum(s.numel() for s in shares) for shares in by_group] == [48, 16]
+        assert [len(shares) for shares in by_group] == ([3, 1] if stage == 3 else [1, 1])
+        before = [master(weight) for weight in weights]
+        engine.backward(engine(X).float().sum())
+        gradients = compat.reduced_gradients(optimizer, stage, 2)
+        assert [sum(float(g.abs().sum()) > 0 for g in own) for own in gradients] == [3, 1]
+        for gradient in gradients[0]:
+            gradient.zero_()
+        engine.step()
+        assert [torch.equal(master(w), b) for w, b in zip(weights, before, strict=True)] == [True, True, True, False]
+
+
+def build_groups(stage: int, **zero: Any) -> tuple[Any, Any, list[nn.Parameter]]:
+    """Return DeepSpeed's engine, its optimizer with groups of three weights and of one, and the weights, in order."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False, dtype=torch.bfloat16) for _ in range(4)))
+    weights = list(model.parameters())
+    adam = torch.optim.AdamW([{"params": weights[:3]}, {"params": weights[3:]}], lr=1e-2, weight_decay=0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": stage, **zero},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
+    return engine, optimizer, weights
+
+
+def detach() -> None:
+    """A model that was taken from one engine trains on in another, and runs no hook of the first."""
+    import deepspeed
+
+    for stage in STAGES:
+        engine, optimizer, weight = build(stage)
+        update(engine, 1.0)
+        expected = master(weight)
+        model = engine.module
+        first = weakref.ref(optimizer)
+        compat.detach(engine, stage)
+        hooks = [*model._forward_hooks.values(), *model._forward_pre_hooks.values()]
+        assert not hooks, f"stage {stage}: {hooks}"
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        config = {**engine.config, "train_batch_size": 1}
+        again, _, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=config)
+        assert torch.equal(master(weight).bfloat16(), expected.bfloat16())
+        update(again, 1.0)
+        assert not torch.equal(master(weight), expected)
+        del engine, optimizer
+        gc.collect()
+        assert first() is None, f"stage {stage}: the first optimizer is still held"
+
+
 def loss_scale() -> None:
     for stage in STAGES:
         _, optimizer, _ = build(stage)
@@ -167,6 +229,8 @@ CASES: dict[str, Callable[[], None]] = {
     **dict.fromkeys(
         ("deepspeed.is_partitioned", "deepspeed.whole_shape", "deepspeed.whole_numel"), partitioned_parameters
     ),
+    **dict.fromkeys(("deepspeed.reduced_gradients", "deepspeed.fp32_shares_by_group"), groups_of_parameters),
+    "deepspeed.detach": detach,
     "deepspeed.partition_like": partition_like,
     "deepspeed.load_checkpoint": load_checkpoint,
 }

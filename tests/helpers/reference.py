@@ -58,7 +58,7 @@ def reference_model(folder: str, config: TrainConfig, total_steps: int = 1) -> A
             lora_alpha=method.alpha or 2 * method.r,
             use_dora=method.dora,
             use_rslora=method.rslora,
-            target_modules=LINEAR,
+            target_modules=LINEAR if method.target_modules == "all_linear" else list(method.target_modules),
         )
     elif method.name == "adalora":
         times = {"tinit": method.tinit, "tfinal": method.tfinal, "deltaT": method.deltaT, "total_step": total_steps}
@@ -81,7 +81,7 @@ def reference_model(folder: str, config: TrainConfig, total_steps: int = 1) -> A
         peft = PrefixTuningConfig(
             **common, num_virtual_tokens=method.virtual_tokens, prefix_projection=method.prefix_projection
         )
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.run.seed if method.seed is None else method.seed)
     return get_peft_model(model, peft)
 
 
@@ -138,20 +138,21 @@ def trained_reference(
     """The model and its trained tensors after ``len(batches)`` AdamW steps, cosine schedule with linear warmup."""
     model = make(folder, config, total_steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=1.0, betas=(0.9, 0.999), eps=config.optim.eps, weight_decay=config.optim.weight_decay
-    )
+    optim = config.optim
+    betas = (optim.beta1, optim.beta2)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1.0, betas=betas, eps=optim.eps, weight_decay=optim.weight_decay)
     model.train()  # bitsandbytes computes otherwise in evaluation mode
     warmup = math.ceil(config.schedule.warmup_ratio * total_steps)
     for step, examples in enumerate(batches):
-        rate = config.optim.learning_rate
+        rate = optim.learning_rate
         if step < warmup:
             rate *= (step + 1) / warmup
         else:
             rate *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
         optimizer.param_groups[0]["lr"] = rate
         mean_loss(model, examples).backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.optim.max_grad_norm)
+        if optim.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained.values(), optim.max_grad_norm)
         optimizer.step()
         if config.method.name == "adalora":
             model.base_model.update_and_allocate(step + 1)

@@ -28,8 +28,8 @@ from trainer.compat.deepspeed import load_checkpoint
 from trainer.config.messages import as_typed
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.process_group import from_main
-from trainer.engine.engine import Engine
 from trainer.engine.whole_state import (
+    StateOwner,
     assign_ranks,
     gather_live,
     gather_state,
@@ -71,12 +71,14 @@ class Checkpointer:
         run_dir: the run folder.
         run_identity: what the run must share with a checkpoint (``config.run_identity``).
         config: the ``checkpoint`` group: how many are kept.
+        prunes: delete older checkpoints after each save; else whoever saves calls :meth:`prune` when they can go.
     """
 
-    engine: Engine
+    engine: StateOwner
     run_dir: Path
     run_identity: dict[str, Any]
     config: CheckpointConfig
+    prunes: bool = True
 
     def save(
         self,
@@ -108,7 +110,8 @@ class Checkpointer:
             except OSError as error:
                 failure = str(error)
             else:
-                self._prune(best_step)
+                if self.prunes:
+                    self.prune(best_step)
         failure = from_main(failure)
         if failure is not None:
             if self.engine.world.is_main:
@@ -243,8 +246,10 @@ class Checkpointer:
             "record": record,
         }
 
-    def _prune(self, best_step: int | None) -> None:
-        """Delete older checkpoints beyond ``checkpoint.keep``."""
+    def prune(self, best_step: int | None) -> None:
+        """Delete older checkpoints beyond ``checkpoint.keep``; on rank 0."""
+        if not self.engine.world.is_main:
+            return
         try:
             delete_old(self.run_dir / "checkpoints", self.config.keep, best_step)
         except OSError as error:  # the new one is complete all the same

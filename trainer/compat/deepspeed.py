@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 from trainer.compat import has_changed, need, reach
@@ -12,6 +13,8 @@ from trainer.compat import has_changed, need, reach
 LIBRARY = "deepspeed"
 WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 SHM_OP = "deepspeed_shm_comm"
+# What stage 3 puts on each module for its backward.
+BACKWARD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")
 # The fp32 shares of a rank, flat, by ZeRO stage.
 FLAT_GROUPS = {
     1: "single_partition_of_fp32_groups",
@@ -145,16 +148,86 @@ def load_checkpoint(engine: Any, folder: str, tag: str) -> None:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def member(kind: Any, name: str) -> Any:  # for getattr, by which Python until 3.11.3 pickles members of enums
+        if kind is ZeroStageEnum:
+            return ZeroStageEnum[name]
+        raise UnpicklingError(f"GLOBAL getattr of {kind}")
+
     forced = os.environ.get(WEIGHTS_ONLY)
     os.environ[WEIGHTS_ONLY] = "1"  # DeepSpeed asks for the opposite
     try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        with torch.serialization.safe_globals([*known, (member, "builtins.getattr"), (member, "getattr")]):
             engine.load_checkpoint(folder, tag=tag)
     finally:
         if forced is None:
             del os.environ[WEIGHTS_ONLY]
         else:
             os.environ[WEIGHTS_ONLY] = forced
+
+
+@reach(
+    "optimizer.averaged_gradients, .sub_group_to_group_id",
+    until="DeepSpeedEngine gives the reduced gradients, or norms and clipping, by parameter group",
+)
+def reduced_gradients(optimizer: Any, zero_stage: int, groups: int) -> list[list[Any]]:
+    """Return this rank's share of the reduced gradients of each parameter group, between the reduction and the step.
+
+    They are those that the step takes: what is written to them counts. Under stage 3 a parameter without a gradient in
+    this step has that of an earlier one.
+
+    Args:
+        optimizer: ZeRO's.
+        zero_stage: 1, 2 or 3.
+        groups: how many there are.
+
+    Raises:
+        LaunchError: an attribute is missing.
+    """
+    need(LIBRARY, optimizer, "averaged_gradients", *(["sub_group_to_group_id"] if zero_stage == 3 else []))
+    out: list[list[Any]] = [[] for _ in range(groups)]
+    for number, gradients in optimizer.averaged_gradients.items():
+        out[optimizer.sub_group_to_group_id[number] if zero_stage == 3 else number] += gradients
+    return out
+
+
+@reach("optimizer.sub_group_to_group_id", until="as fp32_shares")
+def fp32_shares_by_group(optimizer: Any, zero_stage: int, groups: int) -> list[list[Any]]:
+    """Return :func:`fp32_shares` by parameter group: stage 3 cuts a large group into several."""
+    shares = fp32_shares(optimizer, zero_stage)
+    if zero_stage < 3:
+        return [[share] for share in shares]
+    need(LIBRARY, optimizer, "sub_group_to_group_id")
+    out: list[list[Any]] = [[] for _ in range(groups)]
+    for number, share in enumerate(shares):
+        out[optimizer.sub_group_to_group_id[number]].append(share)
+    return out
+
+
+@reach(
+    "engine.module_forward_pre_hook, .module_forward_post_hook, module.pre_bwd_fn, .post_bwd_fn",
+    until="DeepSpeedEngine.destroy takes off the model all that it has put on it",
+)
+def detach(engine: Any, zero_stage: int) -> None:
+    """Destroy DeepSpeed's engine and take its hooks off the model, which another engine can hold then.
+
+    Under stage 3 each module would keep the functions of the first engine for its backward, and with them that engine's
+    record of which parameters are where.
+
+    Raises:
+        LaunchError: an attribute is missing.
+    """
+    need(LIBRARY, engine, "module_forward_pre_hook", "module_forward_post_hook")
+    engine.destroy()
+    for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        if hook is not None:
+            hook.remove()
+    if zero_stage < 3:
+        return
+    need(LIBRARY, engine.module, *BACKWARD_FUNCTIONS)
+    for module in engine.module.modules():
+        for name in BACKWARD_FUNCTIONS:
+            vars(module).pop(name, None)
 
 
 @reach("parameter.ds_id", until="DeepSpeed has a public test for a partitioned parameter")

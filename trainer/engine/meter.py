@@ -9,7 +9,7 @@ import torch
 from trainer.data.step_batches import StepBatches
 from trainer.distributed.process_group import World
 from trainer.engine.device import peak_memory, reset_peak_memory
-from trainer.engine.flops import count_flops
+from trainer.engine.flops import ModelFlops, count_flops
 from trainer.engine.peak_flops import peak_flops
 
 
@@ -20,15 +20,16 @@ class Meter:
         world: this process.
         model: with its trainable parameters; counted here, before ZeRO partitions it.
         dtype: of its arithmetic.
+        flops: what the model costs, where it is not what ``model`` says.
 
     Attributes:
         flops: what the model costs a token.
         peak: of one device.
     """
 
-    def __init__(self, world: World, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, world: World, model: Any, dtype: torch.dtype, flops: ModelFlops | None = None) -> None:
         self.world = world
-        self.flops = count_flops(model)
+        self.flops = flops or count_flops(model)
         self.peak = peak_flops(world.device, dtype)
         self._best = self.peak.per_second
 
@@ -37,21 +38,22 @@ class Meter:
         reset_peak_memory(self.world.device)
 
     def measure(
-        self, seconds: float, data_seconds: float, made: StepBatches, computed_flops: float
+        self, seconds: float, data_seconds: float, made: StepBatches, computed_flops: float, trials: int = 1
     ) -> dict[str, float | int]:
-        """Return the cost of one step over all ranks.
+        """Return the cost of one step over all ranks: tokens are one trial's, the rest is what the devices did for all.
 
         Args:
             seconds: wall time of the step.
             data_seconds: of which it waited for its batches.
             made: these batches.
             computed_flops: what the devices computed, over all ranks (:meth:`ModelFlops.of_batches`).
+            trials: that were trained on these batches at once.
         """
         if self.peak.is_measured:
             # Measured beside other work it was too low: what a step has done is a lower bound of what can be done.
             self._best = max(self._best, computed_flops / seconds / self.world.world_size)
         available = seconds * self._best * self.world.world_size
-        useful_flops = self.flops.of_rows(made.lengths, made.label_tokens)
+        useful_flops = trials * self.flops.of_rows(made.lengths, made.label_tokens)
         return {
             "useful_tokens": made.useful_tokens,
             "computed_tokens": made.computed_tokens,

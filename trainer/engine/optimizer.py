@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,39 @@ def adamw(parameters: Iterable[nn.Parameter], optim: OptimConfig, on_gpu: bool) 
         weight_decay=optim.weight_decay,
         fused=True if on_gpu else None,
     )
+
+
+class GroupwiseAdamW(torch.optim.AdamW):
+    """AdamW over parameter groups that clip, and skip a step, each on its own.
+
+    Two settings a group beside AdamW's: ``takes_step``, whether the next :meth:`step` changes anything of it, and
+    ``gradient_scale``, what its gradients are multiplied by before. Both are set by whoever knows the gradients.
+    """
+
+    def __init__(self, groups: Iterable[tuple[Iterable[nn.Parameter], OptimConfig]], on_gpu: bool) -> None:
+        settings = [
+            {
+                "params": list(parameters),
+                "betas": (optim.beta1, optim.beta2),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                "takes_step": True,
+                "gradient_scale": 1.0,
+            }
+            for parameters, optim in groups
+        ]
+        super().__init__(settings, lr=0.0, fused=True if on_gpu else None)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Scale the gradients and take one step. A group that takes none loses its gradients, and nothing else."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not group["takes_step"]:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad.mul_(group["gradient_scale"])
+        return super().step(closure)
 
 
 def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:

@@ -6,23 +6,63 @@ the model. Every function here is a collective: all ranks call it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.compat import deepspeed as compat
-from trainer.distributed.process_group import from_rank
+from trainer.distributed.process_group import World, from_rank
 from trainer.distributed.whole_tensor import whole, whole_shape
-from trainer.engine.engine import Engine
 from trainer.errors import CheckpointError
+from trainer.methods import MethodRuntime
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def assign_ranks(engine: Engine) -> dict[str, int]:
+class StateOwner(Protocol):
+    """What has the state of a run: its engine, or the view of one trial of several that share an engine."""
+
+    @property
+    def world(self) -> World:
+        """This process."""
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of forward and backward."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+
+    @property
+    def runtime(self) -> MethodRuntime:
+        """Of the method."""
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine."""
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's optimizer, or torch's under stage 0."""
+
+    @property
+    def trainable_params(self) -> Mapping[str, nn.Parameter]:
+        """By the names that a run of its own gives them, in the model's order."""
+
+    @property
+    def shares(self) -> list[Tensor]:
+        """What the optimizer holds of this rank's share of them: fp32, the keys of the moments."""
+
+
+def assign_ranks(engine: StateOwner) -> dict[str, int]:
     """Assign each trainable parameter to the rank that writes or reads its state: adapters to rank 0, all weights
     evenly to all ranks. The same on every rank."""
     if not engine.runtime.trains_base_weights:
@@ -35,7 +75,7 @@ def assign_ranks(engine: Engine) -> dict[str, int]:
     return ranks
 
 
-def gather_state(engine: Engine, ranks: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+def gather_state(engine: StateOwner, ranks: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """Gather masters and moments of the trainable parameters, whole, fp32 on the CPU: each on one rank.
 
     Args:
@@ -60,11 +100,11 @@ def gather_state(engine: Engine, ranks: Mapping[str, int] | None = None) -> dict
     return out
 
 
-def restore_state(engine: Engine, read: Callable[[str], Tensor | None], step: int) -> None:
+def restore_state(engine: StateOwner, read: Callable[[str], Tensor | None], step: int) -> None:
     """Restore a gathered state, at any world size and ZeRO stage.
 
     Args:
-        engine: freshly built.
+        engine: of the state.
         read: returns a tensor of the checkpoint by its name, ``None`` where there is none; each name is read on one
             rank (:func:`assign_ranks`).
         step: optimizer steps that were taken.
@@ -74,7 +114,7 @@ def restore_state(engine: Engine, read: Callable[[str], Tensor | None], step: in
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    _make_moments(engine, step)
+    set_moments(engine.optimizer, engine.zero_stage, engine.shares, step)
     ranks = assign_ranks(engine)
     for name, parameter in engine.trainable_params.items():
         for kind in ("weight", *MOMENTS):
@@ -94,7 +134,7 @@ class EngineTensors:
         engine: of these parameters.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: StateOwner) -> None:
         self.engine, self.device = engine, engine.world.device
 
     def names(self) -> list[str]:
@@ -127,7 +167,7 @@ class EngineTensors:
         _set_weight(self.engine, self.engine.trainable_params[name], value)
 
 
-def _set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
+def _set_weight(engine: StateOwner, parameter: nn.Parameter, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
 
     if engine.zero_stage == 0:
@@ -137,38 +177,66 @@ def _set_weight(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
     _rewrite_live_copy(parameter, value)
 
 
-def _make_moments(engine: Engine, step: int) -> None:
-    """Make AdamW's state as after ``step`` updates, moments zero: before the first update there is none to write to."""
-    if engine.zero_stage == 0:
-        adam, held = engine.optimizer, list(engine.trainable_params.values())
-    else:
-        adam, held = compat.base_optimizer(engine.optimizer), compat.fp32_shares(engine.optimizer, engine.zero_stage)
-    for tensor in held:
-        fused = bool(adam.param_groups[0].get("fused"))
-        adam.state[tensor] = {
-            "step": torch.tensor(float(step), device=tensor.device if fused else "cpu"),
-            **{kind: torch.zeros_like(tensor, requires_grad=False) for kind in MOMENTS},
-        }
-    compat.link_moments(engine.optimizer, engine.zero_stage)
+def set_moments(optimizer: Any, zero_stage: int, shares: Iterable[Tensor], step: int) -> None:
+    """Set AdamW's state to that after ``step`` updates, moments zero. Before the first update there is none, and it is
+    made; later it is overwritten in place, for DeepSpeed links it to the parameters once.
+
+    Args:
+        optimizer: DeepSpeed's, or torch's under stage 0.
+        zero_stage: 0 to 3.
+        shares: whose state; under stages 1 and 2 the first call must be for all that the optimizer holds.
+        step: updates taken.
+    """
+    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
+    fused = bool(adam.param_groups[0].get("fused"))
+    for share in shares:
+        state = adam.state[share]
+        if not state:
+            state["step"] = torch.tensor(0.0, device=share.device if fused else "cpu")
+            state.update({kind: torch.zeros_like(share, requires_grad=False) for kind in MOMENTS})
+        state["step"].fill_(step)
+        for kind in MOMENTS:
+            state[kind].zero_()
+    compat.link_moments(optimizer, zero_stage)
 
 
-def loss_scaler_state(engine: Engine) -> dict[str, Any]:
+def copy_shares(optimizer: Any, zero_stage: int, shares: Iterable[Tensor]) -> list[dict[str, Tensor]]:
+    """Copy this rank's shares with AdamW's state of each, for :func:`write_shares` of an engine of the same stage and
+    world size."""
+    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
+    return [
+        {"weight": share.detach().clone(), **{kind: value.clone() for kind, value in adam.state[share].items()}}
+        for share in shares
+    ]
+
+
+def write_shares(
+    optimizer: Any, zero_stage: int, shares: Iterable[Tensor], copies: Iterable[Mapping[str, Tensor]]
+) -> None:
+    """Write what :func:`copy_shares` gave into shares whose state was made. What the forward uses is left as it is."""
+    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
+    for share, copied in zip(shares, copies, strict=True):
+        share.data.copy_(copied["weight"])
+        for kind, value in adam.state[share].items():
+            value.copy_(copied[kind])
+
+
+def loss_scaler_state(engine: StateOwner) -> dict[str, Any]:
     """Return the fp16 loss scaler's numbers; empty in other dtypes."""
     return compat.loss_scaler_state(engine.optimizer) if engine.dtype == torch.float16 else {}
 
 
-def restore_loss_scaler(engine: Engine, saved: dict[str, Any]) -> None:
+def restore_loss_scaler(engine: StateOwner, saved: dict[str, Any]) -> None:
     """Restore the loss scaler's numbers."""
     if saved:
         compat.restore_loss_scaler(engine.optimizer, saved)
 
 
-def gather_live(engine: Engine, only_trainable: bool) -> dict[str, Tensor]:
+def gather_live(engine: StateOwner, only_trainable: bool) -> dict[str, Tensor]:
     """Gather the tensors that the forward uses, whole, in their own dtype, on rank 0's CPU (the others: empty)."""
     out: dict[str, Tensor] = {}
-    for name, parameter in engine.model.named_parameters():
-        if only_trainable and name not in engine.trainable_params:
-            continue
+    wanted = engine.trainable_params if only_trainable else dict(engine.model.named_parameters())
+    for name, parameter in wanted.items():
         with whole(parameter):
             if engine.world.is_main:
                 out[name] = parameter.detach().to("cpu", copy=True).contiguous()
@@ -181,7 +249,9 @@ def _rewrite_live_copy(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value.reshape(parameter.shape))
 
 
-def _from_rank(engine: Engine, rank: int, name: str, read: Callable[[str], Tensor | None], shape: torch.Size) -> Tensor:
+def _from_rank(
+    engine: StateOwner, rank: int, name: str, read: Callable[[str], Tensor | None], shape: torch.Size
+) -> Tensor:
     """Broadcast the tensor that one rank reads: the checkpoint's disk may be its own, and each byte is read once.
 
     What is wrong with it goes ahead of it, so that no rank waits for a tensor that does not come.

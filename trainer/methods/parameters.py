@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def trial_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {n.replace(own, f".{LONE_ADAPTER}."): p for n, p in model.named_parameters() if own in n}
 
 
-def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return a digest of each tensor's values, the same in any float dtype that holds them."""
     return {
         name: hashlib.blake2b(t.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()

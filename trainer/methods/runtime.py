@@ -6,7 +6,7 @@ hooks of :class:`MethodRuntime` and know no method by name; what a method needs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,7 +67,11 @@ class MethodRuntime:
     def __init__(self, model: nn.Module, method: MethodConfig) -> None:
         self.initial_weights: dict[str, Tensor] = copy_initial_weights(model, method)
         self.base: BaseRecord | None = None
-        self._initial_digests = {} if self.trains_base_weights else digests(trainable_parameters(model))
+        self._initial_digests = {} if self.trains_base_weights else digests(self.trained(model))
+
+    def trained(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Return what this run trains of the model."""
+        return trainable_parameters(model)
 
     def bind(self, tensors: WholeTensors) -> None:
         """Give access to the trainable tensors, once the engine holds them."""

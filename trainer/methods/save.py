@@ -18,6 +18,7 @@ from trainer.methods.base_record import BaseRecord, write_base
 from trainer.methods.bottleneck import save_bottleneck
 from trainer.methods.initial_weights import convert_to_original_base
 from trainer.methods.load import ADAPTER_FILE, read_tensors
+from trainer.methods.parameters import LONE_ADAPTER
 
 
 def save_adapter(
@@ -26,6 +27,7 @@ def save_adapter(
     weights: dict[str, Tensor],
     initial_weights: dict[str, Tensor] | None = None,
     base: BaseRecord | None = None,
+    adapter_name: str = LONE_ADAPTER,
 ) -> None:
     """Write an adapter and reopen it: in stock PEFT's form, or in bottleneck's own.
 
@@ -37,6 +39,8 @@ def save_adapter(
             was.
         base: which model it belongs to; written beside it, and PEFT is told where that is. ``None``: PEFT is told where
             it was loaded from.
+        adapter_name: PEFT's, of the one that is written where ``model`` has several; the names in ``weights`` are those
+            of a model with that adapter alone.
 
     Raises:
         CheckpointError: what was written does not read back as what was meant.
@@ -48,7 +52,7 @@ def save_adapter(
     if not isinstance(model, PeftModel):
         save_bottleneck(model, folder, whole, None if base is None else base.stock_name)
         return verify_adapter(folder, whole)
-    config = copy.copy(model.peft_config["default"])
+    config = copy.copy(model.peft_config[adapter_name])
     config.inference_mode = True
     config.base_model_name_or_path = model.get_base_model().config.name_or_path if base is None else base.stock_name
     config.revision = None if base is None else base.revision
@@ -57,9 +61,10 @@ def save_adapter(
     else:
         if initial_weights:
             whole = convert_to_original_base(whole, initial_weights, config)
-        expected = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+        own = {name.replace(f".{LONE_ADAPTER}.", f".{adapter_name}."): tensor for name, tensor in whole.items()}
+        expected = get_peft_model_state_dict(model, own, adapter_name, save_embedding_layers=False)
         if config.peft_type == "ADALORA":
-            config.rank_pattern = model.peft_config["default"].rank_pattern
+            config.rank_pattern = model.peft_config[adapter_name].rank_pattern
     save_file({n: t.contiguous() for n, t in expected.items()}, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     return verify_adapter(folder, expected)

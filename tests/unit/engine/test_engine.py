@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.engine.engine import gradients_are_finite
+from trainer.engine.zero_engine import gradients_are_finite
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from trainer.config import load
 from trainer.config.schema import OptimConfig, ScheduleConfig
-from trainer.engine.optimizer import adamw, learning_rate, peak_learning_rate, warmup_steps
+from trainer.engine.optimizer import GroupwiseAdamW, adamw, learning_rate, peak_learning_rate, warmup_steps
+from trainer.engine.whole_state import set_moments
 
 quick = settings(max_examples=120, deadline=None)
 schedules = st.builds(
@@ -97,3 +98,39 @@ def test_adamw_by_the_papers_formula() -> None:
         weight.grad = gradient
         optimizer.step()
         torch.testing.assert_close(weight.detach(), w)
+
+
+optims = st.builds(
+    OptimConfig,
+    beta1=st.floats(0, 0.99),
+    beta2=st.floats(0.5, 0.999),
+    eps=st.floats(1e-10, 1e-3),
+    weight_decay=st.floats(0, 0.5),
+)
+updates = st.lists(st.lists(st.none() | st.floats(0, 1), min_size=3, max_size=3), max_size=5)
+
+
+@quick
+@given(st.lists(optims, min_size=3, max_size=3), updates, st.integers(0, 5))
+def test_each_group_is_an_optimizer_of_its_own(optims: list[OptimConfig], updates: list, seed: int) -> None:
+    """To the bit; ``None``: a group that takes no step, whose gradient may be anything. Moments are made beforehand."""
+    torch.manual_seed(seed)
+    mine = [[torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))] for _ in optims]
+    theirs = [[torch.nn.Parameter(p.detach().clone()) for p in own] for own in mine]
+    together = GroupwiseAdamW(zip(mine, optims, strict=True), on_gpu=False)
+    set_moments(together, 0, [p for own in mine for p in own], 0)
+    alone = [adamw(own, optim, on_gpu=False) for own, optim in zip(theirs, optims, strict=True)]
+    for scales in updates:
+        for group, own, other, one, scale in zip(together.param_groups, mine, theirs, alone, scales, strict=True):
+            group["lr"] = one.param_groups[0]["lr"] = 0.1
+            group["takes_step"], group["gradient_scale"] = scale is not None, scale
+            for p, q in zip(own, other, strict=True):
+                p.grad = torch.randn_like(p) if scale is not None else torch.full_like(p, float("nan"))
+                q.grad = None if scale is None else p.grad * scale
+        together.step()
+        for one in alone:
+            one.step()
+    for own, other, one in zip(mine, theirs, alone, strict=True):
+        for p, q in zip(own, other, strict=True):
+            assert torch.equal(p, q)
+            assert all(torch.equal(together.state[p][kind], value) for kind, value in one.state[q].items())
