@@ -14,10 +14,16 @@ def silence_libraries() -> None:
     - deprecations inside torch.distributed and transformers, which are for DeepSpeed's and PEFT's authors to follow.
     """
     for name in ("DeepSpeed", "bitsandbytes", "torch.distributed.elastic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        library = logging.getLogger(name)
+        library.setLevel(logging.ERROR)
+        library.addFilter(_is_error)  # DeepSpeed sets its own level when it is imported, which may be later
     for module in (r"torch\.distributed", r"transformers", r"peft"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

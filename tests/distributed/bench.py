@@ -22,9 +22,9 @@ from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import build
+from trainer.training.job import Job, create_checkpointer, create_loop, create_schedule
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
-from trainer.training.run import Job, create_checkpointer, create_loop, create_schedule
 from trainer.training.stop_request import StopRequest
 
 STEPS = 5
@@ -75,6 +75,7 @@ class Bench:
             tracker=Tracker(),
             monitor=EvalMonitor(config.eval),
             schedule=create_schedule(job),
+            kind=Loop,
         )
 
     def shared_folder(self) -> Path:

@@ -25,8 +25,9 @@ from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.files import read_metrics, read_summary
 from trainer.training.finish import save_final
+from trainer.training.job import Job
 from trainer.training.loop import Loop
-from trainer.training.run import Job, run_job
+from trainer.training.run import run_job
 from trainer.training.stop_request import StopRequest
 
 FEW_ROWS = [

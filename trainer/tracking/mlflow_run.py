@@ -107,8 +107,9 @@ class MlflowRun:
             try:
                 job(run)
             except Exception as error:
-                self._run = None
+                # first: once there is no run, nobody waits for this thread, nor for its lines
                 logger.warning(f"MLflow stopped recording, training goes on: {first_line(error)}")
+                self._run = None
                 return
 
     def _start(self, config: TrainConfig, model_info: Mapping[str, Any]) -> None:

@@ -7,17 +7,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import TRIAL
+from trainer.tracking.log_file import LogFile
 from trainer.tracking.logs import LineHandler, draws_bars, print_above, print_line, use_handler
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-LOG_FILE = "log.txt"
 MAX_LINES = 200
 MAX_SILENCE_SECONDS = 30.0
 MAX_ANSWER = 60  # letters, where it is shown beside the one before
@@ -98,7 +97,7 @@ class Terminal:
         self._last_line_time = -math.inf
         self._answers: dict[str, str] = {}  # the last one to each prompt
         self._is_trial = TRIAL in os.environ
-        self._log_path = folder / LOG_FILE
+        self._log = LogFile(folder)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if draws_bars(sys.stdout):
@@ -118,13 +117,13 @@ class Terminal:
         if not self._is_due(record):
             return
         self._last_line_time = time.monotonic()
-        self._write_log(line)
+        self._log.write(line)
         if self._bar is None or is_evaluation(record):
             self._print(line)
 
     def write_line(self, text: str) -> None:
         """Write a line above the bar and, with the time, into `log.txt`."""
-        self._write_log(text)
+        self._log.write(text)
         self._print(text)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -132,13 +131,13 @@ class Terminal:
         its answer changes; `log.txt` holds all of each. A trial of a sweep shows none."""
         if not rows:
             return
-        self._write_log("\n".join(_sample(number, row) for number, row in enumerate(rows, start=1)))
+        self._log.write("\n".join(sample_text(number, row) for number, row in enumerate(rows, start=1)))
         prompts = [str(row["prompt"]) for row in rows]
         is_known = self._answers.keys() >= set(prompts)
         if not self._is_trial and is_known:
             self._print("\n".join(self._change(number, row) for number, row in enumerate(rows, start=1)))
         elif not self._is_trial and self._bar is None:
-            self._print("\n".join(_sample(number, row) for number, row in enumerate(rows, start=1)))
+            self._print("\n".join(sample_text(number, row) for number, row in enumerate(rows, start=1)))
         elif not self._is_trial:
             self._guard(lambda: self._table(rows))
         self._answers.update({prompt: str(row["answer"]) for prompt, row in zip(prompts, rows, strict=True)})
@@ -200,15 +199,6 @@ class Terminal:
             self._bar = self._handler.bar = None
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
 
-    def _write_log(self, text: str) -> None:
-        stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-        try:
-            with open(self._log_path, "a", encoding="utf-8", errors="replace") as file:
-                file.write(f"{stamp} {text}\n")
-        except OSError:
-            # A full disk is reported where it costs something: at checkpoints and metrics.
-            return
-
 
 def _start_bar(total_steps: int, resume_step: int) -> tuple[Progress, TaskID]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -243,7 +233,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _sample(number: int, row: Mapping[str, Any]) -> str:
+def sample_text(number: int, row: Mapping[str, Any]) -> str:
+    """Format an answer with its prompt and reference, a line each."""
     fields = [(name, _indented(_printable(str(row[name])))) for name in ("prompt", "reference", "answer")]
     return "\n".join([f"sample {number}", *(f"  {name:<9}  {text}" for name, text in fields)])
 

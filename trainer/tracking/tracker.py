@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from trainer.config.schema import TrainConfig
 from trainer.tracking.files import MetricsFile, read_metrics
+from trainer.tracking.log_only import LogOnly
 from trainer.tracking.mlflow_run import MlflowRun
 from trainer.tracking.tensorboard_run import TensorboardRun
 from trainer.tracking.terminal import Terminal, is_evaluation
@@ -43,6 +44,7 @@ class Tracker:
         total_steps: int,
         resume_step: int,
         model_info: Mapping[str, Any] | None = None,
+        alone: bool = True,
     ) -> Tracker:
         """Open the tracker of this process.
 
@@ -54,10 +56,19 @@ class Tracker:
             resume_step: the step that the run is resumed from, 0 at a start; later lines of
                 `metrics.jsonl` are dropped.
             model_info: what trackers record beside the config (parameters, world size, …).
+            alone: show the run on the terminal; else it is one of several in this process, and writes its lines into
+                its `log.txt` alone.
         """
         if not is_main:
             return Tracker()
-        return _MainTracker(config, Path(folder), total_steps, resume_step, model_info or {})
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        terminal = (
+            Terminal(folder, total_steps=total_steps, resume_step=resume_step)
+            if alone
+            else LogOnly(folder, total_steps=total_steps)
+        )
+        return _MainTracker(config, folder, terminal, total_steps, resume_step, model_info or {})
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Record one step: everything of the step in one mapping with an integer ``step``.
@@ -79,14 +90,19 @@ class Tracker:
 
 class _MainTracker(Tracker):
     def __init__(
-        self, config: TrainConfig, folder: Path, total_steps: int, resume_step: int, model_info: Mapping[str, Any]
+        self,
+        config: TrainConfig,
+        folder: Path,
+        terminal: Terminal | LogOnly,
+        total_steps: int,
+        resume_step: int,
+        model_info: Mapping[str, Any],
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._every_steps = config.log.every_steps
         self._total_steps = total_steps
         self._disk_failure_logged = False
         self._metrics = MetricsFile(folder, resume_step=resume_step)
-        self._terminal = Terminal(folder, total_steps=total_steps, resume_step=resume_step)
+        self._terminal = terminal
         # Read after MetricsFile has dropped the lines of steps that are done again.
         records = read_metrics(folder)
         self._external = [

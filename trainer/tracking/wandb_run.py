@@ -29,6 +29,9 @@ GRACE_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
+_open: set[int] = set()
+"""The runs of this process by ``id``: wandb's service process is theirs together, and goes with the last of them."""
+
 
 class WandbRun:
     """Record a run in W&B. No method raises; the first problem is logged and ends W&B for this process.
@@ -61,6 +64,7 @@ class WandbRun:
         except Exception as error:
             logger.info(f"W&B is off for this run: {first_line(error)}")
             return
+        _open.add(id(self))
         self._catch_up(records, earlier_files)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -80,6 +84,7 @@ class WandbRun:
         """Put the summary on the run and finish it, within ``FINISH_TIMEOUT_SECONDS + GRACE_SECONDS``."""
         run, module = self._run, self._module
         self._run = self._module = None
+        _open.discard(id(self))
         if module is None:
             return
 
@@ -91,7 +96,8 @@ class WandbRun:
                     run.finish(exit_code=int(summary.get("status") == "failed"))
             finally:
                 # Here and not at the exit of the process, where nothing would bound it.
-                module.teardown()
+                if not _open:
+                    module.teardown()
 
         problem = run_bounded(work, FINISH_TIMEOUT_SECONDS + GRACE_SECONDS)
         # Without a run the problem was logged when it began.
@@ -164,7 +170,8 @@ class WandbRun:
             except Exception as error:
                 problem = first_line(error)
             # The service of the failed start still holds the run's id and refuses it to a second start.
-            run_bounded(wandb.teardown, GRACE_SECONDS)
+            if not _open:
+                run_bounded(wandb.teardown, GRACE_SECONDS)
         if problem:
             logger.info(f"W&B records this run offline: {problem}")
         self._run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)

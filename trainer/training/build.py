@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.config.method import initial_seed
 from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
@@ -68,11 +69,9 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     method = config.method
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(base_dir, config.model, method, dtype, world.device, config.zero.stage)
-    _check_row_lengths(base, data)
-    if "choice_accuracy" in config.eval.metrics:
-        letter_tokens(data.validation)  # an error now, not after the first hours
+    check_rows(base, data, config)
     text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
-    model = attach(base, method, _initial_seed(config), data.total_steps(config.batch), text)
+    model = attach(base, method, initial_seed(config.method, config.run.seed), data.total_steps(config.batch), text)
     runtime = create_runtime(model, method)
     if world.is_main and not runtime.trains_base_weights:
         runtime.base = describe_base(config.model, base_dir)
@@ -109,12 +108,11 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     return Built(engine, choice.packing, model_info, meter)
 
 
-def _initial_seed(config: TrainConfig) -> int:
-    return config.run.seed if config.method.seed is None else config.method.seed
-
-
-def _check_row_lengths(base: nn.Module, data: Data) -> None:
-    """Refuse rows longer than a table of learned positions; warn of those longer than what a model was made for."""
+def check_rows(base: nn.Module, data: Data, config: TrainConfig) -> None:
+    """Refuse rows longer than a table of learned positions, and held-out rows without a choice where choices are
+    scored: an error now, not after the first hours. Warn of rows longer than what a model was made for."""
+    if "choice_accuracy" in config.eval.metrics:
+        letter_tokens(data.validation)
     limit, trained = learned_positions(base), trained_positions(base)
     for rows in (data.train, data.validation):
         if not len(rows) or trained is None or (longest := int(rows.lengths.max())) <= trained:

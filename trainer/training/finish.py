@@ -14,8 +14,7 @@ from trainer.config import TrainConfig
 from trainer.config.dataset_spec import is_template_file
 from trainer.data.run_data import Data
 from trainer.data.templates.template import Template
-from trainer.engine.engine import Engine
-from trainer.engine.whole_state import gather_live
+from trainer.engine.whole_state import StateOwner, gather_live
 from trainer.errors import TRIAL, TrainingError
 from trainer.models.end_tokens import save_tokenizer
 from trainer.tracking.files import build_summary, read_metrics
@@ -25,7 +24,7 @@ from trainer.training.outcome import Outcome
 logger = logging.getLogger(__name__)
 
 
-def save_final(engine: Engine, run_dir: Path, tokenizer: Any, config: TrainConfig, end_ids: Sequence[int]) -> None:
+def save_final(engine: StateOwner, run_dir: Path, tokenizer: Any, config: TrainConfig, end_ids: Sequence[int]) -> None:
     """Save the adapter (or the whole model) with its tokenizer and read it back. A collective.
 
     Args:

@@ -6,16 +6,13 @@ Everything that decides what a step does is computed alike on every rank, or car
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +28,9 @@ from trainer.errors import NotFiniteError
 from trainer.evaluation.evaluate import EvalResult, evaluate
 from trainer.evaluation.generator import Generator
 from trainer.tracking.tracker import Tracker
+from trainer.training.dropout_seed import dropout_seed
 from trainer.training.monitor import Decision, EvalMonitor
-from trainer.training.not_finite import first_not_finite, norm_not_finite
+from trainer.training.not_finite import check_norm, first_not_finite
 from trainer.training.outcome import Outcome, Progress, StepResult, StepStatus
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
@@ -75,31 +73,34 @@ class Loop:
         outcome = progress.outcome
         try:
             self._raise_if_stopping("start")
-            if first_step == 0 and self.config.eval.before and self.schedule.has_validation:
-                self._evaluate_before()
+            if self.evaluates_before(first_step):
+                self.evaluated_before(self.evaluate())
             self.meter.start()
-            ends = record is not None and self._end_step(record, progress)
+            ends = record is not None and self.end_step(record, progress)
             while not ends and outcome.steps < self.schedule.total_steps:
                 if outcome.steps and self.schedule.due(outcome.steps).stop:
                     raise StopRequested  # after the step's evaluation: whoever asked for it may judge by that
                 result = self.next_step(progress)
-                outcome.steps += 1
-                if "loss" in result.record:
-                    self.monitor.trained(result.record["loss"])
-                due = self.schedule.due(outcome.steps)
-                is_due = due.checkpoint or due.evaluation or due.is_last or result.save_due
-                if result.stop_requested or is_due:
-                    self._save(progress, result.record)
+                if self.count_step(progress, result):
+                    self.save(progress, result.record)
                 if result.stop_requested:
                     self.tracker.log(result.record)
                     raise StopRequested
-                ends = self._end_step(result.record, progress)
+                ends = self.end_step(result.record, progress)
         except StopRequested:
-            return Outcome("preempted", progress.saved, outcome.train_loss, save_seconds=outcome.save_seconds)
-        self._end_with_best(outcome)
+            return progress.preempted()
+        self.end_with_best(outcome)
         return outcome
 
-    def _end_step(self, record: dict[str, Any], progress: Progress) -> bool:
+    def count_step(self, progress: Progress, result: StepResult) -> bool:
+        """Count an update, and return whether it is to be saved: before whatever follows on it."""
+        progress.outcome.steps += 1
+        if "loss" in result.record:
+            self.monitor.trained(result.record["loss"])
+        due = self.schedule.due(progress.outcome.steps)
+        return result.stop_requested or due.checkpoint or due.evaluation or due.is_last or result.save_due
+
+    def end_step(self, record: dict[str, Any], progress: Progress) -> bool:
         """Evaluate where it is due, log the step, and return whether the run ends with it."""
         outcome, done = progress.outcome, record["step"]
         outcome.train_loss = record.get("loss", outcome.train_loss)
@@ -109,7 +110,7 @@ class Loop:
             outcome.scores = self.evaluate().metrics
             decision = self.monitor.evaluated(done, outcome.scores)
             # It was saved before its evaluation; where that failed, a new best is worth another try.
-            if decision.is_best and progress.saved < done and not self._save(progress, record, state_before):
+            if decision.is_best and progress.saved < done and not self.save(progress, record, state_before):
                 self.monitor.not_saved()
             record = {**record, **outcome.scores}
         self.tracker.log(record)
@@ -131,7 +132,7 @@ class Loop:
         self.stage("data", step + 1)
         made = self.loader.load(step)
         data_seconds = time.perf_counter() - begin
-        seeds = [_dropout_seed(self.config.run.seed, step, self.world.rank, k) for k in range(len(made.batches))]
+        seeds = [dropout_seed(self.config.run.seed, step, self.world.rank, k) for k in range(len(made.batches))]
         on_progress = partial(self.stage, "forward and backward")
         on_progress()
         scale = self.world.world_size / made.label_tokens
@@ -140,21 +141,27 @@ class Loop:
         status = self._reduce_step_status(step, made, sums, gradients_finite)
         self.stage("update")
         update = self._update(step)
-        self._check_update(step, update, made.chosen)
-
-        record = {
-            "step": step + 1,
-            "epoch": self.schedule.epoch(step + 1),
-            "loss": status.loss,
-            "grad_norm": update.grad_norm,
-            "learning_rate": self.schedule.learning_rate(step),
-            "label_tokens": made.label_tokens,
-            **self.meter.measure(time.perf_counter() - begin, data_seconds, made, status.computed_flops),
-        }
-        record["elapsed_seconds"] = time.perf_counter() - self.begin
+        check_norm(step, update, made.chosen, self.data.train, self.engine)
+        costs = self.meter.measure(time.perf_counter() - begin, data_seconds, made, status.computed_flops)
+        record = self.step_record(step, status.loss, update, made.label_tokens, costs)
         if self.engine.dtype == torch.float16:
             record["loss_scale"] = self.engine.loss_scale
         return StepResult(record, status.stop_requested, status.save_due)
+
+    def step_record(
+        self, step: int, loss: float, update: Update, label_tokens: int, costs: dict[str, float | int]
+    ) -> dict[str, Any]:
+        """Build what metrics.jsonl holds of the update after ``step`` others; ``costs``: of the meter."""
+        return {
+            "step": step + 1,
+            "epoch": self.schedule.epoch(step + 1),
+            "loss": loss,
+            "grad_norm": update.grad_norm,
+            "learning_rate": self.schedule.learning_rate(step),
+            "label_tokens": label_tokens,
+            **costs,
+            "elapsed_seconds": time.perf_counter() - self.begin,
+        }
 
     def evaluate(self) -> EvalResult:
         """Score the held-out rows and show samples. A collective.
@@ -164,45 +171,47 @@ class Loop:
         """
         self.stage("evaluate")
         self.engine.eval()
-        scores = evaluate(
-            self.engine,
-            self.generator,
-            self.packing,
-            self.data,
-            self.config,
-            self.world,
-            between_batches=partial(self._raise_if_stopping, "evaluate"),
-        )
+        parts = self.engine, self.generator, self.packing, self.data, self.config, self.world
+        scores = evaluate(*parts, between_batches=partial(self._raise_if_stopping, "evaluate"))
         self.engine.train()
         if scores.samples:
             rows = [{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples]
             self.tracker.samples(rows)
         return scores
 
-    def _evaluate_before(self) -> None:
-        scores = self.evaluate().metrics
-        self.monitor.evaluated(0, scores)
-        self.tracker.log({"step": 0, "epoch": 0.0, **scores})
+    def evaluates_before(self, first_step: int) -> bool:
+        """Return whether the untrained weights are scored."""
+        return first_step == 0 and self.config.eval.before and self.schedule.has_validation
+
+    def evaluated_before(self, scores: EvalResult) -> None:
+        """Take the scores of the untrained weights."""
+        self.monitor.evaluated(0, scores.metrics)
+        self.tracker.log({"step": 0, "epoch": 0.0, **scores.metrics})
 
     def next_step(self, progress: Progress) -> StepResult:
         """Make the next update, or leave it out as ``fault.non_finite`` says. Where the run ends with it, what there is
         is saved: it is from before the failure, and good."""
-        outcome = progress.outcome
-        step = outcome.steps = self.skipped.after(outcome.steps)
+        step = progress.outcome.steps = self.skipped.after(progress.outcome.steps)
         if step in self.skipped.first:
-            return self._skipped_step(progress)
+            return self.skipped_step(progress)
         try:
             return self.step(step)
         except NotFiniteError as error:
-            if self.config.fault.non_finite == "stop" or self.skipped.is_stuck(step):
-                if step > progress.saved:
-                    self._save(progress, None)
-                raise
-            first_step = self._rewind(progress) if self.config.fault.non_finite == "rewind" else step
-            self.skipped.add(first_step, step, error)
-            steps = f"step {step + 1}" if first_step == step else f"steps {first_step + 1} to {step + 1}"
-            logger.warning(f"{error}; the run goes on without {steps} (fault.non_finite)")
-            return self._skipped_step(progress)
+            return self.leave_out(progress, error)
+
+    def leave_out(self, progress: Progress, error: NotFiniteError) -> StepResult:
+        """Leave out the update that was not finite, where ``fault.non_finite`` lets the run go on; else save what there
+        is and raise."""
+        step = progress.outcome.steps
+        if self.config.fault.non_finite == "stop" or self.skipped.is_stuck(step):
+            if step > progress.saved:
+                self.save(progress, None)
+            raise error
+        first_step = self._rewind(progress) if self.config.fault.non_finite == "rewind" else step
+        self.skipped.add(first_step, step, error)
+        steps = f"step {step + 1}" if first_step == step else f"steps {first_step + 1} to {step + 1}"
+        logger.warning(f"{error}; the run goes on without {steps} (fault.non_finite)")
+        return self.skipped_step(progress)
 
     def _rewind(self, progress: Progress) -> int:
         """Restore the newest checkpoint from before this step's own start; return its step. A collective."""
@@ -215,7 +224,8 @@ class Loop:
         progress.saved = restored.step
         return restored.step
 
-    def _skipped_step(self, progress: Progress) -> StepResult:
+    def skipped_step(self, progress: Progress) -> StepResult:
+        """Return the result of a step without an update."""
         done = progress.outcome.steps + 1
         progress.outcome.skipped_steps = self.skipped.count(done)
         record = {"step": done, "epoch": self.schedule.epoch(done), "skipped_steps": progress.outcome.skipped_steps}
@@ -251,13 +261,7 @@ class Loop:
             raise first_not_finite(step, made.batches, sums.tolist(), failed_here, self.data.train)
         return StepStatus(total / made.label_tokens, stops > 0, computed_flops, saves > 0)
 
-    def _check_update(self, step: int, update: Update, chosen: np.ndarray) -> None:
-        if not math.isfinite(update.grad_norm) and (update.applied or self.engine.dtype != torch.float16):
-            raise norm_not_finite(step, [int(row) for row in chosen], self.data.train, was_applied=update.applied)
-        if not update.applied:
-            logger.info(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {self.engine.loss_scale:g}")
-
-    def _save(
+    def save(
         self, progress: Progress, record: dict[str, Any] | None, monitor_state: dict[str, Any] | None = None
     ) -> bool:
         """Save a checkpoint of the steps so far; ``monitor_state``: of before an evaluation that was made already."""
@@ -279,7 +283,7 @@ class Loop:
         if stops:
             raise StopRequested
 
-    def _end_with_best(self, outcome: Outcome) -> None:
+    def end_with_best(self, outcome: Outcome) -> None:
         """Restore the weights of the best evaluation, where ``eval.best_metric`` asks for them. A collective."""
         if self.config.eval.best_metric is None:
             return
@@ -292,9 +296,3 @@ class Loop:
             return
         self.checkpointer.restore(folder)
         outcome.best_step, outcome.scores = best["step"], best["scores"]
-
-
-def _dropout_seed(seed: int, step: int, rank: int, micro: int) -> int:
-    """Return a 63-bit seed of its own for every forward, so that no random state need be saved."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}/{micro}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

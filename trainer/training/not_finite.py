@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+
+import numpy as np
+import torch
 
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.run_data import Rows
 from trainer.distributed.process_group import gather_objects
+from trainer.engine.engine import Update
+from trainer.engine.zero_engine import ZeroEngine
 from trainer.errors import NotFiniteError, TrainingError
 
 NAMED_ROWS = 16  # in an error
+
+logger = logging.getLogger(__name__)
 
 
 def first_not_finite(
@@ -32,6 +40,26 @@ def first_not_finite(
     error = NotFiniteError(f"step {step + 1}, rank {rank}", reason=_reason(what, names), hint=_HINT)
     error.rank = rank
     return error
+
+
+def check_norm(step: int, update: Update, chosen: np.ndarray, rows: Rows, engine: ZeroEngine) -> None:
+    """Raise for an update whose gradient norm is not finite; in fp16, where it is the loss scale's, log it.
+
+    Args:
+        step: updates taken before it.
+        update: as the engine took it, or did not.
+        chosen: the rows of the global batch.
+        rows: the training rows.
+        engine: that took it.
+
+    Raises:
+        NotFiniteError: the update was not made.
+        TrainingError: it was made, and the weights are spoiled.
+    """
+    if not math.isfinite(update.grad_norm) and (update.applied or engine.dtype != torch.float16):
+        raise norm_not_finite(step, [int(row) for row in chosen], rows, was_applied=update.applied)
+    if not update.applied:
+        logger.info(f"step {step + 1}: fp16 overflow, update skipped, loss scale now {engine.loss_scale:g}")
 
 
 def norm_not_finite(step: int, chosen: list[int], rows: Rows, *, was_applied: bool) -> TrainingError:

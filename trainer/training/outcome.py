@@ -38,6 +38,10 @@ class Progress:
     outcome: Outcome
     saved: int
 
+    def preempted(self) -> Outcome:
+        """Return the outcome of a run that was stopped: what was saved last is what it has come to."""
+        return Outcome("preempted", self.saved, self.outcome.train_loss, save_seconds=self.outcome.save_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

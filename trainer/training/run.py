@@ -5,27 +5,21 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.checkpoint.commit import archive_after
 from trainer.checkpoint.config_history import write_config
-from trainer.checkpoint.run_folder import Run, open_run
+from trainer.checkpoint.run_folder import open_run
 from trainer.config import TrainConfig
-from trainer.config.identity import run_identity
-from trainer.data.batching.packing import Packing
 from trainer.data.load import load_data
-from trainer.data.run_data import Data
-from trainer.data.step_batches import StepLoader, StepSource
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
 from trainer.engine.device import device_name
 from trainer.errors import PREEMPTED_EXIT_CODE
-from trainer.evaluation.generator import Generator
 from trainer.kernels.deterministic import use_deterministic_kernels
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
@@ -35,53 +29,20 @@ from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built, build
 from trainer.training.faults import watched
 from trainer.training.finish import copy_rejected_rows, log_result, name_stop, save_final, summarize
+from trainer.training.job import (
+    Job,
+    create_checkpointer,
+    create_loop,
+    create_schedule,
+    open_monitor,
+)
 from trainer.training.loop import Loop
-from trainer.training.monitor import EvalMonitor
 from trainer.training.out_of_memory import explain_out_of_memory, out_of_memory_explained
 from trainer.training.outcome import Outcome
-from trainer.training.save_timer import SaveTimer
-from trainer.training.schedule import Schedule
-from trainer.training.skipped_steps import SkippedSteps
 from trainer.training.start import log_start, values_taken
 from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-def _told_nobody(*_: Any) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a run starts from, before its model is loaded.
-
-    Attributes:
-        config: the whole configuration.
-        world: this process.
-        base_dir: the base model's local folder or hub id.
-        tokenizer: of the base.
-        data: the prepared rows.
-        run: the run folder, and where it resumes from.
-        stop: set when the process is asked to stop.
-        begin: ``time.perf_counter()`` at the start of the process's work, less what earlier lives of the run took.
-        stage: told what this rank does (``Heartbeat.stage``).
-    """
-
-    config: TrainConfig
-    world: World
-    base_dir: str
-    tokenizer: Any
-    data: Data
-    run: Run
-    stop: StopRequest
-    begin: float
-    stage: Callable[..., None] = _told_nobody
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far, of all lives."""
-        return time.perf_counter() - self.begin
 
 
 def train(config: TrainConfig, world: World) -> int:
@@ -108,7 +69,7 @@ def train(config: TrainConfig, world: World) -> int:
                 stop=stop,
                 begin=begin - run.elapsed_before(),
             )
-            stop.begin(run.folder / STOP_FILE if world.is_main else None)
+            stop.begin(*([run.folder / STOP_FILE] if world.is_main else []))
             record_failure = partial(_record_failure, job)
             with (
                 watched(run.folder, world, config.fault.timeout_seconds, record_failure) as heartbeat,
@@ -128,7 +89,7 @@ def run_job(job: Job) -> Outcome:
     checkpointer = create_checkpointer(job, built)
     restored = checkpointer.restore(run.resume_from)
     schedule = create_schedule(job)
-    _write_run_files(job, restored.step, values_taken(config, built.model_info, schedule.total_steps))
+    write_run_files(job, restored.step, values_taken(config, built.model_info, schedule.total_steps))
     tracker = Tracker.open(
         config,
         run.folder,
@@ -140,106 +101,24 @@ def run_job(job: Job) -> Outcome:
     summary: dict[str, Any] = {}
     try:
         monitor = open_monitor(config, restored.monitor_state, checkpointer)
-        loop = create_loop(job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule)
+        loop = create_loop(
+            job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule, kind=Loop
+        )
         if world.is_main:
             log_start(config, job.data, built.model_info, run.folder, restored.step, loop.loader.source)
         with closing(loop.loader):
             outcome = loop.train(restored.step, restored.record)
         job.stage("end")
-        summary = _finish(job, built, outcome, schedule.total_steps)
+        summary = finish_run(job, built, outcome, schedule.total_steps)
         return outcome
     except Exception as error:
-        summary = _failure(job, error)
+        summary = describe_failure(job, error)
         raise
     finally:
         tracker.close(summary)
 
 
-def create_checkpointer(job: Job, built: Built) -> Checkpointer:
-    """Create what saves this run's checkpoints in its folder, and restores from them."""
-    return Checkpointer(
-        engine=built.engine,
-        run_dir=job.run.folder,
-        run_identity=run_identity(job.config, job.data.fingerprint),
-        config=job.config.checkpoint,
-    )
-
-
-def open_monitor(config: TrainConfig, state: dict[str, Any] | None, checkpointer: Checkpointer) -> EvalMonitor:
-    """Resume the monitor of evaluations from a checkpoint's state (``None``: fresh). A collective.
-
-    A run that resumes from an older checkpoint may have lost what was the best then: it is given up.
-    """
-    monitor = EvalMonitor(config.eval, state)
-    if monitor.best_step is not None:
-        _, corruption = checkpointer.inspect(monitor.best_step)
-        if corruption is not None:
-            logger.warning(f"the best evaluation so far, of step {monitor.best_step}, is given up: {corruption}")
-            monitor.lose_best()
-    return monitor
-
-
-def create_schedule(job: Job) -> Schedule:
-    """Create what says which learning rate a step has, and what is due after it."""
-    data = job.data
-    steps = data.total_steps(job.config.batch)
-    return Schedule(job.config, steps, len(data.train), has_validation=len(data.validation) > 0)
-
-
-def create_loop(
-    job: Job, built: Built, *, checkpointer: Checkpointer, tracker: Tracker, monitor: EvalMonitor, schedule: Schedule
-) -> Loop:
-    """Put a run's loop together from its parts."""
-    return Loop(
-        config=job.config,
-        world=job.world,
-        data=job.data,
-        packing=built.packing,
-        loader=create_loader(job, built.packing, schedule.total_steps),
-        engine=built.engine,
-        generator=create_generator(job, built),
-        tracker=tracker,
-        meter=built.meter,
-        stop=job.stop,
-        checkpointer=checkpointer,
-        monitor=monitor,
-        schedule=schedule,
-        save_timer=SaveTimer(job.config.checkpoint.every_minutes),
-        skipped=SkippedSteps.read(job.run.folder, job.world),
-        stage=job.stage,
-        begin=job.begin,
-    )
-
-
-def create_loader(job: Job, packing: Packing, total_steps: int) -> StepLoader:
-    """Create what makes the batches of each step."""
-    source = StepSource(
-        rows=job.data.train,
-        packing=packing,
-        seed=job.config.run.seed,
-        global_size=job.config.batch.global_size,
-        rank=job.world.rank,
-        world_size=job.world.world_size,
-        device=job.world.device,
-    )
-    return StepLoader(source, total_steps)
-
-
-def create_generator(job: Job, built: Built) -> Generator:
-    """Create what answers prompts with the model in training; under ZeRO-3 all ranks generate in lockstep."""
-    config = job.config
-    return Generator(
-        built.engine.model,
-        job.tokenizer,
-        config.generate,
-        job.data.end_ids,
-        job.world.device,
-        lockstep=config.zero.stage == 3,
-        opening_ids=job.data.opening_ids,
-    )
-
-
-def _write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
+def write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
     """Write what the run folder holds from the start, and archive checkpoints that the run has gone back behind."""
     world, folder = job.world, job.run.folder
     devices = distributed.gather_objects(device_name(world.device))
@@ -251,14 +130,32 @@ def _write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
         write_environment(folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
 
 
-def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[str, Any]:
-    """Save what was trained, write the summary, log the result."""
+def finish_run(
+    job: Job,
+    built: Built,
+    outcome: Outcome,
+    total_steps: int,
+    *,
+    stopped_by: str | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Save what was trained, write the summary, log the result.
+
+    Args:
+        job: the run.
+        built: what it trained.
+        outcome: how it ended.
+        total_steps: that were planned.
+        stopped_by: what has stopped it, where that was no request to this process.
+        more: what else the summary holds.
+    """
     if outcome.status == "finished":
         save_final(built.engine, job.run.folder, job.tokenizer, job.config, job.data.end_ids)
         if (found := built.engine.runtime.describe()) is not None:
             logger.info(found)
-    stopped_by = name_stop(job.config, outcome, job.stop.name)
+    stopped_by = stopped_by or name_stop(job.config, outcome, job.stop.name)
     summary = summarize(outcome, built.model_info, job.run, job.seconds, job.data.fingerprint, stopped_by)
+    summary |= more or {}
     if job.world.is_main:
         write_summary(job.run.folder, summary)
         log_result(job.config, outcome, job.run, summary, total_steps)
@@ -267,10 +164,10 @@ def _finish(job: Job, built: Built, outcome: Outcome, total_steps: int) -> dict[
 
 def _record_failure(job: Job, error: Exception) -> None:
     """Write the summary of a failed run, on whichever rank fails: rank 0 may never hear of it."""
-    write_summary(job.run.folder, _failure(job, error))
+    write_summary(job.run.folder, describe_failure(job, error))
 
 
-def _failure(job: Job, error: Exception) -> dict[str, Any]:
+def describe_failure(job: Job, error: Exception) -> dict[str, Any]:
     """Build the summary of a run that failed."""
     shown = explain_out_of_memory(error, job.config, job.world) or error
     return build_summary(

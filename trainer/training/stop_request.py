@@ -21,7 +21,7 @@ class StopRequested(Exception):
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), by a file ``STOP`` in the run folder, and
+    """Set by SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP (a closed terminal), by a file ``STOP`` in a run folder, and
     by the death of what has started this process: nobody would wait for it any more, nor could stop it.
 
     The loop shares it with all ranks in its own small all-reduce, so that all stop after the same step. torchrun sends
@@ -30,20 +30,20 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._file: Path | None = None
+        self._files: tuple[Path, ...] = ()
         self._looked = 0.0
         self._is_training = False
         # A shell that leaves a run behind is no launcher: torchrun's agent and ours say who they are.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._launchers = [int(pid) for pid in os.environ.get(LAUNCHER_PIDS, "").split(",") if pid.isdigit()]
 
-    def begin(self, stop_file: Path | None) -> None:
+    def begin(self, *stop_files: Path) -> None:
         """From now on there is something to save, and who looks at ``wanted``.
 
         Args:
-            stop_file: asks to stop where it appears, and is taken away then; ``None``: another rank looks for it.
+            stop_files: each asks to stop where it appears, and is taken away then; none: another rank looks for them.
         """
-        self._file, self._is_training = stop_file, True
+        self._files, self._is_training = stop_files, True
 
     def install(self) -> StopRequest:
         """Take over the signals of this process; of another thread than its main one, none can be."""
@@ -69,9 +69,10 @@ class StopRequest:
         return self.name is not None
 
     def _look(self) -> None:
-        if self._file is not None and self._file.exists():
-            self._file.unlink(missing_ok=True)
-            self.name = STOP_FILE
+        for file in self._files:
+            if file.exists():
+                file.unlink(missing_ok=True)
+                self.name = STOP_FILE
 
     def _watch_launcher(self) -> None:
         while self._has_launcher():

@@ -68,13 +68,22 @@ def test_a_file_in_the_run_folder_asks_once(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "STOP").exists(), "or the next start would stop at once"
 
 
+def test_a_file_in_any_run_folder_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_request, "LOOK_SECONDS", 0.0)
+    stop = StopRequest()
+    stop.begin(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b").touch()
+    assert stop.wanted
+    assert not (tmp_path / "b").exists()
+
+
 WITHOUT_LAUNCHER = """
 import sys, time
 from trainer.training import stop_request
 stop_request.LOOK_SECONDS = 0.05
 stop = stop_request.StopRequest().install()
 if sys.argv[1] == "training":
-    stop.begin(None)
+    stop.begin()
 print("ready", flush=True)
 while not stop.wanted:
     time.sleep(0.01)
