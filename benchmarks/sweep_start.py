@@ -2,7 +2,7 @@
 
 python benchmarks/sweep_start.py [TURNS]
 
-Only the ratio says something: both have the machine as it is then. Writes benchmarks/sweep.md.
+Only the ratio says something: both have the machine as it is then. Writes benchmarks/sweep_start.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ A sweep loads the libraries once and forks a process for each trial; its adapter
 `afina train` (`tests/end_to_end/test_sweep_verb.py`). What is left of a trial is its own: data, model, verification of
 the trie, updates. The longer a trial, the less there is to save.
 """
-    (HERE / "sweep.md").write_text(page)
+    (HERE / "sweep_start.md").write_text(page)
 
 
 def seconds(arguments: list[str], folder: str, environment: dict[str, str]) -> float:

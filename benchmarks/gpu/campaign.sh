@@ -9,6 +9,7 @@
 #   KIT_STEPS=7  KIT_LIMIT=75       updates, and seconds, of one training of the stage speed
 #   KIT_CORRECT=170  KIT_WORKERS=8  seconds of the stage suite, and its trainings at a time
 #   KIT_CASES=lora,same             parts of the names of its trainings; empty: all
+#   KIT_SHAPES="8b8"                the models to make; empty: all
 #   KIT_WORK  KIT_MODELS  KIT_SITE  KIT_TOKENIZER   folders for runs, models (24 GB), unpacked wheels; the tokenizer
 set -u
 START=$(date +%s)
@@ -23,7 +24,7 @@ TOKENIZER=${KIT_TOKENIZER:-$ROOT/.gpu/tokenizer}
 ONLY=${ONLY:-env suite micro speed}
 RUNS=${KIT_RUNS:-}
 STEPS=${KIT_STEPS:-7}
-SHAPES="8b8 1b 135m 8b"; SCALE=1; LONGEST=2048; DTYPE=bf16
+SHAPES=${KIT_SHAPES:-8b8 1b 135m 8b}; SCALE=1; LONGEST=2048; DTYPE=bf16
 if [ -n "$DRY" ]; then # on a CPU seconds mean nothing, so nothing is cut off
   BUDGET=${BUDGET:-7200}; CORRECT=${KIT_CORRECT:-3600}; LIMIT=${KIT_LIMIT:-600}; MICRO=600; SMALL=300
   SHAPES=dry; SCALE=16; LONGEST=256; DTYPE=auto; WORKERS=${KIT_WORKERS:-2}; TESTERS=1
@@ -104,6 +105,17 @@ afina() {
     $(base "$model" "$data") "run.dir=$WORK/runs" "run.name=$name" run.overwrite=true "$@"
 }
 
+# sweep NAME MODEL DATA overrides…: eight trials as one fused group, then one of them by itself; NAME_lone is that alone
+sweep() {
+  local name=$1 model=$2 data=$3 options="--trials 8" run
+  shift 3
+  for run in "$name" "${name}_lone"; do
+    { chosen "$name" || chosen "$run"; } && stage "$run" "$LIMIT" $(kit train_together) $options "$WORK/$run.json" \
+      $(base "$model" "$data") "run.dir=$WORK/runs" "run.name=$run" run.overwrite=true "$@"
+    options=
+  done
+}
+
 # trl NAME MODEL DATA "OPTIONS" overrides…
 trl() {
   local name=$1 model=$2 data=$3 options=$4
@@ -144,6 +156,11 @@ if wants speed; then
   afina 8b8_trie_deterministic 8b8  unshared "" $U $ON run.deterministic=true
   trl   8b8_trl_padded         8b8  unshared "" $U $ON
   afina 8b8_16k                8b8  unshared "" ${U/8192/16384} $ON
+  # rows of 62 to 145 tokens, 96 in the mean: about 256 and 2,048 tokens a trial and update, all trials in one forward
+  P="batch.global_size=3 batch.micro_tokens=24576"; Q="batch.global_size=21 batch.micro_tokens=24576"
+  [ -n "$DRY" ] && P="data.max_length=128 batch.global_size=3 batch.micro_tokens=2048" && Q="batch.global_size=8 batch.micro_tokens=2048"
+  sweep 8b8_sweep_256          8b8  short    $P $OFF
+  sweep 8b8_sweep_2048         8b8  short    $Q $OFF
 fi
 $(kit report) "$OUT/results.jsonl" ${DRY:+--dry} --json "$OUT/results.json" >"$OUT/report.md"
 code=$?

@@ -1,9 +1,10 @@
-"""Make rows out of the project's headlines, in two kinds, as prompt and completion.
+"""Make rows out of the project's headlines, in three kinds, as prompt and completion.
 
 python -m benchmarks.gpu.make_data TOKENIZER FOLDER [--scale 1]
 
 unshared.jsonl  480 rows of 256 to 768 tokens that start differently; the second half is in the loss
 shared.jsonl    1600 rows: the same 1024 tokens, then 64 to 192 of their own, the last half of these in the loss
+short.jsonl     800 rows of about 60 to 145 tokens that start differently; the second half is in the loss
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 HEADLINES = Path(__file__).resolve().parents[2] / "examples" / "headlines" / "headlines.jsonl"
-UNSHARED_ROWS, SHARED_ROWS = 480, 1600
+UNSHARED_ROWS, SHARED_ROWS, SHORT_ROWS = 480, 1600, 800
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write both files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("tokenizer", type=Path, help="a folder with tokenizer.json")
     parser.add_argument("folder", type=Path, help="where the files go")
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unshared = [row("", random.randint(256, 768) // asked.scale, text) for _ in range(UNSHARED_ROWS)]
     prefix = text(1024 // asked.scale) + "\n"
     shared = [row(prefix, random.randint(64, 192) // asked.scale, text) for _ in range(SHARED_ROWS)]
-    for name, rows in (("unshared", unshared), ("shared", shared)):
+    short = [row("", random.randint(48, 96) // asked.scale, text) for _ in range(SHORT_ROWS)]  # last: the others stay
+    for name, rows in (("unshared", unshared), ("shared", shared), ("short", short)):
         (asked.folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 

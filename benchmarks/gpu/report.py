@@ -17,6 +17,7 @@ from typing import Any
 # NeMo Automodel's published LoRA training of Llama-3.1-8B on one H100: useful tokens a second, and its utilization,
 # which counts 4 operations a frozen weight and token, as afina's does.
 NEMO_TOKENS_PER_SECOND, NEMO_UTILIZATION = 12473, 0.406
+LONE = "_lone"  # ends the name of the lone run that a fused group stands beside
 NORM = 1e-5  # fp32: how far any way of training may be from one plain process
 STEP = (
     ("median step s", "median_step_seconds", "{:.3f}"),
@@ -126,7 +127,23 @@ def speed_lines(rows: list[Row], dry: bool) -> list[str]:
     lines.append("")
     lines += [beside_nemo(row) for row in timed if row["stage"].startswith("8b_") and not dry]
     lines += [f"- {row['stage']}: {row['kernels_left_out']}" for row in timed if "kernels_left_out" in row]
-    return lines
+    return lines + fused_lines(timed)
+
+
+def fused_lines(timed: list[Row]) -> list[str]:
+    """Return a line for each fused group whose lone run was timed too."""
+    lone = {row["stage"]: row for row in timed if row["stage"].endswith(LONE)}
+    groups = [row for row in timed if row["stage"] + LONE in lone]
+    return [beside_lone(group, lone[group["stage"] + LONE]) for group in groups]
+
+
+def beside_lone(group: Row, lone: Row) -> str:
+    """Return a line that puts a step of a fused group beside the steps that its trials would take apart."""
+    trials, fused, apart = group["trials"], group["median_step_seconds"], lone["median_step_seconds"]
+    return (
+        f"- {group['stage']}: a step of {trials} trials on one base takes {fused:.3f} s, {trials} lone steps take "
+        f"{trials * apart:.3f} s: {trials * apart / fused:.2f} × as fast"
+    )
 
 
 def beside_nemo(row: Row) -> str:

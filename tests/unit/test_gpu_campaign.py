@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.processes import ROOT, run
+from trainer.config import load, run_folder
 
 KIT = ROOT / "benchmarks" / "gpu"
 MODULES = sorted(f"benchmarks.gpu.{path.stem}" for path in KIT.glob("*.py") if path.stem != "__init__")
@@ -31,8 +32,10 @@ OTHERS = (
     "_rows",
     "_score",
     "merge_memory",
+    "methods",
     "preparation",
     "quality",
+    "sweep",
     "throughput",
 )
 
@@ -170,6 +173,44 @@ def test_the_report_shows_results_and_failures(tmp_path: Path, capsys: pytest.Ca
     collect.main([str(results), "8b", "1", "3", str(log), str(tmp_path / "none")])
     assert report.main([str(results)]) == 1
     assert "- 8b: **failed** (1): `Traceback | RuntimeError: out of memory`" in capsys.readouterr().out
+
+
+def test_the_report_puts_a_fused_group_beside_its_trials_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    found = {"8b8_sweep_256": 0.5, "8b8_sweep_256_lone": 0.25, "8b8_sweep_2048": 2.0}
+    rows = [{"stage": stage, "code": 0, "trials": 8, "median_step_seconds": s} for stage, s in found.items()]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert kit("report").main([str(results)]) == 0
+    text = capsys.readouterr().out
+    assert "- 8b8_sweep_256: a step of 8 trials on one base takes 0.500 s, 8 lone steps take 2.000 s: 4.00 ×" in text
+    assert "- 8b8_sweep_2048:" not in text
+
+
+def test_a_group_for_the_kit_is_what_a_sweep_would_write(tmp_path: Path) -> None:
+    together = kit("train_together")
+    trials = together.trials_of(["debug=tiny", "optim.learning_rate=1e-3", f"run.dir={tmp_path}", "run.name=s"], 3)
+    configs = [load(trial) for trial in trials]
+    assert [config.optim.learning_rate for config in configs] == pytest.approx([1e-3, 1.25e-3, 1.5625e-3])
+    assert [run_folder(config) for config in configs] == [tmp_path / "s" / f"trial{k}" for k in range(3)]
+    file = together.write_group(trials)
+    assert file.parents[2] == tmp_path / "s"
+    assert json.loads(file.read_text()) == {"config": None, "trials": trials, "halving": None}
+
+
+def test_a_groups_step_counts_once(tmp_path: Path) -> None:
+    seconds = {"a": [9.0, 9.0, 1.0, 2.0, 3.0], "b": [9.0, 9.0, 1.5, 1.0, 3.0]}
+    for name, found in seconds.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": n, "step_seconds": s, "useful_tokens": 13, "loss": 1.0} for n, s in enumerate(found, 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    together = kit("train_together").summary([tmp_path / "a", tmp_path / "b"])
+    assert together["trials"] == 2
+    assert together["median_step_seconds"] == 2.0
+    assert together["useful_tokens_per_second"] == pytest.approx(3 * 2 * 13 / 6.5)
+    lone = kit("train_together").summary([tmp_path / "a"])
+    assert lone["useful_tokens_per_second"] == pytest.approx(3 * 13 / 6.0)
 
 
 @pytest.mark.parametrize("name", ["campaign.sh", "prepare.sh"])
