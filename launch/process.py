@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from launch.stop_signals import STOP_SIGNALS, stop_signals
 from trainer.errors import LAUNCHER_PIDS, AfinaError, LaunchError
@@ -52,8 +53,16 @@ def exit_code(folder: Path, before: tuple[int, int] | None, code: int, stopped_b
     if summary_identity(folder) == before:
         # nothing was written by this job: a finished run started again (code 0), or a death before the run folder
         return _without_summary(code, stopped_by, folder)
-    # torchrun's own code is non-zero after a clean stop, so the run's word counts
-    summary = find_summary(folder)
+    return code_of(find_summary(folder), code)
+
+
+def code_of(summary: Mapping[str, Any], code: int) -> int:
+    """Return how a run ended by its summary: torchrun's own code is non-zero after a clean stop, so its word counts.
+
+    Args:
+        summary: that it has left.
+        code: the process's own code.
+    """
     if summary.get("status") == "finished":
         return 0
     if summary.get("status") == "preempted":

@@ -89,6 +89,7 @@ def show(header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[
         widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
         for line in [header, *rows]:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        sys.stdout.flush()  # what is logged next comes behind it, where both are one file
         return
     from rich.console import Console
     from rich.markup import escape

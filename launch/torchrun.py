@@ -32,6 +32,10 @@ def train_arguments(config: TrainConfig, overrides: Sequence[str], config_file: 
 
 def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | None = None) -> list[str]:
     """Build the whole command line: torchrun's agent for this node and what each of its workers runs."""
+    return [*_agent(config), *train_arguments(config, overrides, config_file)]
+
+
+def _agent(config: TrainConfig) -> list[str]:
     settings = config.launch
     head = [sys.executable, "-m", "trainer.torchrun"]
     head += [
@@ -47,7 +51,7 @@ def command(config: TrainConfig, overrides: Sequence[str], config_file: Path | N
         head += ["--rdzv-backend=static", f"--node-rank={settings.node_rank}"]
         head += [f"--rdzv-conf=timeout={settings.rendezvous_seconds}"]
         head += [f"--master-addr={settings.master_address}", f"--master-port={settings.master_port}"]
-    return [*head, "-m", "trainer.train", *train_arguments(config, overrides, config_file)]
+    return [*head, "-m", "trainer.train"]
 
 
 def launch(
@@ -67,6 +71,19 @@ def launch(
     Raises:
         LaunchError: the processes died without a summary.
     """
+    arguments = train_arguments(config, overrides, config_file)
+    return run(config, arguments, trainer.config.run_folder(config), variables)
+
+
+def run(config: TrainConfig, arguments: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None) -> int:
+    """Run `trainer.train` on this node to its end; returns and raises as :func:`launch`.
+
+    Args:
+        config: how it is started, with ``launch``.
+        arguments: of `trainer.train`.
+        folder: of the run, whose summary says how it ended; or of a group of runs, which has none.
+        variables: of the processes' environment, beside this one's.
+    """
     environment = child_environment(ranks_per_node(config), visible_gpus(), config.launch.master_address)
     environment |= variables or {}
-    return process.run(command(config, overrides, config_file), environment, trainer.config.run_folder(config))
+    return process.run([*_agent(config), *arguments], environment, folder)

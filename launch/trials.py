@@ -90,10 +90,10 @@ def run_trial(trial: Trial, config_file: Path | None = None, crew: Crew | None =
         return 0, ""
     is_new = process.summary_identity(trial.folder) != before
     reason = (find_summary(trial.folder).get("error") or {}).get("message") if is_new else None
-    return code, reason or _without_reason(code, output)
+    return code, reason or without_reason(code, output)
 
 
-def _without_reason(code: int, output: Path | None) -> str:
+def without_reason(code: int, output: Path | None) -> str:
     """Say where to look for why a process has ended that wrote no summary: what it said is on the screen, or kept."""
     if output is None:
         return f"exit code {code}, its own words are above"
@@ -197,9 +197,9 @@ def run_if_needed(
     Raises:
         TrialOwned: another process trains it.
     """
-    with _claimed(trial) as owner:
+    with claimed(trial) as owner:
         if is_finished(trial):
-            logger.info(f"{label}: {'at its rung' if has_reached(trial) else 'finished'} before")
+            log_done(trial, label)
             return 0, ""
         if owner is not None:
             raise TrialOwned(owner)
@@ -207,15 +207,25 @@ def run_if_needed(
         before = process.summary_identity(trial.folder)
         code, error = run_trial(trial, config_file, crew)
         is_refused = code == LaunchError.exit_code and process.summary_identity(trial.folder) == before
-        if is_refused and not _on_several_nodes(trial) and (owner := find_owner(trial.folder)) is not None:
+        if is_refused and not on_several_nodes(trial) and (owner := find_owner(trial.folder)) is not None:
             raise TrialOwned(owner)  # one that does not claim, `afina train` or another host's, was quicker
+    log_end(trial, label, code, error, crew is not None and crew.is_quiet)
+    return code, error
+
+
+def log_end(trial: Trial, label: str, code: int, error: str, was_quiet: bool) -> None:
+    """Log how a trial ended that was begun here; a good end only where the trial was not seen while it ran."""
     if code in process.STOPPED:
         logger.info(f"{label}: stopped; the same command resumes it")
     elif code:
         logger.info(f"{label}: failed: {error}")
-    elif crew is not None and crew.is_quiet:
+    elif was_quiet:
         logger.info(f"{label}: {_result(trial)}")
-    return code, error
+
+
+def log_done(trial: Trial, label: str) -> None:
+    """Log that there was nothing to do for a trial."""
+    logger.info(f"{label}: {'at its rung' if has_reached(trial) else 'finished'} before")
 
 
 def _result(trial: Trial) -> str:
@@ -228,10 +238,10 @@ def _result(trial: Trial) -> str:
 
 
 @contextmanager
-def _claimed(trial: Trial) -> Iterator[str | None]:
+def claimed(trial: Trial) -> Iterator[str | None]:
     """Claim a trial inside the ``with`` block, from before its process has started; yield whose it is where it is
     another's."""
-    if _on_several_nodes(trial):
+    if on_several_nodes(trial):
         yield None
         return
     folder = trial.folder
@@ -240,7 +250,7 @@ def _claimed(trial: Trial) -> Iterator[str | None]:
         yield find_owner(folder) or (None if is_free else "another process, which is starting it")
 
 
-def _on_several_nodes(trial: Trial) -> bool:
+def on_several_nodes(trial: Trial) -> bool:
     """Return whether the same command runs on every node: then they train the trial together."""
     return trial.config.launch.kind == "torchrun" and trial.config.launch.nodes > 1
 

@@ -48,6 +48,18 @@ class ConfigError(AfinaError):
     exit_code = 2
 
 
+class NotSharedError(ConfigError):
+    """Trials cannot be trained together on this model; each can be trained by itself. Exit code 2."""
+
+    kind = "not shared"
+
+
+class TooManyTrialsError(NotSharedError):
+    """The adapters of so many trials do not fit on a device; those of fewer may. Exit code 2."""
+
+    kind = "too many trials"
+
+
 class DataError(AfinaError):
     """The data cannot be used as it is. Exit code 2: like a wrong key, it is found before anything is paid for."""
 

@@ -30,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deny_others_writing()
     parser = argparse.ArgumentParser(prog="python -m trainer.train", description="train one run")
     parser.add_argument("--config", type=Path, default=None, help="a run's config.yaml, to repeat it")
+    parser.add_argument("--together", type=Path, default=None, help="a file of trials that share a base")
     parser.add_argument("overrides", nargs="*", help="key=value and group=option")
     parsed = parser.parse_args(arguments)
     configure_logging(rank=0 if os.environ.get("RANK", "0") == "0" else 1)
     with loading_libraries():
         from trainer.distributed import process_group as distributed
+        from trainer.together.group import read_group
+        from trainer.together.run import train_together
         from trainer.training.run import train
 
     world = distributed.from_environment()
@@ -42,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_libraries()
     try:
         refuse_copies(os.environ)
+        if parsed.together is not None:
+            return train_together(read_group(parsed.together), world)
         return train(load(parsed.overrides, parsed.config), world)
     except KeyboardInterrupt:  # the second Ctrl-C: the first one asks to save
         if world.is_main:
@@ -63,7 +68,7 @@ def load_libraries() -> None:
     import peft  # noqa: F401
     import torch
 
-    import trainer.training.run  # noqa: F401
+    import trainer.together.run  # noqa: F401
     from trainer.compat.deepspeed import skip_shm_build
 
     if not torch.cuda.is_available():

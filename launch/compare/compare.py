@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import trainer.config
 from launch import process, torchrun
 from launch.compare import report as comparison
 from launch.compare.candidates import Candidate
+from launch.together import TrialGroup, group_trials
 from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
 from trainer.config.messages import as_typed
 from trainer.config.method import METHODS
@@ -148,16 +149,18 @@ def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> Job:
     ratio = grid[-1] / grid[-2] if len(grid) > 1 else 3.0
     rates: list[float] = [_two_digits(candidate.rate * multiple) for multiple in grid]
     for _ in range(1 + MORE_TRIES):
+        tries = {}
         for rate in rates:
             name = f"{folder_name(candidate.name)}-{rate:g}"
-            trial = _build_trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
-            code, error = yield from run_shared(trial, f"{label}, learning rate {rate:g}")
+            tries[rate] = _build_trial(candidate, folder / "tries", name, rate, [*fewer, "eval.before=false"])
+        outcomes = yield from _run_tries(tries, folder / "tries", label)
+        for rate, (code, _) in outcomes.items():
             if code in process.STOPPED:
                 return code
-            loss = (find_summary(trial.folder).get("metrics") or {}).get("eval_loss")
+            loss = (find_summary(tries[rate].folder).get("metrics") or {}).get("eval_loss")
             candidate.tried[rate] = math.inf if code or loss is None else loss
         if math.isinf(min(candidate.tried.values())):  # not for the rate's sake, then
-            candidate.error = error
+            candidate.error = next(reversed(outcomes.values()))[1]
             return 0
         beyond = next_rate(candidate.tried, ratio)
         if beyond is None:
@@ -165,6 +168,38 @@ def _tune_learning_rate(candidate: Candidate, folder: Path, label: str) -> Job:
         rates = [beyond]
     candidate.rate = best_rate(candidate.tried)
     return 0
+
+
+def _run_tries(
+    tries: Mapping[float, Trial], folder: Path, label: str
+) -> Generator[str, None, dict[float, tuple[int, str]]]:
+    """Run a try a learning rate, in one process those that it can train together; after a stop no other is begun.
+
+    Args:
+        tries: by their rates.
+        folder: that they have their folders in.
+        label: of the method.
+
+    Returns:
+        The outcomes by rate, as of :func:`launch.trials.run_trial`.
+
+    Yields:
+        Which try it is and who trains it, as long as that is another process.
+    """
+    rates, trials = list(tries), list(tries.values())
+    labels = {trial.name: f"{label}, learning rate {rate:g}" for rate, trial in tries.items()}
+    outcomes: dict[float, tuple[int, str]] = {}
+    for found in group_trials(trials, trials[0].config.sweep.fuse):
+        members = [trials[place] for place in found.places]
+        if found.alone is None:
+            ended = yield from TrialGroup(members, folder, labels).run()
+        else:
+            (trial,) = members
+            ended = {trial.name: (yield from run_shared(trial, labels[trial.name]))}
+        outcomes |= {rates[place]: ended[trials[place].name] for place in found.places if trials[place].name in ended}
+        if any(code in process.STOPPED for code, _ in ended.values()):
+            break
+    return outcomes
 
 
 def best_rate(tried: dict[float, float]) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from launch import table
@@ -83,12 +84,13 @@ def _record(candidate: Candidate, summary: Record, names: Sequence[str]) -> Reco
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `compare.csv` (raw numbers), `compare.md` (the table as people read it), `compare.png`."""
     notes = [f"{record['method']}: {record['error']}" for record in records if record["error"]]
-    notes += [f"{r['method']}, eval loss of tries: {_tries(r['tried'])}" for r in records if r["tried"]]
+    notes += [f"{r['method']}, eval loss of tries: {tries_text(r['tried'])}" for r in records if r["tried"]]
     table.write(folder / "compare", records, columns(records), notes)
     draw(folder / "compare.png", records)
 
 
-def _tries(tried: dict[str, float | None]) -> str:
+def tries_text(tried: Mapping[str, float | None]) -> str:
+    """Return the losses of learning rates as people read them."""
     return ", ".join(f"{rate} → {'failed' if loss is None else f'{loss:.4f}'}" for rate, loss in tried.items())
 
 
@@ -112,10 +114,21 @@ def columns(records: Sequence[Record]) -> list[Column]:
     return [COLUMNS.get(key, Column(key, key, ".4f")) for key in keys]
 
 
-def draw(picture: Path, records: Sequence[Record]) -> None:
-    """Draw quality against peak memory, a point a method: the last metric of the table, or the eval loss where there is
-    none. Without two finished methods there is nothing to compare, and no picture."""
-    metric = next((m for m in reversed(METRICS) if any(r.get(m) is not None for r in records)), "eval_loss")
+def drawn_metric(records: Sequence[Record]) -> str:
+    """Return the metric that is drawn: the last one of the table, or the eval loss where there is none."""
+    return next((m for m in reversed(METRICS) if any(r.get(m) is not None for r in records)), "eval_loss")
+
+
+def draw(picture: Path, records: Sequence[Record], spreads: Mapping[str, float] = MappingProxyType({})) -> None:
+    """Draw quality against peak memory, a point a method. Without two finished methods there is nothing to compare, and
+    no picture.
+
+    Args:
+        picture: the PNG that is written.
+        records: of :func:`collect`.
+        spreads: of the metric by method, where it has one: half the length of an error bar.
+    """
+    metric = drawn_metric(records)
     trained = [r for r in records if r["peak_memory_bytes"] and r[metric] is not None]
     if len(trained) < 2:
         return
@@ -130,6 +143,8 @@ def draw(picture: Path, records: Sequence[Record]) -> None:
         x, y = record["peak_memory_bytes"] / GIB, record[metric]
         look: Record = {"marker": "osD^v"[number % 5], "color": colours(number / 20), "edgecolor": "0.25"}
         axes.scatter([x], [y], s=70, label=record["method"], zorder=3, **look)
+        if record["method"] in spreads:
+            axes.errorbar([x], [y], yerr=[spreads[record["method"]]], color="0.4", capsize=3, linewidth=1, zorder=2)
     base = next((r[metric] for r in records if r["method"] == BASE), None)
     if base is not None:  # written, not drawn: it is so far off that the methods would lie on each other
         axes.set_title(f"{BASE}: {base:.4g}", loc="left", fontsize=10, color="0.4")

@@ -6,6 +6,7 @@ from launch.report.gather import Report
 from launch.report.ranking import Setting, short_labels, sortable
 from launch.report.rows import GIB, score_text
 from launch.report.runs import Run, cost
+from launch.report.together import group_of, sentences
 from launch.report.values import show
 from trainer.html import visible
 
@@ -68,7 +69,7 @@ def more(report: Report) -> list[str]:
         found.append(f"{line}.")
     if (cheap := _cheapest(report)) is not None:
         found.append(cheap)
-    return found
+    return [*found, *sentences((run.name, run.summary) for run in report.runs)]
 
 
 def _run_result(report: Report, run: Run) -> str:
@@ -96,6 +97,8 @@ def _run_more(run: Run) -> list[str]:
         found.append(f"It ends with the weights of step {best}, the best ones.")
     if skipped := run.summary.get("skipped_steps"):
         found.append(f"Updates left out because a loss or gradient was not finite: {skipped}.")
+    if group_of(run.summary) is not None:
+        found.append("One process trained it together with other trials of its sweep.")
     if len(run.log.lives) > 1:
         found.append(f"It was trained by {len(run.log.lives)} processes, one after the other.")
     return found

@@ -7,18 +7,15 @@ decides as one that was not.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 from launch.sweep.space import Space
 from launch.trials import Trial, is_finished
-from trainer.errors import CheckpointError
-from trainer.tracking.files import Record, find_summary, read_metrics
-
-# Losses of the last steps up to a rung that are averaged where nothing was scored: one step's is noise.
-TRAIN_LOSS_STEPS = 10
+from trainer.tracking.files import find_summary
+from trainer.tracking.halving import decide, score_until
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,25 @@ class Halving:
         self._step = settings.min_steps
         self._rung = 0
 
+    @property
+    def alive(self) -> list[Trial]:
+        """Return the trials that are judged at the next rung."""
+        return self._alive
+
+    @property
+    def step(self) -> int:
+        """Return the updates before the next rung."""
+        return self._step
+
+    def rules(self) -> dict[str, Any]:
+        """Return how a process that trains all of :attr:`alive` together goes on from the next rung by itself."""
+        return {
+            "min_steps": self._step,
+            "reduction_factor": self._factor,
+            "metric": self._space.metric,
+            "lower_is_better": self._space.lower_is_better,
+        }
+
     def next_round(self) -> list[Trial]:
         """Return the trials to train, until the step of the next rung; the last one to its end; none: all is done."""
         unfinished = [trial for trial in self._alive if not is_finished(trial)]
@@ -54,7 +70,7 @@ class Halving:
             self._alive = [trial for trial in self._alive if not is_finished(trial)]
             return
         scores = [score_until(trial.folder, self._step, self._space.metric) for trial in self._alive]
-        kept = best(scores, max(1, len(scores) // self._factor), self._space.lower_is_better)
+        kept = decide(scores, self._factor, self._space.lower_is_better)
         for place, trial in enumerate(self._alive):
             if place not in kept and not is_finished(trial):
                 self.notes[trial.name] = f"stopped at rung {self._rung}, step {self._step}"
@@ -71,42 +87,8 @@ def scores_text(scores: Sequence[float | None], place: int) -> str:
     return "no score" if score is None else f"{score:.4f}"
 
 
-def best(scores: Sequence[float | None], count: int, lower_is_better: bool) -> list[int]:
-    """Return the places of the best scores, in the order of places; of equals the earlier, and ``None`` last."""
-    sign = 1 if lower_is_better else -1
-    order = sorted(range(len(scores)), key=lambda place: _sortable(scores[place], sign))
-    return sorted(order[:count])
-
-
-def _sortable(score: float | None, sign: int) -> float:
-    return math.inf if score is None or math.isnan(score) else sign * score
-
-
-def score_until(folder: Path, step: int, metric: str) -> float | None:
-    """Return a trial's newest score up to a step; where there is none of that metric, its mean training loss.
-
-    Args:
-        folder: the run folder.
-        step: lines of metrics.jsonl after it do not count: the run may have gone on in an earlier life of the sweep.
-        metric: such as ``eval_loss``; ``train_loss`` is the mean over the last steps.
-    """
-    try:
-        records = [record for record in read_metrics(folder) if 0 < record["step"] <= step]
-    except CheckpointError:
-        return None
-    scored = _numbers(records, metric)
-    if scored:
-        return scored[-1]
-    losses = _numbers(records, "loss")[-TRAIN_LOSS_STEPS:]
-    return math.fsum(losses) / len(losses) if losses else None
-
-
 def last_score(folder: Path, metric: str) -> float | None:
     """Return what a finished trial has come to; ``None`` where it has no such score."""
     summary = find_summary(folder)
     value = summary.get("train_loss") if metric == "train_loss" else (summary.get("metrics") or {}).get(metric)
     return None if value is None else float(value)
-
-
-def _numbers(records: Sequence[Record], name: str) -> list[float]:
-    return [float(record[name]) for record in records if record.get(name) is not None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from launch import table
 from launch.report.ranking import choose_metric, short_labels, sortable
 from launch.report.runs import SCORES, with_method_defaults
+from launch.report.together import group_of, sentences
 from launch.report.write import end_with_page
 from launch.table import Record
 from trainer.tracking.files import find_summary
@@ -39,7 +40,8 @@ def rank(
 
     Returns:
         One record a trial, with the same keys in the same order: rank, the varied keys, trainable_parameters, the
-        losses, the other metrics that any run has, seconds, status, folder, error. `None` is what a run does not have.
+        losses, the other metrics that any run has, seconds, status, the group that it was trained in where any was,
+        folder, error. `None` is what a run does not have.
     """
     records = [_record(trial, errors.get(trial.name), (notes or {}).get(trial.name)) for trial in trials]
     finished = [record for record in records if record["status"] == "finished"]
@@ -47,7 +49,7 @@ def rank(
     finished.sort(key=lambda record: sortable(record[by], by))
     for place, record in enumerate(finished, 1):
         record["rank"] = place
-    unused = [name for name in OTHER_METRICS if all(record[name] is None for record in records)]
+    unused = [name for name in (*OTHER_METRICS, "together") if all(record[name] is None for record in records)]
     if by != "eval_perplexity":  # orders as eval_loss does
         unused.append("eval_perplexity")
     for record, name in product(records, set(unused)):
@@ -66,6 +68,7 @@ def _record(trial: Trial, error: str | None, note: str | None) -> Record:
     record["seconds"] = summary.get("wall_seconds")
     # this sweep's word counts before that of a summary left by an earlier one
     record["status"] = "failed" if error else note or summary.get("status") or "not run"
+    record["together"] = group_of(summary)
     record["folder"] = str(trial.folder)
     record["error"] = error or (summary.get("error") or {}).get("message")
     return record
@@ -83,16 +86,23 @@ def _varied_values(trial: Trial) -> dict[str, Any]:
 
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Write `sweep.csv` (raw numbers, whole keys) and `sweep.md` (the table as people read it)."""
-    failures = [f"`{record['folder']}`: {record['error']}" for record in records if record["error"]]
-    table.write(folder / "sweep", records, columns(records), failures)
+    notes = [f"`{record['folder']}`: {record['error']}" for record in records if record["error"]]
+    table.write(folder / "sweep", records, columns(records), [*notes, *_together(records)])
 
 
 def show(records: Sequence[Record]) -> None:
-    """Print the table on stdout, the best run and the failed ones coloured."""
+    """Print the table on stdout, the best run and the failed ones coloured; below it, which were trained together."""
     colours = {"failed": "red", "finished": None}
     table.show_records(
         records, columns(records), lambda r: "bold green" if r["rank"] == 1 else colours.get(r["status"])
     )
+    for sentence in _together(records):
+        print(sentence)
+
+
+def _together(records: Sequence[Record]) -> list[str]:
+    folders = [Path(record["folder"]) for record in records]
+    return sentences((folder.name, find_summary(folder)) for folder in folders)
 
 
 def write_page(folder: Path) -> None:

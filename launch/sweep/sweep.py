@@ -12,15 +12,18 @@ from pathlib import Path
 
 from launch import process
 from launch.crew import Crew
-from launch.environment import ONE_RUNS_OWN, visible_gpus
+from launch.environment import ONE_RUNS_OWN
 from launch.stop_signals import stop_signals
 from launch.sweep import report as ranking
+from launch.sweep.fusing import fuse_of, trials_at_once
 from launch.sweep.halving import Halving, last_score
 from launch.sweep.plan import Placement, plan, plan_sweep, why_not_planned
 from launch.sweep.sampler import Sampler, Values
 from launch.sweep.space import Space, read_space
-from launch.trials import Job, Trial, run_shared, take_turns
-from trainer.errors import ConfigError
+from launch.together import Outcomes, TrialGroup, group_trials
+from launch.trials import Job, Trial, is_finished, run_shared, take_turns
+from trainer.config.together import Group
+from trainer.tracking.files import find_summary
 
 __all__ = ["plan_sweep", "run_sweep", "why_not_planned"]
 
@@ -57,24 +60,13 @@ def run_sweep(overrides: Sequence[str], config_file: Path | None = None) -> int:
     return stopped or int(bool(sweep.errors))
 
 
-def trials_at_once(space: Space) -> int:
-    """Return how many trials run at once, by `sweep.parallel` and the GPUs of this machine.
+def _steps(folder: Path) -> int:
+    """Return the updates that a trial has taken."""
+    return int(find_summary(folder).get("steps") or 0)
 
-    Raises:
-        ConfigError: there are fewer devices than that.
-    """
-    wanted, gpus = space.config.sweep.parallel, visible_gpus()
-    if space.config.launch.kind == "torchrun":
-        if wanted not in ("auto", 1):
-            reason = "launch=torchrun gives each trial all devices"
-            raise ConfigError("sweep.parallel", value=wanted, reason=reason, hint="launch=here or sweep.parallel=1")
-        return 1
-    if wanted == "auto":
-        return max(1, gpus)
-    if 0 < gpus < wanted:
-        reason = f"each trial has a GPU of its own, and {gpus} can be seen"
-        raise ConfigError("sweep.parallel", value=wanted, reason=reason, hint=f"sweep.parallel={gpus}")
-    return int(wanted)
+
+def _status(folder: Path) -> str | None:
+    return find_summary(folder).get("status")
 
 
 class _Sweep:
@@ -93,6 +85,7 @@ class _Sweep:
         self.errors: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self._space, self._crew, self._at_once = space, crew, at_once
+        self._fuse = fuse_of(space)
 
     def run_all(self) -> int:
         """Run every trial to its end; return 0 or the exit code of a stop."""
@@ -101,16 +94,45 @@ class _Sweep:
         return self._run(self.trials, len(self.trials))
 
     def run_halved(self) -> int:
-        """Run the trials from rung to rung, of which the best go on; return as :meth:`run_all`."""
+        """Run the trials from rung to rung, of which the best go on; return as :meth:`run_all`.
+
+        Where one process trains all that are left it goes from rung to rung by itself; the rungs are then read again
+        from what it has left, and whatever is missing is trained.
+        """
         self.folder, self.trials = plan(self._space)
         self._announce(f"sweep of {len(self.trials)} runs, stopped early")
-        halving = Halving(self._space, self.trials)
+        halving, was_together = Halving(self._space, self.trials), False
         while trials := halving.next_round():
-            if stopped := self._run(trials, len(self.trials)):
+            if not was_together and self._is_one_group(halving.alive) and not all(map(is_finished, trials)):
+                was_together = True
+                if stopped := self._halve_together(halving):
+                    return stopped
+            # one that failed later was judged at this rung
+            failed = {n for n in self.errors if len(halving.alive) == 1 or _steps(self.folder / n) < halving.step}
+            known = set(self.errors)
+            left = [trial for trial in trials if trial.name not in known]
+            if was_together:
+                left = [trial for trial in left if not is_finished(trial)]
+            if stopped := self._run(left, len(self.trials)):
                 return stopped
-            halving.decide(set(self.errors))
+            halving.decide(failed | (self.errors.keys() - known))
             self.notes = halving.notes
+            # what was left behind has no part in the death of a process that it was trained by before
+            behind = {name for name in self.notes if _status(self.folder / name) != "failed"}
+            self.errors = {name: error for name, error in self.errors.items() if name not in behind}
         return 0
+
+    def _is_one_group(self, trials: Sequence[Trial]) -> bool:
+        """Return whether one process can train all of these trials, and none of them has ended."""
+        groups = self._grouped(trials)
+        return len(groups) == 1 and len(trials) > 1 and not any(map(is_finished, trials))
+
+    def _halve_together(self, halving: Halving) -> int:
+        """Train the trials of the next rung together, from there to the end; return 0 or the exit code of a stop."""
+        together = self._group(halving.alive, len(self.trials))
+        outcomes = together.run_halved(halving.rules())
+        self._remember(together)
+        return self._note(outcomes)
 
     def run_chosen(self) -> int:
         """Run trials that are chosen by the results of those before; return as :meth:`run_all`."""
@@ -118,7 +140,8 @@ class _Sweep:
         self.folder = placement.folder
         self._announce(f"sweep of {placement.count} runs, chosen by {self._space.metric}")
         while len(self.trials) < placement.count:
-            asked = (sampler.ask() for _ in range(min(self._at_once, placement.count - len(self.trials))))
+            at_once = self._at_once * (1 if isinstance(self._fuse, str) else self._fuse)
+            asked = (sampler.ask() for _ in range(min(at_once, placement.count - len(self.trials))))
             drawn: list[Values] = [values for values in asked if values is not None]
             if not drawn:
                 logger.info(f"{len(self.trials)} trials are all that there are")
@@ -134,16 +157,41 @@ class _Sweep:
 
     def _run(self, trials: Sequence[Trial], count: int) -> int:
         """Run trials, some at once; note those that fail. Returns 0 or the exit code of a stop."""
+
+        def run_alone(trial: Trial) -> Job:
+            label = self._labels([trial], count)[trial.name]
+            outcome = yield from run_shared(trial, label, self._space.config_file, self._crew)
+            return self._note({trial.name: outcome})
+
+        def run_together(members: Sequence[Trial]) -> Job:
+            together = self._group(members, count)
+            outcomes = yield from together.run()
+            self._remember(together)
+            return self._note(outcomes)
+
+        groups = [[trials[place] for place in group.places] for group in self._grouped(trials)]
+        return take_turns([run_alone(*g) if len(g) == 1 else run_together(g) for g in groups], self._at_once)
+
+    def _remember(self, together: TrialGroup) -> None:
+        """Put no more trials together than the model can be shared by."""
+        if together.obstacle is not None:
+            self._fuse = together.most
+
+    def _grouped(self, trials: Sequence[Trial]) -> list[Group]:
+        return group_trials(trials, self._fuse, self._at_once)
+
+    def _group(self, trials: Sequence[Trial], count: int) -> TrialGroup:
+        return TrialGroup(trials, self.folder, self._labels(trials, count), self._space.config_file, self._crew)
+
+    def _labels(self, trials: Sequence[Trial], count: int) -> dict[str, str]:
         numbers = {trial.name: number for number, trial in enumerate(self.trials, 1)}
+        return {trial.name: f"[{numbers[trial.name]}/{count}] {trial.name}" for trial in trials}
 
-        def run(trial: Trial) -> Job:
-            label = f"[{numbers[trial.name]}/{count}] {trial.name}"
-            code, error = yield from run_shared(trial, label, self._space.config_file, self._crew)
-            if code and code not in process.STOPPED:
-                self.errors[trial.name] = error
-            return code
-
-        return take_turns([run(trial) for trial in trials], self._at_once)
+    def _note(self, outcomes: Outcomes) -> int:
+        """Note which trials have failed; return 0 or the exit code of one that was stopped."""
+        failed = {name: error for name, (code, error) in outcomes.items() if code and code not in process.STOPPED}
+        self.errors |= failed
+        return max((code for code, _ in outcomes.values() if code in process.STOPPED), default=0)
 
     def _announce(self, what: str) -> None:
         at_once = f", {self._at_once} at once" if self._at_once > 1 else ""

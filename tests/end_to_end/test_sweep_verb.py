@@ -18,7 +18,15 @@ from tests.helpers.processes import afina, stop_tree
 from trainer.tracking.files import read_metrics
 
 NUMBERS = ("step", "loss", "grad_norm", "eval_loss")
-KEYS = ["sweep", "debug=tiny", "run.name=s", "method.r=4,8", "eval.metrics=[loss]", "eval.before=false"]
+KEYS = [
+    "sweep",
+    "sweep.fuse=off",
+    "debug=tiny",
+    "run.name=s",
+    "method.r=4,8",
+    "eval.metrics=[loss]",
+    "eval.before=false",
+]
 
 
 def test_two_equal_sweeps_at_once_share_the_trials(tiny_model: Path, tmp_path: Path) -> None:
@@ -59,7 +67,7 @@ def test_a_trial_is_byte_equal_to_a_run_by_itself(tiny_model: Path, tmp_path: Pa
     """Three at once, as forks, of which one goes on from its rung."""
     del tiny_model
     keys = ["debug=tiny", "eval.metrics=[loss]", "eval.every_steps=2", "eval.before=false", "log=off"]
-    early = ["sweep.early_stopping=asha", "sweep.min_steps=2", "sweep.parallel=3"]
+    early = ["sweep.early_stopping=asha", "sweep.min_steps=2", "sweep.parallel=3", "sweep.fuse=off"]
     environment = {"OMP_NUM_THREADS": "1"}
     sweep = ["sweep", *keys, *early, "method.r=2,4,8", "run.name=s"]
     done = afina(*sweep, cwd=tmp_path, env=environment, timeout_seconds=400)

@@ -15,6 +15,7 @@ from tests.helpers.processes import ROOT
 # Highest first. CONTRIBUTING.md shows this table; `floors_as_markdown` writes it.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "torchrun", "serve_trials", "preflight", "cli", "api"),
+    ("together",),
     ("training", "inference"),
     ("merge", "checkpoint"),
     ("engine", "view"),
@@ -45,6 +46,7 @@ LAUNCH_MAY_IMPORT = (
     "trainer.html",
     "trainer.redaction",
     "trainer.tracking.files",
+    "trainer.tracking.halving",
     "trainer.tracking.result",
 )
 

@@ -12,9 +12,9 @@ from tests.helpers.processes import ROOT
 
 # What a newcomer greps for, and the file whose docstrings must say it.
 LEADS_TO = {
-    "gradient accumulation": "trainer/engine/engine.py",
-    "mixed precision": "trainer/engine/engine.py",
-    "gradient checkpointing": "trainer/engine/engine.py",
+    "gradient accumulation": "trainer/engine/zero_engine.py",
+    "mixed precision": "trainer/engine/zero_engine.py",
+    "gradient checkpointing": "trainer/engine/zero_engine.py",
     "loss mask": "trainer/data/templates/template.py",
     "collate": "trainer/data/batching/micro_batch.py",
     "shared prefix": "trainer/data/batching/trie.py",

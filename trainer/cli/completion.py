@@ -117,6 +117,7 @@ def _values(name: str) -> tuple[str, ...]:
         "model.kernels": ("auto", "none"),
         "checkpoint.resume": ("auto", "strict", "never"),
         "sweep.parallel": ("auto",),
+        "sweep.fuse": ("auto", "off"),
     }
     listed = (True, False) if spec.base is bool else spec.field.metadata.get("choices") or others.get(name, ())
     return (*map(one_line, listed), *(["null"] if listed and spec.optional else []))

@@ -104,7 +104,7 @@ def sweep(
 
 def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path | None) -> int:
     """Say what a sweep would run, or write it as a file of W&B."""
-    from launch.sweep import plan, space
+    from launch.sweep import fusing, plan, space
     from launch.sweep import wandb_file as wandb
 
     found = space.read_space(overrides, config_file)
@@ -116,11 +116,14 @@ def _show_sweep(overrides: list[str], config_file: Path | None, wandb_file: Path
         print(f"# sweep of {placed.count} runs in {placed.folder}, each chosen by the results of those before it")
         for axis in found.axes:
             print(f"# {axis.key}: {axis.interval or ', '.join(axis.values)}")
+        print(f"# {fusing.describe_chosen(found)}")
         return 0
     folder, trials = plan.plan(found)
     print(f"# sweep of {len(trials)} runs in {folder}")
     for trial in trials:
         print(f"# {trial.name}\n{shlex.join(train_command(trial.config, trial.overrides, config_file))}")
+    for line in fusing.describe(found, trials):
+        print_line(f"# {line}")
     return 0
 
 

@@ -225,6 +225,12 @@ class SweepConfig:
         "trials at once, each on a device and a share of the cores; auto: one a GPU, one on a CPU",
         changes_result=False,
     )
+    fuse: Any = key(
+        "auto",
+        "LoRA trials that one process trains together on one base; auto: at most 16 (tpe: none); off: each has a "
+        "process of its own; or at most so many",
+        changes_result=False,
+    )
     early_stopping: str = key(
         "none",
         "asha: all trials are trained to a first step, of these the best part to a later one, and so on (successive "

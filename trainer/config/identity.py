@@ -23,7 +23,7 @@ def result_fields(config: TrainConfig) -> dict[str, Any]:
     """Return ``{dotted key: value}`` of every field that changes the result, in the schema's order."""
     return {
         name: _portable(value) if name in PATH_FIELDS else value
-        for name, value in _values(config).items()
+        for name, value in values_of(config).items()
         if config_fields()[name].changes_result
     }
 
@@ -40,7 +40,7 @@ def changed_result_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[s
 
 def changed_fields(before: TrainConfig, now: TrainConfig) -> list[tuple[str, Any, Any]]:
     """Compare two configurations in full, as :func:`changed_result_fields` does."""
-    return _differences(_values(before), _values(now))
+    return _differences(values_of(before), values_of(now))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -63,7 +63,7 @@ def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """
     meaningful = METHODS[config.method.name].keys | {"name"}
     identity: dict[str, Any] = {}
-    for name, value in _values(config).items():
+    for name, value in values_of(config).items():
         entry, (section, field) = config_fields()[name], name.split(".")
         bound = entry.changes_result and not entry.resume_may_change
         if bound and section != "data" and (section != "method" or field in meaningful):
@@ -72,7 +72,8 @@ def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     return {**identity, "data": data_fingerprint}
 
 
-def _values(config: TrainConfig) -> dict[str, Any]:
+def values_of(config: TrainConfig) -> dict[str, Any]:
+    """Return ``{dotted key: value}`` of every field, in the schema's order."""
     tree = dataclasses.asdict(config)
     return {name: tree[section][field] for name in config_fields() for section, field in [name.split(".")]}
 

@@ -161,6 +161,11 @@ NOT_MERGEABLE = {
 }
 
 
+def initial_seed(method: MethodConfig, run_seed: int) -> int:
+    """Return the seed of what is trained: ``method.seed``, or the run's where that is null."""
+    return run_seed if method.seed is None else method.seed
+
+
 def given(value: T | None) -> T:
     """Return a value that ``rules/method.py`` lets no method go without."""
     assert value is not None, "checked by rules/method.py"

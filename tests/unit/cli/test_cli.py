@@ -170,7 +170,9 @@ def test_a_dry_sweep_lists_its_runs(
     assert trainer.cli.app.main([*verb, "debug=tiny", "method.r=2,4", "--dry-run"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("# sweep of 2 runs in runs/sweep-")
-    assert [line for line in shown[1:] if line.startswith("#")] == ["# r2", "# r4"]
+    assert [line for line in shown[1:] if line.startswith("#")] == [
+        *("# r2", "# r4", "# together in one process (sweep.fuse=auto): r2, r4"),
+    ]
     assert list(tmp_path.iterdir()) == []
 
 

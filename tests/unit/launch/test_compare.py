@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import launch.together
 import launch.trials
 from launch.compare.candidates import Candidate
 from launch.compare.compare import best_rate, next_rate, plan_comparison, run_comparison
 from launch.trials import Trial
+from tests.helpers.trials import GroupStandIn
 from trainer.config import load, run_folder, to_yaml
 from trainer.errors import ConfigError
 
@@ -28,6 +30,7 @@ class Runs:
     and infinite above ``diverges``."""
 
     def __init__(self) -> None:
+        self.groups = GroupStandIn(lambda trial: self.run_if_needed(trial, "in a group"))
         self.started: list[Path] = []
         self.trials: list[Trial] = []
         self.best = 1.0
@@ -66,6 +69,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch.trials, "run_if_needed", made.run_if_needed)
+    monkeypatch.setattr(launch.together, "run_group", made.groups)
     return made
 
 
@@ -189,6 +193,15 @@ def test_rates_are_tried_on_fewer_rows_until_the_best_is_no_longer_at_the_edge(r
     assert load([], runs.started[0] / "config.yaml").eval.metrics == ["loss"]
     assert load([], runs.started[-1] / "config.yaml").optim.learning_rate == 0.0008
     assert "0.0004 → 1.3979" in Path("there/c/compare.md").read_text()
+
+
+def test_the_grid_is_tried_by_one_process_where_it_can_be(runs: Runs) -> None:
+    tuned = [*TINY, "compare.tune=[0.5,1]", "compare.tune_rows=10"]
+    assert run_comparison([*tuned, methods("lora r=8", "dora r=8", "ia3")]) == 0
+    assert runs.groups.groups == [["lora-r8-0.0001", "lora-r8-0.0002"]], "beyond the edge one by one"
+    assert load([], Path("there/c/dora-r8/config.yaml")).optim.learning_rate == 0.0008
+    assert run_comparison([*tuned, methods("lora r=8"), "sweep.fuse=off", "run.name=d"]) == 0
+    assert len(runs.groups.groups) == 1
 
 
 def test_all_runs_of_a_comparison_are_one_group_unless_one_is_typed(runs: Runs) -> None:

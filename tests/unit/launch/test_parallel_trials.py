@@ -43,7 +43,7 @@ def main(arguments):
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
-KEYS = ["sweep", "debug=tiny", "run.name=s", "sweep.parallel=3", "log=off"]
+KEYS = ["sweep", "debug=tiny", "run.name=s", "sweep.parallel=3", "sweep.fuse=off", "log=off"]
 
 
 @pytest.fixture

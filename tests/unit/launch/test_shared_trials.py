@@ -25,7 +25,7 @@ from launch.trials import Trial
 from trainer.config import to_yaml
 from trainer.files import OWNER_FILE, run_lock_path, try_lock
 
-SWEEP = ["debug=tiny", "run.name=s", "method.r=4,8,16"]
+SWEEP = ["debug=tiny", "run.name=s", "sweep.fuse=off", "method.r=4,8,16"]
 
 
 def finish(trial: Trial, loss: float = 2.0) -> None:

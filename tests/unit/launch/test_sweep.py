@@ -162,7 +162,7 @@ def test_a_trial_is_finished_by_its_result_not_by_how_it_was_computed(stand_in: 
 def test_a_failure_is_logged_and_the_others_are_ranked(
     stand_in: Path, capsys: pytest.CaptureFixture[str], logged: list[str]
 ) -> None:
-    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 1
+    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s", "sweep.fuse=off"]) == 1
     assert trained(stand_in) == ["r4", "r16", "r8"]
     shown = capsys.readouterr()
     assert any("row 3 | is empty" in line for line in logged)
@@ -189,18 +189,18 @@ def test_a_failure_is_logged_and_the_others_are_ranked(
 
 @pytest.mark.slow
 def test_started_again_it_does_what_is_left(stand_in: Path) -> None:
-    run_sweep(["debug=tiny", "method.r=4,16", "run.name=s"])
+    run_sweep(["debug=tiny", "method.r=4,16", "run.name=s", "sweep.fuse=off"])
     (stand_in / "mended").touch()
-    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s"]) == 0
+    assert run_sweep(["debug=tiny", "method.r=4,16,8", "run.name=s", "sweep.fuse=off"]) == 0
     assert trained(stand_in) == ["r4", "r16", "r16", "r8"]
     # another config under the same name is not taken for done
-    assert run_sweep(["debug=tiny", "method.r=4,16", "run.name=s", "run.seed=1"]) == 0
+    assert run_sweep(["debug=tiny", "method.r=4,16", "run.name=s", "sweep.fuse=off", "run.seed=1"]) == 0
     assert trained(stand_in)[4:] == ["r4", "r16"]
 
 
 @pytest.mark.slow
 def test_a_killed_trial_is_a_failed_one(stand_in: Path, logged: list[str]) -> None:
-    assert run_sweep(["debug=tiny", "method.r=5,4", "run.name=s"]) == 1
+    assert run_sweep(["debug=tiny", "method.r=5,4", "run.name=s", "sweep.fuse=off"]) == 1
     assert trained(stand_in) == ["r5", "r4"]
     assert any("SIGKILL" in line for line in logged)
 
@@ -208,7 +208,7 @@ def test_a_killed_trial_is_a_failed_one(stand_in: Path, logged: list[str]) -> No
 @pytest.mark.slow
 def test_stopped_it_leaves_the_rest_for_later(stand_in: Path) -> None:
     (stand_in / "stop").touch()
-    arguments = ["debug=tiny", "method.r=4,8", "run.name=s"]
+    arguments = ["debug=tiny", "method.r=4,8", "run.name=s", "sweep.fuse=off"]
     code = "import functools, sys, launch.sweep.sweep as sweep;"
     code += f"sweep.Crew = functools.partial(sweep.Crew, forks=False); sys.exit(sweep.run_sweep({arguments}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-import launch.sweep.sweep
+import launch.sweep.fusing
 import launch.trials
 import trainer.cli.app
 from launch.crew import Crew
+from launch.sweep.fusing import trials_at_once
 from launch.sweep.plan import plan_sweep
 from launch.sweep.space import read_space
-from launch.sweep.sweep import run_sweep, trials_at_once
+from launch.sweep.sweep import run_sweep
 from launch.sweep.wandb_file import wandb_sweep
 from launch.trials import Trial
 from tests.helpers.trials import stand_in
@@ -86,12 +87,13 @@ def test_a_sweeps_group_is_refused_for_one_run(capsys: pytest.CaptureFixture[str
 
 def test_a_dry_run_shows_what_is_chosen_later(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainer.cli.app.main(["sweep", *TINY, "sweep.sampler=tpe", RATES, "method.r=4,8", "--dry-run"]) == 0
-    head, *axes = capsys.readouterr().out.splitlines()
+    head, *axes, fused = capsys.readouterr().out.splitlines()
     assert head.startswith("# sweep of 20 runs in runs/sweep-")
+    assert fused.startswith("# each alone: sweep.fuse=N would choose N at a time")
     assert len(axes) == 2
     early = ["sweep.early_stopping=asha", "sweep.min_steps=2"]
     assert trainer.cli.app.main(["sweep", *TINY, *early, "method.r=4,8", "--dry-run"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_random_draws_the_same_again_each_once_and_within_bounds() -> None:
@@ -112,9 +114,9 @@ def test_at_once() -> None:
         return trials_at_once(read_space([*TINY, "method.r=4,8", *typed]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch.sweep.sweep, "visible_gpus", lambda: 0)
+        patch.setattr(launch.sweep.fusing, "visible_gpus", lambda: 0)
         assert (at_once(), at_once("sweep.parallel=3"), at_once("launch=torchrun")) == (1, 3, 1)
-        patch.setattr(launch.sweep.sweep, "visible_gpus", lambda: 2)
+        patch.setattr(launch.sweep.fusing, "visible_gpus", lambda: 2)
         assert (at_once(), at_once("sweep.parallel=1"), at_once("launch=torchrun")) == (2, 1, 1)
         with pytest.raises(ConfigError, match="2 can be seen → sweep"):
             at_once("sweep.parallel=3")

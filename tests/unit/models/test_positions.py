@@ -12,9 +12,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from tests.helpers.architectures import tiny
 from tests.helpers.logged import logged_lines
+from trainer.config import load
 from trainer.errors import ConfigError
 from trainer.models.positions import learned_positions, trained_positions
-from trainer.training.build import _check_row_lengths
+from trainer.training.build import check_rows
 
 
 def opt() -> Any:
@@ -51,8 +52,8 @@ def test_a_row_behind_the_last_position(name: str, refused: bool) -> None:
     data: Any = SimpleNamespace(train=Rows(), validation=[])
     if refused:
         with pytest.raises(ConfigError, match=rf"rows.jsonl:2.*{limit + 1} tokens.*data.max_length={limit}"):
-            _check_row_lengths(model, data)
+            check_rows(model, data, load(["debug=tiny"]))
         return
     with logged_lines() as logged:
-        _check_row_lengths(model, data)
+        check_rows(model, data, load(["debug=tiny"]))
     assert [line for line in logged if f"rows.jsonl:2 has {limit + 1} tokens" in line]

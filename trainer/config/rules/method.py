@@ -96,6 +96,8 @@ def _init(method: MethodConfig) -> None:
         reason = "is the width of an MLP that there is with method.prefix_projection=true only"
         hint = "method.encoder_hidden_size=null or method.prefix_projection=true"
         raise config_error("method.encoder_hidden_size", method.encoder_hidden_size, reason, hint)
+    if method.init == "orthogonal":
+        _orthogonal(method)
     if not changes_base(method):
         return
     if method.bits != 16:
@@ -130,6 +132,18 @@ def _adapter(method: MethodConfig) -> None:
         raise config_error(
             "method.adapter", method.adapter, reason, "method.prefix_projection=false trains the prefix itself"
         )
+
+
+def _orthogonal(method: MethodConfig) -> None:
+    """Refuse what PEFT cannot start so: it halves the ranks, and takes the dtype of the base's weights."""
+    if method.bits != 16:
+        reason = f"starts in the dtype of the base's weights, which are packed in {method.bits} bits"
+        raise config_error("method.init", "orthogonal", reason, "method.init=default or method.bits=16")
+    ranks = {"method.r": given(method.r)} | {f"method.rank_pattern.{k}": r for k, r in method.rank_pattern.items()}
+    for key, rank in ranks.items():
+        if rank % 2:
+            reason = "must be even where method.init=orthogonal: one half of the ranks starts A, the other B"
+            raise config_error(key, rank, reason, f"{key}={rank + 1}")
 
 
 def changes_base(method: MethodConfig) -> bool:

@@ -18,6 +18,7 @@ def check_sweep(config: TrainConfig) -> None:
     if config.launch.kind == "slurm" and sweep.parallel != "auto":
         reason = "is of one machine, and under Slurm each trial is a job"
         raise config_error("sweep.parallel", sweep.parallel, reason, f"launch.array_parallel={sweep.parallel}")
+    _check_fuse(config)
     for multiple in sweep.alpha_over_rank:
         if not multiple > 0:
             reason = "must be multiples of method.r, greater than 0"
@@ -27,6 +28,19 @@ def check_sweep(config: TrainConfig) -> None:
         raise config_error("sweep.trials", sweep.trials, reason, "sweep.sampler=random or sweep.trials=null")
     _check_metric(config)
     _check_stopping(config)
+
+
+def _check_fuse(config: TrainConfig) -> None:
+    fuse = config.sweep.fuse
+    if fuse in ("auto", "off"):
+        return
+    if isinstance(fuse, bool) or not isinstance(fuse, int):
+        raise config_error("sweep.fuse", fuse, "must be auto, off or a whole number", "sweep.fuse=8")
+    if fuse < 1:
+        raise config_error("sweep.fuse", fuse, "must be at least 1", "sweep.fuse=off")
+    if config.launch.kind == "slurm":
+        reason = "is of trials that one process trains, and under Slurm each trial is a job"
+        raise config_error("sweep.fuse", fuse, reason, "sweep.fuse=auto, or launch=torchrun inside one job")
 
 
 def _check_metric(config: TrainConfig) -> None:

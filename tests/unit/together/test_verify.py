@@ -1,0 +1,82 @@
+"""At its start a group is compared with a trial alone: what mixes the rows of trials, or takes too much, is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.config import load
+from trainer.data.batching.packing import Packing
+from trainer.data.batching.rank_split import Limits
+from trainer.data.load import load_data
+from trainer.engine.verification import Verification
+from trainer.errors import TooManyTrialsError
+from trainer.kernels.label_loss import LabelLoss
+from trainer.kernels.trial_lora import ActiveTrials, patch_trial_linears
+from trainer.methods.attach import attach_trials
+from trainer.models.loading import load_model, load_tokenizer
+from trainer.together import build
+from trainer.together.verify import verify_together
+
+
+def verified(tiny_model: Path, uses_trie: bool, spoil: Any = None) -> Verification:
+    """Verify three trials on the tiny model; ``spoil``: is called with it before."""
+    config = load(["debug=tiny", "log=off", "method.r=4", f"model.name_or_path={tiny_model}"])
+    tokenizer = load_tokenizer(str(tiny_model), config.model)
+    data = load_data(config, tokenizer)
+    base = load_model(str(tiny_model), config.model, config.method, torch.float32, torch.device("cpu"), 0)
+    model = attach_trials(base, {f"trial_{k}": (config.method, k) for k in range(3)})
+    loss = LabelLoss(model)
+    active = ActiveTrials(("trial_0", "trial_1", "trial_2"))
+    patch = patch_trial_linears(model, active)
+    assert patch is not None
+    if spoil is not None:
+        spoil(model)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    packing = Packing(uses_trie, Limits(None, 4096), tokenizer.pad_token_id)
+    found = verify_together(model, loss, config, data, packing, patch, active)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained, "all is as it was"
+    return found
+
+
+@pytest.mark.parametrize("uses_trie", [False, True])
+def test_trials_that_do_not_touch_each_other_hold(tiny_model: Path, uses_trie: bool) -> None:
+    found = verified(tiny_model, uses_trie)
+    assert found.holds, found
+    assert found.gradient_distance < 1e-5, found
+
+
+class SortedRows(nn.Module):
+    """A layer that hands its rows to the next one in another order, as experts do that choose their tokens."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        order = torch.arange(len(flat) - 1, -1, -1)
+        out: Tensor = self.layer(flat[order].view_as(x)).reshape(len(flat), -1)
+        return out[order].view(*x.shape[:-1], -1)
+
+
+def test_a_layer_that_mixes_the_rows_is_found(tiny_model: Path) -> None:
+    def spoil(model: Any) -> None:
+        mlp = model.get_base_model().model.layers[0].mlp
+        mlp.up_proj = SortedRows(mlp.up_proj)
+
+    found = verified(tiny_model, True, spoil)
+    assert not found.holds, found
+
+
+def test_trials_that_leave_no_room_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    build.check_room(8, 100 * gib, torch.device("cpu"))
+    monkeypatch.setattr(build, "device_bytes", lambda device: 80 * gib)
+    build.check_room(8, 60 * gib, torch.device("cuda"))
+    with pytest.raises(TooManyTrialsError, match=r"sweep.fuse=8: takes 70.0 GiB .* has 80.0 GiB → sweep.fuse=4"):
+        build.check_room(8, 70 * gib, torch.device("cuda"))
