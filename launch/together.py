@@ -67,6 +67,7 @@ class TrialGroup:
     ) -> None:
         assert len(trials) > 1, "one trial is a run by itself"
         self.folder = folder / FOLDER / digest_name([trial.name for trial in trials], "")
+        self._sweep = folder
         self.obstacle: str | None = None
         self.most = len(trials)
         self._trials, self._labels = list(trials), labels
@@ -171,10 +172,16 @@ class TrialGroup:
         return outcomes
 
     def _train_in_parts(self, trials: Sequence[Trial], size: int) -> Outcomes:
-        """Train so many trials at a time, until one is stopped."""
+        """Train so many trials at a time, in groups of their own, until one is stopped."""
         outcomes: Outcomes = {}
         for begin in range(0, len(trials), size):
-            outcomes |= self._train(trials[begin : begin + size])
+            part = trials[begin : begin + size]
+            if len(part) == 1:
+                outcomes |= self._train(part)
+            else:
+                group = TrialGroup(part, self._sweep, self._labels, self._config_file, self._crew)
+                outcomes |= group._train(part)
+                self.most = min(self.most, group.most)
             if any(code in process.STOPPED for code, _ in outcomes.values()):
                 break
         return outcomes

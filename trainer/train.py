@@ -36,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(rank=0 if os.environ.get("RANK", "0") == "0" else 1)
     with loading_libraries():
         from trainer.distributed import process_group as distributed
-        from trainer.together.group import read_group
-        from trainer.together.run import train_together
         from trainer.training.run import train
+
+        if parsed.together is not None:
+            from trainer.together.group import read_group
+            from trainer.together.run import train_together
 
     world = distributed.from_environment()
     configure_logging(rank=world.rank)

@@ -41,7 +41,7 @@ class Evaluation:
         loop.generator.end_ids = ENDS
         found: dict[str, Any] = loop.evaluate().metrics
         rows = loop.data.validation
-        found["answers"] = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)]
+        found["answers"] = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)[0]]
         if bench.world.is_main and not self.expected:
             self.expected = reference(loop)
         return {"found": found, "expected": self.expected}

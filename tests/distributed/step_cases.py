@@ -129,7 +129,7 @@ def generation_in_lockstep(bench: Bench) -> dict[str, Any] | None:
     loop = bench.loop(bench.config("zero=stage3", "eval.max_rows=7", "eval.batch_size=2", "generate.max_new_tokens=6"))
     loop.engine.eval()
     rows = loop.data.validation
-    answers = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)]
+    answers = [a for _, a, _ in generate_answers(loop.generator, rows, loop.config, bench.world)[0]]
     if not bench.world.is_main:
         return None
     stock = reference_model(resolve("tiny"), loop.config).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,17 +133,7 @@ def run_group(bench: Bench, references: dict[str, dict[str, Tensor]], zero: str)
     before = group.states(TRIALS)
     group.step(0)
     group.step(1, named=TRIALS)
-    sound, failing = group.states(["trial_3"]), list(TRIALS).index("trial_3")
-    loss = group.engine.loss
-    group.engine.loss = Poisoned(loss, failing, bench.world.rank == bench.world.world_size - 1)  # type: ignore[assignment]
-    sums, finite = group.accumulate(2)
-    group.engine.loss = loss
-    found["finite"] = gather_objects([sums.isfinite().all(0).tolist(), finite.tolist()])[-1]
-    update = group.engine.update_trials({name: group.rate(name, 2) for name in TRIALS})
-    found["failed"] = [update["trial_3"].applied, str(update["trial_3"].grad_norm)]
-    found["applied"] = [update[n].applied for n in others]
-    found["failed is untouched"] = equal(group.states(["trial_3"])["trial_3"], sound["trial_3"])
-    found["counts"] = [group.counts("trial_0"), group.counts("trial_3")]
+    found |= _fail(bench, group, others)
 
     view = view_trial(group.engine, "trial_0")
     saves = Checkpointer(
@@ -190,10 +180,27 @@ def run_group(bench: Bench, references: dict[str, dict[str, Tensor]], zero: str)
     return found
 
 
+def _fail(bench: Bench, group: Group, others: Sequence[str]) -> dict[str, Any]:
+    """Take the third step, in which the last rank's loss of ``trial_3`` is not a number."""
+    sound, failing = group.states(["trial_3"]), list(TRIALS).index("trial_3")
+    loss = group.engine.loss
+    group.engine.loss = Poisoned(loss, failing, bench.world.rank == bench.world.world_size - 1)  # type: ignore[assignment]
+    sums, finite = group.accumulate(2)
+    group.engine.loss = loss
+    update = group.engine.update_trials({name: group.rate(name, 2) for name in TRIALS})
+    return {
+        "finite": gather_objects([sums.isfinite().all(0).tolist(), finite.tolist()])[-1],
+        "failed": [update["trial_3"].applied, str(update["trial_3"].grad_norm)],
+        "applied": [update[n].applied for n in others],
+        "failed is untouched": equal(group.states(["trial_3"])["trial_3"], sound["trial_3"]),
+        "counts": [group.counts("trial_0"), group.counts("trial_3")],
+    }
+
+
 def _score_distances(group: Group, lone: Loop) -> list[float]:
     """Loss and label logits of one micro-batch: a view, against a run of its own with the same weights."""
     batch, view = lone.loader.load(0).batches[0], view_trial(group.engine, "trial_0")
-    view.eval()
+    group.engine.eval()
     lone.engine.eval()
     with torch.no_grad():
         pairs = [(e.loss_sum(batch), e.label_logits(batch)) for e in (view, lone.engine)]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import launch.sweep.fusing
+import launch.sweep.sweep
 import launch.together
 import launch.trials
 from launch import process
+from launch.crew import Crew
 from launch.trials import Trial, has_reached, is_finished
+from tests.helpers.processes import ROOT
 from trainer.config import to_yaml
 from trainer.tracking.files import find_summary
 from trainer.tracking.halving import decide, score_until
@@ -30,6 +34,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, run_trial: RunTrial)
     monkeypatch.setattr(launch.together, "run_group", groups)
     monkeypatch.setattr(launch.sweep.fusing, "visible_gpus", lambda: 0)
     return groups
+
+
+def stand_in_for_the_process(monkeypatch: pytest.MonkeyPatch, folder: Path, train: str) -> None:
+    """Let ``folder`` be the working directory, in which `python -m trainer.train` is this source; the rest of `trainer`
+    is the real one. Each trial of a sweep has a process that loads no more than it needs; forks of a loaded one are in
+    test_trial_server.py."""
+    package = folder / "trainer"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'trainer')!r})\n")
+    (package / "train.py").write_text(train)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(launch.sweep.sweep, "Crew", partial(Crew, forks=False))
 
 
 class GroupStandIn:

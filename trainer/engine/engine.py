@@ -111,3 +111,11 @@ class Engine(ZeroEngine):
             applied = not compat.step_was_skipped(self.optimizer)
         clipped = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         return Update(norm, applied, clipped / loss_scale)
+
+    def discard_gradients(self) -> None:
+        """Drop what was accumulated for an update that is not made."""
+        if self.zero_stage == 0:
+            self.deepspeed.zero_grad()
+        else:
+            with compat.overflowing(self.optimizer, self.zero_stage):
+                self.deepspeed.step()

@@ -237,10 +237,7 @@ def verify_in_each_dtype(verifier: Verifier, rows: Sequence[Tokens], uses_trie: 
     """
     model = verifier.model
     parameters = list(model.parameters())
-    if all(p.dtype == torch.float32 for p in parameters):
-        return [verify(verifier, rows, uses_trie)]
-    plain = all(p.is_floating_point() and not is_4bit(p) for p in parameters)
-    if not plain or sum(p.numel() for p in parameters) > _max_fp32_parameters(parameters[0].device):
+    if all(p.dtype == torch.float32 for p in parameters) or not fits_in_fp32(model):
         return [verify(verifier, rows, uses_trie)]
     with in_fp32(model):
         exact = verify(verifier, rows, uses_trie)
@@ -251,6 +248,13 @@ def verify_in_each_dtype(verifier: Verifier, rows: Sequence[Tokens], uses_trie: 
     if not parameters[0].is_cuda:
         return [exact, verify(verifier, rows, uses_trie, with_gradients=False)]
     return [exact, verify(verifier, rows, uses_trie, exact_reference=reference)]
+
+
+def fits_in_fp32(model: nn.Module) -> bool:
+    """Return whether nothing of a model is quantised, and there is memory for its weights in fp32."""
+    parameters = list(model.parameters())
+    plain = all(p.is_floating_point() and not is_4bit(p) for p in parameters)
+    return plain and sum(p.numel() for p in parameters) <= _max_fp32_parameters(parameters[0].device)
 
 
 def _max_fp32_parameters(device: torch.device) -> int:

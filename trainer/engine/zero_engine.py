@@ -171,14 +171,6 @@ class ZeroEngine:
         are_local = self.reduces_once or self.zero_stage == 0
         return gradients_are_finite(self.trainable_params.values() if are_local else (), self.world.device)
 
-    def discard_gradients(self) -> None:
-        """Drop what was accumulated for an update that is not made."""
-        if self.zero_stage == 0:
-            self.deepspeed.zero_grad()
-        else:
-            with compat.overflowing(self.optimizer, self.zero_stage):
-                self.deepspeed.step()
-
     def _gather_adapters(self) -> None:
         """Gather adapters under ZeRO-3 for the kernel that reads them. A collective, where any is partitioned.
 

@@ -118,7 +118,7 @@ def evaluate_trials(
                     scorer.label_logits, rows, letters, limits, pad_id, world, between_batches, opening=opening
                 )
         if written := [name for name in config.eval.metrics if name in TEXT_METRICS]:
-            answers = _answers_of_trials(generator, rows, config, world, between_batches, trials)
+            answers = generate_answers(generator, rows, config, world, between_batches, trials)
             for k, mine in enumerate(answers):
                 metrics[k] |= _score_texts(written, mine)
                 samples[k] = _samples(generator, rows, mine[: config.eval.samples])
@@ -163,25 +163,18 @@ def generate_answers(
     config: TrainConfig,
     world: World,
     between_batches: Callable[[], None] = lambda: None,
-) -> list[Answer]:
+    trials: int = 1,
+) -> list[list[Answer]]:
     """Generate an answer to each row that has a prompt (plain text has none). A collective.
 
+    Args:
+        generator: whose model answers for so many trials at once.
+        rows, config, world, between_batches: as in :func:`evaluate_trials`.
+        trials: how many there are.
+
     Returns:
-        (row, answer, reference) of every such row, the same on all ranks.
+        Of each trial (row, answer, reference) of every such row, the same on all ranks.
     """
-    (answers,) = _answers_of_trials(generator, rows, config, world, between_batches, 1)
-    return answers
-
-
-def _answers_of_trials(
-    generator: Generator,
-    rows: Rows,
-    config: TrainConfig,
-    world: World,
-    between_batches: Callable[[], None],
-    trials: int,
-) -> list[list[Answer]]:
-    """Generate as :func:`generate_answers`, with each of the trials that the generator's model runs at once."""
     prompt_lengths = rows.prompt_lengths
     with_prompt = np.flatnonzero(prompt_lengths)
     if not len(with_prompt):

@@ -18,13 +18,10 @@ from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
-from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
 from trainer.engine.flops import ModelFlops, count_flops
-from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter
 from trainer.engine.state_bytes import state_bytes
-from trainer.engine.verify_kernels import choose_packing_and_kernels
 from trainer.errors import NotSharedError, TooManyTrialsError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.lora_linear import is_lora_linear
@@ -40,7 +37,7 @@ from trainer.together.trial_view import view_trial
 from trainer.together.verify import verify_together
 from trainer.tracking.counter import ProgressCounter
 from trainer.tracking.result import size_text
-from trainer.training.build import Built, check_rows
+from trainer.training.build import Built, check_rows, choose, describe_choice, place
 
 STATE_SHARE = 0.8  # of a device's memory: the rest is for activations, which batch.micro_tokens bounds
 
@@ -84,34 +81,15 @@ def build_together(
     model, flops, unreached = _load(configs, world, base_dir, data, dtype)
     state = state_bytes(model, config.zero, dtype, world.world_size)
     check_room(len(configs), state, world.device)
-    if world.device.type == "cuda" and config.zero.stage < 3 and config.method.bits == 16:
-        model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
+    model = place(model, config, world)
     loss = LabelLoss(model)
-    if config.model.kernels != "none":
-        limit_sdpa(world.device)
     # LoRA's own kernel is for one adapter
-    wanted = tuple(name for name in wanted_kernels(config, model, world.device, dtype) if name != "lora")
-    kernels = KernelSet(model, wanted)
-    found = choose_packing_and_kernels(model, loss, config, data, tokenizer.pad_token_id, kernels, world.device)
-    choice = distributed.from_main(found)
-    kernels.use(choice.kernels)
-    give_back_memory(world.device)
+    choice = choose(model, loss, config, data, tokenizer.pad_token_id, world, dtype, without=("lora",))
     active = _put_in_one_forward(model, loss, configs, data, choice.packing)
     meter = Meter(world, model, dtype, flops)
-    common = {
-        "world_size": world.world_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": world.device.type,
-        "state_bytes": state,
-        "peak_flops": meter.peak.per_second,
-        "peak_flops_source": meter.peak.source,
-        "packing": choice.lines[0],
-        "kernels": choice.lines[1:],
-        "experts": unreached,
-        "packing_taken": "trie" if choice.packing.uses_trie else "padded",
-        "kernels_taken": [*choice.kernels, "lora"],
-    }
-    infos = {name: {**common, **_describe_trial(model, name, configs)} for name in configs}
+    common = {**describe_choice(choice, meter, dtype, world), "experts": unreached, "state_bytes": state}
+    common["kernels_taken"].append("lora")
+    infos = {name: {**common, **own} for name, own in _describe_trials(model, configs).items()}
     with ProgressCounter("starting DeepSpeed"):
         engine = TrialsEngine(model=model, loss=loss, configs=configs, active=active, world=world, dtype=dtype)
     if world.is_main:
@@ -183,21 +161,17 @@ def _check_layers(model: Any) -> None:
             raise NotSharedError("method.target_modules", value=target, reason=reason, hint="sweep.fuse=off")
 
 
-def _describe_trial(model: Any, name: str, names: Iterable[str]) -> dict[str, Any]:
-    """Count the parameters of a trial, as a run by itself does, and name its targets; before ZeRO partitions them."""
-    own = trial_parameters(model, name)
-    of_all = sum(sum(p.numel() for p in trial_parameters(model, other).values()) for other in names)
-    trainable = sum(p.numel() for p in own.values())
-    total = count_parameters(model)[1] - of_all + trainable
-    layers = [module.rpartition(".lora_")[0].rpartition(".")[2] for module in own]
+def _describe_trials(model: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Count the parameters of each trial as a run by itself does, and name its targets; before ZeRO partitions them."""
+    adapters = {name: trial_parameters(model, name) for name in names}
+    trained = {name: sum(p.numel() for p in own.values()) for name, own in adapters.items()}
+    base = count_parameters(model)[1] - sum(trained.values())
     return {
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-        "targets": list(dict.fromkeys(layers)),
+        name: {
+            "trainable_parameters": trained[name],
+            "total_parameters": base + trained[name],
+            "trainable_percent": 100 * trained[name] / (base + trained[name]),
+            "targets": list(dict.fromkeys(layer.rpartition(".lora_")[0].rpartition(".")[2] for layer in own)),
+        }
+        for name, own in adapters.items()
     }
-
-
-def name_adapters(count: int) -> list[str]:
-    """Name the adapters of a group."""
-    return [f"trial_{number}" for number in range(count)]

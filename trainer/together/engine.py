@@ -189,11 +189,6 @@ class TrialsEngine(ZeroEngine):
         self._accumulated = ()
         return {name: updates[name] for name in rates}
 
-    def discard_gradients(self) -> None:
-        """Drop what was accumulated for an update that is not made."""
-        super().discard_gradients()
-        self._accumulated = ()
-
     def _reduced_gradients(self) -> list[list[Tensor]]:
         """Return this rank's share of the reduced gradients of each trial."""
         if self.zero_stage:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed.process_group import sum_over_ranks
 from trainer.errors import AfinaError, NotFiniteError, TrainingError
 from trainer.evaluation.evaluate import EvalResult, evaluate_trials
 from trainer.evaluation.generator import Generator
@@ -237,8 +236,5 @@ class GroupLoop:
         return found
 
     def _raise_if_stopping(self, stage: str) -> None:
-        """Raise on every rank where any was asked to stop. A collective."""
         self.step.stage(stage)
-        (stops,) = sum_over_ranks([float(self.step.stop.wanted)], self.step.world.device)
-        if stops:
-            raise StopRequested
+        self.step.stop.raise_if_any(self.step.world)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -14,15 +13,11 @@ from trainer.checkpoint.commit import checkpoint_dir
 from trainer.checkpoint.run_folder import Run, open_run
 from trainer.config.method import given
 from trainer.data.describe import describe
-from trainer.data.load import load_data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World, from_main
 from trainer.errors import PREEMPTED_EXIT_CODE
-from trainer.kernels.deterministic import use_deterministic_kernels
-from trainer.models.embedded import resolve
-from trainer.models.loading import load_tokenizer
 from trainer.together.batches import GroupBatches
-from trainer.together.build import BuiltTogether, build_together, name_adapters
+from trainer.together.build import BuiltTogether, build_together
 from trainer.together.group import Group
 from trainer.together.loop import GroupLoop
 from trainer.together.rungs import Rungs
@@ -32,22 +27,11 @@ from trainer.together.trial import Trial, TrialLoop
 from trainer.tracking.files import STOP_FILE, write_summary
 from trainer.tracking.result import size_text
 from trainer.tracking.terminal import Terminal
-from trainer.tracking.tracker import Tracker
 from trainer.training.faults import watched
-from trainer.training.job import (
-    Job,
-    create_checkpointer,
-    create_generator,
-    create_loader,
-    create_loop,
-    create_schedule,
-    open_monitor,
-)
+from trainer.training.job import Job, create_generator, create_loader, describe_failure, open_loop, prepare
 from trainer.training.out_of_memory import out_of_memory_explained
 from trainer.training.outcome import Outcome, Progress
-from trainer.training.run import describe_failure, write_run_files
-from trainer.training.start import start_lines, values_taken
-from trainer.training.stop_request import StopRequest
+from trainer.training.start import start_lines
 
 logger = logging.getLogger(__name__)
 
@@ -63,37 +47,19 @@ class Left:
 def train_together(group: Group, world: World) -> int:
     """Train the trials of a group on this rank. Returns the exit code: 0 where each has come to its end, by failing
     too; errors are recorded in the trials' summaries."""
-    begin = time.perf_counter()
-    stop = StopRequest().install()
     first = group.configs[0]
-    if first.run.deterministic:
-        use_deterministic_kernels()
-    base_dir = resolve(first.model.name_or_path, first.model.revision)
-    tokenizer = load_tokenizer(base_dir, first.model)
-    data = load_data(first, tokenizer)
-    distributed.init(world, first.launch.rendezvous_seconds)
+    prepared = prepare(first, world)
     try:
+        data = prepared.data
         with ExitStack() as held:
             runs = [
                 held.enter_context(open_run(config, world, data.total_steps(config.batch), data.fingerprint))
                 for config in group.configs
             ]
-            jobs = [
-                Job(
-                    config=config,
-                    world=world,
-                    base_dir=base_dir,
-                    tokenizer=tokenizer,
-                    data=data,
-                    run=run,
-                    stop=stop,
-                    begin=begin - run.elapsed_before(),
-                )
-                for config, run in zip(group.configs, runs, strict=True)
-            ]
+            jobs = [prepared.of(config, run) for config, run in zip(group.configs, runs, strict=True)]
             if all(run.finished is not None for run in runs):
                 return 0
-            stop.begin(*(run.folder / STOP_FILE for run in runs if world.is_main))
+            prepared.stop.begin(*(run.folder / STOP_FILE for run in runs if world.is_main))
             left = Left([job for job in jobs if job.run.finished is None])
             record_failure = partial(_record_failure, left)
             with (
@@ -127,7 +93,7 @@ def run_group(group: Group, jobs: list[Job], left: Left) -> bool:
         left.jobs = running
     if not running:
         return True
-    named = list(zip(name_adapters(len(running)), running, strict=True))
+    named = [(f"trial_{number}", job) for number, job in enumerate(running)]
     named.sort(key=lambda item: given(item[1].config.method.r))  # neighbours of one rank share products
     running, configs = [job for _, job in named], {name: job.config for name, job in named}
     built = build_together(configs, world, jobs[0].base_dir, data, jobs[0].tokenizer)
@@ -135,7 +101,7 @@ def run_group(group: Group, jobs: list[Job], left: Left) -> bool:
     source = create_loader(running[0], built.packing, total_steps).source
     batches = GroupBatches.of(source, total_steps)
     together = {"group": group.name, "trials": len(running)}
-    terminal = Terminal(group.folder, total_steps=total_steps, resume_step=0) if world.is_main else None
+    terminal: Terminal | None = None
     trials: list[Trial] = []
     summaries: dict[Trial, dict[str, Any]] = {}
     try:
@@ -143,6 +109,8 @@ def run_group(group: Group, jobs: list[Job], left: Left) -> bool:
             trials.append(_open_trial(job, name, built, together))
         left.trials = trials
         if world.is_main:
+            first_step = min(trial.steps for trial in trials)
+            terminal = Terminal(group.folder, total_steps=total_steps, resume_step=first_step)
             _log_start(trials, batches)
         loop = GroupLoop(
             folder=group.folder,
@@ -198,23 +166,7 @@ def _scores_before(jobs: list[Job], saves: Saves) -> dict[str, Mapping[str, floa
 def _open_trial(job: Job, adapter: str, built: BuiltTogether, together: dict[str, Any]) -> Trial:
     """Restore a trial and open its records. A collective."""
     own = built.trials[adapter]
-    checkpointer = create_checkpointer(job, own, prunes=False)
-    restored = checkpointer.restore(job.run.resume_from)
-    schedule = create_schedule(job)
-    write_run_files(job, restored.step, values_taken(job.config, own.model_info, schedule.total_steps))
-    tracker = Tracker.open(
-        job.config,
-        job.run.folder,
-        is_main=job.world.is_main,
-        total_steps=schedule.total_steps,
-        resume_step=restored.step,
-        model_info=own.model_info,
-        alone=False,
-    )
-    monitor = open_monitor(job.config, restored.monitor_state, checkpointer)
-    loop = create_loop(
-        job, own, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule, kind=TrialLoop
-    )
+    loop, restored = open_loop(job, own, TrialLoop, alone=False)
     return Trial(
         adapter=adapter,
         job=job,

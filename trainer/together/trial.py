@@ -13,9 +13,10 @@ from trainer.evaluation.evaluate import EvalResult
 from trainer.tracking.files import write_summary
 from trainer.tracking.log_only import into_log
 from trainer.training.build import Built
+from trainer.training.job import Job, describe_failure
 from trainer.training.loop import Loop
 from trainer.training.outcome import Outcome, Progress
-from trainer.training.run import Job, describe_failure, finish_run
+from trainer.training.run import finish_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +33,7 @@ class TrialLoop(Loop):
         """Return the evaluation that was made with those of the other trials."""
         (result,) = self.scored
         self.scored.clear()
-        if result.samples:
-            rows = [{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in result.samples]
-            self.tracker.samples(rows)
+        self.show_samples(result)
         return result
 
 

@@ -37,11 +37,6 @@ class TrialView:
     runtime: TrialRuntime
 
     @property
-    def loss_scale(self) -> float:
-        """Always 1: there is no fp16."""
-        return self.engine.loss_scale
-
-    @property
     def deepspeed(self) -> Any:
         """DeepSpeed's engine, of all trials."""
         return self.engine.deepspeed
@@ -70,14 +65,6 @@ class TrialView:
         """Return the trial's logits at the label positions of one micro-batch, (labels, vocabulary)."""
         with self.engine.only(self.name):
             return self.engine.label_logits(batch)
-
-    def train(self) -> None:
-        """Turn dropout and gradient checkpointing on, for all trials."""
-        self.engine.train()
-
-    def eval(self) -> None:
-        """Turn dropout and gradient checkpointing off, for all trials."""
-        self.engine.eval()
 
 
 def view_trial(engine: TrialsEngine, name: str) -> TrialView:

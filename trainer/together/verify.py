@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from trainer.compat.bitsandbytes import is_4bit
 from trainer.config.schema import TrainConfig
-from trainer.data.batching.micro_batch import MicroBatch
 from trainer.data.batching.packing import Packing
 from trainer.data.batching.rank_split import Limits
 from trainer.data.run_data import Data
-from trainer.engine.verification import Result, Verification, distances, in_fp32, loss_and_gradients
+from trainer.engine.verification import Verification, distances, in_fp32, loss_and_gradients
 from trainer.engine.verification_rows import smallest_window, verification_rows
-from trainer.engine.verify_kernels import MAX_FP32_PARAMETERS
+from trainer.engine.verify_kernels import fits_in_fp32
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.patch import Patch
 from trainer.kernels.trial_lora import ActiveTrials
-from trainer.kernels.trie_attention import trie_context
 from trainer.methods.parameters import trial_parameters
 from trainer.models.first_layers import first_layers
 
@@ -44,63 +41,37 @@ def verify_together(
         active: what they read.
     """
     rows = verification_rows(config, data, smallest_window(model))[0]
-    with first_layers(model), _exactly(model):
-        batch = _collate(packing, rows).to(next(model.parameters()).device)
-        last = active.names[-1]
+    whole = replace(packing, limits=Limits(len(rows), 0))
+    last, was_training = active.names[-1], model.training
+    with first_layers(model), in_fp32(model) if fits_in_fp32(model) else contextlib.nullcontext():
+        batches = [whole.collate(rows, range(len(rows))).to(next(model.parameters()).device)]
         compared = [p for p in trial_parameters(model, last).values() if p.requires_grad]
-        was_training = model.training
         model.eval()
         try:
-            found = _together(model, loss, batch, len(active.names), compared)
+            found = loss_and_gradients(model, loss, batches, compared, trials=len(active.names))
+            with _alone(model, last, patch):
+                expected = loss_and_gradients(model, loss, batches, compared)
         except (AssertionError, RuntimeError) as error:  # a layer that does not keep the rows apart
-            return Verification(
-                0.0, 0.0, torch.float32, None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-            )
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return Verification(0.0, 0.0, torch.float32, None, message)
         finally:
             model.train(was_training)
-        expected = _alone(model, loss, batch, last, patch, compared)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return Verification(*distances(found, expected), dtype)
 
 
-def _collate(packing: Packing, rows: Sequence[Any]) -> MicroBatch:
-    whole = Packing(packing.uses_trie, Limits(len(rows), 0), packing.pad_id, in_pieces=packing.in_pieces)
-    return whole.collate(rows, range(len(rows)))
-
-
-def _together(model: Any, loss: LabelLoss, batch: MicroBatch, trials: int, compared: list[nn.Parameter]) -> Result:
-    with trie_context(batch.paths, trials=trials):
-        value = loss(model, batch, trials=trials)[-1]
-        gradients = torch.autograd.grad(value, compared, allow_unused=True)
-    held = [torch.zeros_like(p, dtype=torch.float32) for p in compared]
-    for own, gradient in zip(held, gradients, strict=True):
-        if gradient is not None:
-            own += gradient
-    return value.detach().cpu(), held
-
-
-def _alone(
-    model: Any, loss: LabelLoss, batch: MicroBatch, name: str, patch: Patch, compared: list[nn.Parameter]
-) -> Result:
-    """Return the loss and gradients of one trial, without our layers."""
+@contextlib.contextmanager
+def _alone(model: Any, name: str, patch: Patch) -> Iterator[None]:
+    """Let a model be that of one trial inside the ``with`` block, without our layers."""
     before, trained = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
     patch.undo()
     model.set_adapter(name)
-    model.eval()
     try:
-        return loss_and_gradients(model, loss, [batch], compared)
+        yield
     finally:
-        model.train(was_training)
         model.set_adapter(before)
         for parameter in trained:  # PEFT lets its active adapter alone be trained
             parameter.requires_grad_(True)
         patch.apply()
-
-
-def _exactly(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Compute in fp32 where nothing is quantised and there is memory for it: it tells a mistake from rounding."""
-    parameters = list(model.parameters())
-    plain = all(p.is_floating_point() and not is_4bit(p) for p in parameters)
-    is_small = sum(p.numel() for p in parameters) <= MAX_FP32_PARAMETERS
-    return in_fp32(model) if plain and is_small else contextlib.nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainer.engine.engine import Engine
 from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter
 from trainer.engine.state_bytes import state_bytes
-from trainer.engine.verify_kernels import choose_packing_and_kernels
+from trainer.engine.verify_kernels import Choice, choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
 from trainer.errors import ConfigError
 from trainer.evaluation.multiple_choice import letter_tokens
@@ -75,25 +76,19 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
     runtime = create_runtime(model, method)
     if world.is_main and not runtime.trains_base_weights:
         runtime.base = describe_base(config.model, base_dir)
-    if world.device.type == "cuda" and config.zero.stage < 3 and method.bits == 16:
-        model = model.to(world.device)  # where DeepSpeed would put it; the packing is verified where it will run
+    model = place(model, config, world)
     loss = LabelLoss(model)
-    if config.model.kernels != "none":
-        limit_sdpa(world.device)
-    kernels = KernelSet(model, wanted_kernels(config, model, world.device, dtype))
-    found = choose_packing_and_kernels(model, loss, config, data, tokenizer.pad_token_id, kernels, world.device)
-    # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
-    choice = distributed.from_main(found)
-    kernels.use(choice.kernels)
-    give_back_memory(world.device)
+    choice = choose(model, loss, config, data, tokenizer.pad_token_id, world, dtype)
     experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
     meter = Meter(world, model, dtype)
-    peak = {"peak_flops": meter.peak.per_second, "peak_flops_source": meter.peak.source}
-    words = {"packing": choice.lines[0], "kernels": choice.lines[1:], "experts": experts}
-    names = {"packing_taken": "trie" if choice.packing.uses_trie else "padded", "kernels_taken": list(choice.kernels)}
-    reduces_once = not runtime.trains_base_weights
-    state = state_bytes(model, config.zero, dtype, world.world_size, reduces_once)
-    model_info = {**_describe_model(model, dtype, world), "state_bytes": state, **peak, **words, **names}
+    state = state_bytes(model, config.zero, dtype, world.world_size, not runtime.trains_base_weights)
+    model_info = {
+        **_count(model),
+        **describe_choice(choice, meter, dtype, world),
+        "experts": experts,
+        "state_bytes": state,
+        "targets": adapted_modules(model),
+    }
     with ProgressCounter("starting DeepSpeed"):
         engine = Engine(
             model=model,
@@ -127,15 +122,63 @@ def check_rows(base: nn.Module, data: Data, config: TrainConfig) -> None:
         )
 
 
-def _describe_model(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Any]:
-    """Count parameters and name dtype and devices; before ZeRO partitions the model."""
+def place(model: Any, config: TrainConfig, world: World) -> Any:
+    """Put a model with its adapters where DeepSpeed would, as far as that is known: its packing is verified where it
+    will run."""
+    is_whole = config.zero.stage < 3 and config.method.bits == 16
+    return model.to(world.device) if world.device.type == "cuda" and is_whole else model
+
+
+def choose(
+    model: Any,
+    loss: LabelLoss,
+    config: TrainConfig,
+    data: Data,
+    pad_id: int,
+    world: World,
+    dtype: torch.dtype,
+    without: Collection[str] = (),
+) -> Choice:
+    """Choose the packing and the kernels on the loaded model, put these into it, and take all others out. A collective.
+
+    Args:
+        model, loss, config, data, pad_id: as :func:`choose_packing_and_kernels` takes them.
+        world: this process.
+        dtype: of forward and backward.
+        without: kernels that are not looked at.
+    """
+    if config.model.kernels != "none":
+        limit_sdpa(world.device)
+    wanted = tuple(name for name in wanted_kernels(config, model, world.device, dtype) if name not in without)
+    kernels = KernelSet(model, wanted)
+    found = choose_packing_and_kernels(model, loss, config, data, pad_id, kernels, world.device)
+    # Rank 0's finding counts: hosts of unlike hardware must not choose unlike packings.
+    choice = distributed.from_main(found)
+    kernels.use(choice.kernels)
+    give_back_memory(world.device)
+    return choice
+
+
+def describe_choice(choice: Choice, meter: Meter, dtype: torch.dtype, world: World) -> dict[str, Any]:
+    """Return what ``Built.model_info`` says of the devices and of what was chosen."""
+    return {
+        "world_size": world.world_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": world.device.type,
+        "peak_flops": meter.peak.per_second,
+        "peak_flops_source": meter.peak.source,
+        "packing": choice.lines[0],
+        "kernels": choice.lines[1:],
+        "packing_taken": "trie" if choice.packing.uses_trie else "padded",
+        "kernels_taken": list(choice.kernels),
+    }
+
+
+def _count(model: nn.Module) -> dict[str, Any]:
+    """Count the parameters; before ZeRO partitions the model."""
     trainable, total = count_parameters(model)
     return {
         "trainable_parameters": trainable,
         "total_parameters": total,
         "trainable_percent": 100 * trainable / total,
-        "world_size": world.world_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": world.device.type,
-        "targets": adapted_modules(model),
     }

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.checkpoint.checkpointer import Checkpointer
+from trainer.checkpoint.checkpointer import Checkpointer, Restored
+from trainer.checkpoint.commit import archive_after
+from trainer.checkpoint.config_history import write_config
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig
 from trainer.config.identity import run_identity
 from trainer.data.batching.packing import Packing
+from trainer.data.load import load_data
 from trainer.data.run_data import Data
 from trainer.data.step_batches import StepLoader, StepSource
+from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
+from trainer.engine.device import device_name
 from trainer.evaluation.generator import Generator
+from trainer.kernels.deterministic import use_deterministic_kernels
+from trainer.models.embedded import resolve
+from trainer.models.loading import load_tokenizer
+from trainer.tracking.environment import write_environment
+from trainer.tracking.files import build_summary, describe_error
 from trainer.tracking.tracker import Tracker
 from trainer.training.build import Built
+from trainer.training.finish import copy_rejected_rows
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
+from trainer.training.out_of_memory import explain_out_of_memory
 from trainer.training.save_timer import SaveTimer
 from trainer.training.schedule import Schedule
 from trainer.training.skipped_steps import SkippedSteps
+from trainer.training.start import values_taken
 from trainer.training.stop_request import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -65,6 +80,69 @@ class Job:
     def seconds(self) -> float:
         """Wall time so far, of all lives."""
         return time.perf_counter() - self.begin
+
+    def of(self, config: TrainConfig, run: Run) -> Job:
+        """Return the job of a run that starts from the same."""
+        return replace(self, config=config, run=run, begin=self.begin - run.elapsed_before())
+
+
+def prepare(config: TrainConfig, world: World) -> Job:
+    """Load what a run starts from, and meet the other ranks; its folder is not open yet. The process group is up then.
+
+    Raises:
+        AfinaError: the base, its tokenizer or the data cannot be used, or a rank does not come.
+    """
+    begin = time.perf_counter()
+    stop = StopRequest().install()
+    if config.run.deterministic:
+        use_deterministic_kernels()
+    base_dir = resolve(config.model.name_or_path, config.model.revision)
+    tokenizer = load_tokenizer(base_dir, config.model)
+    data = load_data(config, tokenizer)
+    distributed.init(world, config.launch.rendezvous_seconds)
+    return Job(
+        config=config,
+        world=world,
+        base_dir=base_dir,
+        tokenizer=tokenizer,
+        data=data,
+        run=Run(Path()),
+        stop=stop,
+        begin=begin,
+    )
+
+
+def open_loop(job: Job, built: Built, kind: type[L], *, alone: bool = True) -> tuple[L, Restored]:
+    """Restore a run, open its records, and put its loop together. A collective.
+
+    Args:
+        job: the run.
+        built: what it trains.
+        kind: of loop.
+        alone: it is the only run of this process: it has the terminal, and deletes its older checkpoints itself.
+    """
+    checkpointer = create_checkpointer(job, built, prunes=alone)
+    restored = checkpointer.restore(job.run.resume_from)
+    schedule = create_schedule(job)
+    _write_run_files(job, restored.step, values_taken(job.config, built.model_info, schedule.total_steps))
+    tracker = Tracker.open(
+        job.config,
+        job.run.folder,
+        is_main=job.world.is_main,
+        total_steps=schedule.total_steps,
+        resume_step=restored.step,
+        model_info=built.model_info,
+        alone=alone,
+    )
+    try:
+        monitor = open_monitor(job.config, restored.monitor_state, checkpointer)
+        loop = create_loop(
+            job, built, checkpointer=checkpointer, tracker=tracker, monitor=monitor, schedule=schedule, kind=kind
+        )
+    except Exception as error:
+        tracker.close(describe_failure(job, error))
+        raise
+    return loop, restored
 
 
 def create_checkpointer(job: Job, built: Built, prunes: bool = True) -> Checkpointer:
@@ -156,4 +234,28 @@ def create_generator(job: Job, built: Built) -> Generator:
         job.world.device,
         lockstep=config.zero.stage == 3,
         opening_ids=job.data.opening_ids,
+    )
+
+
+def _write_run_files(job: Job, first_step: int, taken: dict[str, Any]) -> None:
+    """Write what the run folder holds from the start, and archive checkpoints that the run has gone back behind."""
+    world, folder = job.world, job.run.folder
+    devices = distributed.gather_objects(device_name(world.device))
+    hosts = distributed.gather_objects(socket.gethostname())
+    if world.is_main:
+        archive_after(folder, first_step)
+        write_config(folder, job.config, first_step, taken)
+        copy_rejected_rows(job.data, folder)
+        write_environment(folder, {"world_size": world.world_size, "devices": devices, "hosts": hosts})
+
+
+def describe_failure(job: Job, error: Exception) -> dict[str, Any]:
+    """Build the summary of a run that failed."""
+    shown = explain_out_of_memory(error, job.config, job.world) or error
+    return build_summary(
+        status="failed",
+        steps=job.run.last_logged_step(),
+        wall_seconds=job.seconds,
+        data_fingerprint=job.data.fingerprint,
+        error=describe_error(shown, job.world.rank),
     )

@@ -174,10 +174,14 @@ class Loop:
         parts = self.engine, self.generator, self.packing, self.data, self.config, self.world
         scores = evaluate(*parts, between_batches=partial(self._raise_if_stopping, "evaluate"))
         self.engine.train()
+        self.show_samples(scores)
+        return scores
+
+    def show_samples(self, scores: EvalResult) -> None:
+        """Show the answers of an evaluation, where there are any."""
         if scores.samples:
             rows = [{"prompt": s.prompt, "reference": s.reference, "answer": s.answer} for s in scores.samples]
             self.tracker.samples(rows)
-        return scores
 
     def evaluates_before(self, first_step: int) -> bool:
         """Return whether the untrained weights are scored."""
@@ -277,11 +281,8 @@ class Loop:
         return is_saved
 
     def _raise_if_stopping(self, stage: str) -> None:
-        """Raise on every rank where any was asked to stop. A collective."""
         self.stage(stage)
-        (stops,) = sum_over_ranks([float(self.stop.wanted)], self.world.device)
-        if stops:
-            raise StopRequested
+        self.stop.raise_if_any(self.world)
 
     def end_with_best(self, outcome: Outcome) -> None:
         """Restore the weights of the best evaluation, where ``eval.best_metric`` asks for them. A collective."""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.errors import LAUNCHER_PIDS
 from trainer.tracking.files import STOP_FILE
 
@@ -67,6 +68,16 @@ class StopRequest:
             self._looked = now
             self._look()
         return self.name is not None
+
+    def raise_if_any(self, world: World) -> None:
+        """Raise on every rank where any was asked to stop. A collective.
+
+        Raises:
+            StopRequested: one was.
+        """
+        (stops,) = sum_over_ranks([float(self.wanted)], world.device)
+        if stops:
+            raise StopRequested
 
     def _look(self) -> None:
         for file in self._files:

@@ -46,10 +46,11 @@ class Groups:
     """Stands in for the process of a group: one of more trials than ``fit`` ends with the error."""
 
     def __init__(self, fit: int, kind: str) -> None:
-        self.fit, self.kind, self.asked = fit, kind, list[int]()
+        self.fit, self.kind, self.asked, self.folders = fit, kind, list[int](), list[Path]()
 
-    def __call__(self, trials: Sequence[Trial], *_: object) -> tuple[int, str]:
+    def __call__(self, trials: Sequence[Trial], folder: Path, *_: object) -> tuple[int, str]:
         self.asked.append(len(trials))
+        self.folders.append(folder)
         failure = {"status": "failed", "error": {"kind": self.kind, "message": "too much"}}
         for trial in trials:
             finish(trial, **(failure if len(trials) > self.fit else {}))
@@ -76,4 +77,5 @@ def test_half_as_many_are_tried_where_the_device_is_too_small(
     monkeypatch.setattr(launch.together, "run_group", groups)
     assert run_sweep(TYPED) == 0
     assert groups.asked == [4, 2, 2]
+    assert len(set(groups.folders)) == 3, "each is a group of its own"
     assert alone == []

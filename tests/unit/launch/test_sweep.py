@@ -10,16 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-import launch.sweep.sweep
-from launch.crew import Crew
 from launch.sweep import report as ranking
 from launch.sweep.sweep import plan_sweep, run_sweep
 from tests.helpers.processes import ROOT
+from tests.helpers.trials import stand_in_for_the_process
 from trainer.config import load, run_folder
 from trainer.errors import ConfigError
 
@@ -53,13 +51,7 @@ sys.exit(summary["status"] != "finished")
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which `python -m trainer.train` is the stand-in; the rest of `trainer` is the real one."""
-    package = tmp_path / "trainer"
-    package.mkdir()
-    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'trainer')!r})\n")
-    (package / "train.py").write_text(TRAIN)
-    monkeypatch.chdir(tmp_path)
-    # each in a process that loads no more than it needs; forks of a loaded one are in test_trial_server.py
-    monkeypatch.setattr(launch.sweep.sweep, "Crew", partial(Crew, forks=False))
+    stand_in_for_the_process(monkeypatch, tmp_path, TRAIN)
     return tmp_path
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from launch.sweep.space import read_space
 from launch.sweep.sweep import plan_sweep, run_sweep
 from launch.together import OUT_OF_MEMORY, TrialGroup, group_trials
 from tests.helpers.processes import ROOT
-from tests.helpers.trials import GroupStandIn, stand_in
+from tests.helpers.trials import GroupStandIn, stand_in, stand_in_for_the_process
 from trainer.config import load, run_folder, to_yaml
 from trainer.distributed.process_group import World
 from trainer.files import run_lock_path, try_lock
@@ -78,12 +77,7 @@ TYPED = ["debug=tiny", "run.name=s", "method.r=4,16,8"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which `python -m trainer.train` is the stand-in; the rest of `trainer` is the real one."""
-    package = tmp_path / "trainer"
-    package.mkdir()
-    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'trainer')!r})\n")
-    (package / "train.py").write_text(TRAIN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.sweep.sweep, "Crew", partial(Crew, forks=False))
+    stand_in_for_the_process(monkeypatch, tmp_path, TRAIN)
     return tmp_path
 
 
