@@ -16,12 +16,12 @@ BEGIN = time.perf_counter()
 
 import trainer.train  # noqa: E402  its import is the first part
 import trainer.training.build  # noqa: E402
-import trainer.training.run  # noqa: E402
+import trainer.training.job  # noqa: E402
 from trainer.training.loop import Loop  # noqa: E402
 
 # The functions that a start calls, and the part that each is.
 PARTS = (
-    (trainer.training.run, "load_data", "data"),
+    (trainer.training.job, "load_data", "data"),
     (trainer.training.build, "load_model", "model"),
     (trainer.training.build, "choose_packing_and_kernels", "start-up verification"),
 )
