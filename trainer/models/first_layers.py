@@ -18,16 +18,20 @@ MIN_LAYERS = 2  # at least, so that the gradient of one flows through another
 
 
 @contextlib.contextmanager
-def first_layers(model: Any) -> Iterator[str]:
+def first_layers(model: Any, above: int = MAX_WHOLE_PARAMETERS) -> Iterator[str]:
     """Cut a large model to its first layers, as many as hold one of each kind; put all back afterwards.
 
     The layers that are left out are not looked at, so their weights may stay in their files. Where none of the layers
     that are left has trainable parameters, their norms and biases are trainable for as long.
 
+    Args:
+        model: wrapped by PEFT or not.
+        above: parameters of a model that is large.
+
     Yields:
         the cut in words for the user; empty when the model is whole.
     """
-    stack = find_decoder_layers(model) if count_parameters(model)[1] > MAX_WHOLE_PARAMETERS else None
+    stack = find_decoder_layers(model) if count_parameters(model)[1] > above else None
     layers = stack[2] if stack else nn.ModuleList()
     count = _count_until_each_kind(layers)
     if stack is None or count >= len(layers):

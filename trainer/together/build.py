@@ -18,6 +18,7 @@ from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
 from trainer.distributed.process_group import World
+from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
 from trainer.engine.flops import ModelFlops, count_flops
 from trainer.engine.meter import Meter
@@ -133,6 +134,7 @@ def _put_in_one_forward(
     with ProgressCounter(f"verifying {len(configs)} trials in one forward"):
         config = next(iter(configs.values()))
         apart = distributed.from_main(verify_together(model, loss, config, data, packing, patch, active))
+    give_back_memory(next(model.parameters()).device)
     if not apart.holds:
         reason = f"is not possible with this model: beside one alone, a trial among all differs ({apart})"
         raise NotSharedError("sweep.fuse", value=len(configs), reason=reason, hint="sweep.fuse=off")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
 
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.packing import Packing
@@ -20,7 +22,7 @@ from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.patch import Patch
 from trainer.kernels.trial_lora import ActiveTrials
 from trainer.methods.parameters import trial_parameters
-from trainer.models.first_layers import first_layers
+from trainer.models.first_layers import MAX_WHOLE_PARAMETERS, find_decoder_layers, first_layers
 
 
 def verify_together(
@@ -43,7 +45,9 @@ def verify_together(
     rows = verification_rows(config, data, smallest_window(model))[0]
     whole = replace(packing, limits=Limits(len(rows), 0))
     last, was_training = active.names[-1], model.training
-    with first_layers(model), in_fp32(model) if fits_in_fp32(model) else contextlib.nullcontext():
+    # rows of all trials through all layers would be the most memory that a small model's training ever takes
+    above = 0 if _adapts_every_layer(model, last) else MAX_WHOLE_PARAMETERS
+    with first_layers(model, above), in_fp32(model) if fits_in_fp32(model) else contextlib.nullcontext():
         batches = [whole.collate(rows, range(len(rows))).to(next(model.parameters()).device)]
         compared = [p for p in trial_parameters(model, last).values() if p.requires_grad]
         model.eval()
@@ -60,6 +64,12 @@ def verify_together(
             model.train(was_training)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return Verification(*distances(found, expected), dtype)
+
+
+def _adapts_every_layer(model: Any, name: str) -> bool:
+    stack = find_decoder_layers(model)
+    layers: Iterable[nn.Module] = stack[2] if stack else ()
+    return all(any(isinstance(m, LoraLayer) and name in m.lora_A for m in layer.modules()) for layer in layers)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from trainer.together import build
 from trainer.together.verify import verify_together
 
 
-def verified(tiny_model: Path, uses_trie: bool, spoil: Any = None) -> Verification:
-    """Verify three trials on the tiny model; ``spoil``: is called with it before."""
-    config = load(["debug=tiny", "log=off", "method.r=4", f"model.name_or_path={tiny_model}"])
+def verified(tiny_model: Path, uses_trie: bool, spoil: Any = None, deepen: Any = None, *overrides: str) -> Verification:
+    """Verify three trials on the tiny model; ``spoil`` is called with it before, ``deepen`` with its base."""
+    config = load(["debug=tiny", "log=off", "method.r=4", f"model.name_or_path={tiny_model}", *overrides])
     tokenizer = load_tokenizer(str(tiny_model), config.model)
     data = load_data(config, tokenizer)
     base = load_model(str(tiny_model), config.model, config.method, torch.float32, torch.device("cpu"), 0)
+    if deepen is not None:
+        deepen(base)
     model = attach_trials(base, {f"trial_{k}": (config.method, k) for k in range(3)})
     loss = LabelLoss(model)
     active = ActiveTrials(("trial_0", "trial_1", "trial_2"))
@@ -71,6 +74,22 @@ def test_a_layer_that_mixes_the_rows_is_found(tiny_model: Path) -> None:
 
     found = verified(tiny_model, True, spoil)
     assert not found.holds, found
+
+
+@pytest.mark.parametrize(("adapted", "seen"), [("null", {0, 1}), ("[4]", {0, 1, 2, 3, 4})])
+def test_layers_alike_are_verified_on_the_first_ones(tiny_model: Path, adapted: str, seen: set[int]) -> None:
+    run = set()
+
+    def deepen(base: Any) -> None:
+        layers = base.model.layers
+        layers.extend(copy.deepcopy(layers[0]) for _ in range(5 - len(layers)))
+        base.config.num_hidden_layers = 5
+        for place, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, place=place: run.add(place))
+
+    found = verified(tiny_model, True, None, deepen, f"method.layers={adapted}")
+    assert run == seen, "all of them where the last trial adapts none of the first ones"
+    assert found.holds, found
 
 
 def test_trials_that_leave_no_room_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
