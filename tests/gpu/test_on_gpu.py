@@ -1,4 +1,5 @@
-"""What only a GPU can show: NCCL, fused AdamW, device memory, the fp16 loss scaler. Skipped, and unrun, without one."""
+"""What only a GPU can show: NCCL, fused AdamW, 8 bits and pages, device memory, the fp16 loss scaler. Skipped, and
+unrun, without one."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.processes import torchrun
+from trainer.config.rules.optimizers import optimizer_cells, optimizer_refusal
 from trainer.data.batching.micro_batch import Tokens, collate_padded, collate_trie
 from trainer.tracking.files import read_metrics, read_summary
 
@@ -27,6 +30,25 @@ def test_a_run_on_every_gpu_finishes(tiny_model: Path, tmp_path: Path, zero: str
     for record in read_metrics(tmp_path / "runs" / "gpu")[1:]:
         assert 0 < record["peak_memory_bytes"] <= record["reserved_memory_bytes"] < 2**31
         assert 0 < record["model_flops_utilization"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [(n, z) for (n, z), cell in optimizer_cells().items() if n != "adamw" and optimizer_refusal(cell) is None],
+)
+def test_every_optimizer_trains_and_resumes_to_the_bit(tiny_model: Path, tmp_path: Path, name: str, zero: str) -> None:
+    """All weights, so that there are tensors large enough for 8 bits and for pages."""
+    rate = "1e-3" if name == "lion" else "1e-2"
+    common = ["debug=tiny", "method=full", "rank=null", f"zero={zero}", f"optim.name={name}", "model.dtype=fp32"]
+    common += [f"optim.learning_rate={rate}", "batch.max_steps=6", "run.deterministic=true"]
+    for run, lives in {"straight": [[]], "resumed": [["run.stop_at_step=3"], []]}.items():
+        for more in lives:
+            torchrun("trainer.train", *common, f"run.name={run}", *more, nproc=1, cwd=tmp_path, check=not more)
+    found = [load_file(tmp_path / "runs" / run / "model" / "model.safetensors") for run in ("straight", "resumed")]
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    summary = read_summary(tmp_path / "runs" / "straight")
+    assert summary is not None
+    assert summary["metrics"]["eval_loss"] < summary["metrics"]["eval_loss_before"]
 
 
 @pytest.mark.parametrize("as_trie", [True, False])

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from trainer.compat import deepspeed as compat
+from trainer.compat import deepspeed_groups as groups
 from trainer.distributed import process_group
 
 STAGES = (1, 2, 3)
@@ -106,24 +107,33 @@ def moments_before_the_first_step() -> None:
         safe_set_full_optimizer_state(weight, value, "exp_avg")
         assert torch.equal(safe_get_full_optimizer_state(weight, "exp_avg"), value)
         assert sum(float(adam.state[share]["exp_avg"].sum()) for share in shares) == float(value.sum())
+        for share in shares:  # what is put there later is found after another link, on whatever device
+            adam.state[share]["later"] = adam.state[share]["exp_avg"] * 2
+        compat.link_moments(optimizer, stage)
+        assert torch.equal(safe_get_full_optimizer_state(weight, "later"), value * 2)
 
 
 def groups_of_parameters() -> None:
     """Shares and reduced gradients by group, under stage 3 also of a group that is cut into several; what is written to
-    the gradients is what the step takes."""
+    the gradients is what the step takes, and its moments are found in every group."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
     for stage in STAGES:
         engine, optimizer, weights = build_groups(stage, sub_group_size=16)
-        by_group = compat.fp32_shares_by_group(optimizer, stage, 2)
+        by_group = groups.fp32_shares_by_group(optimizer, stage, 2)
         assert [sum(s.numel() for s in shares) for shares in by_group] == [48, 16]
         assert [len(shares) for shares in by_group] == ([3, 1] if stage == 3 else [1, 1])
         before = [master(weight) for weight in weights]
         engine.backward(engine(X).float().sum())
-        gradients = compat.reduced_gradients(optimizer, stage, 2)
+        gradients = groups.reduced_gradients(optimizer, stage, 2)
         assert [sum(float(g.abs().sum()) > 0 for g in own) for own in gradients] == [3, 1]
         for gradient in gradients[0]:
             gradient.zero_()
         engine.step()
         assert [torch.equal(master(w), b) for w, b in zip(weights, before, strict=True)] == [True, True, True, False]
+        compat.link_moments(optimizer, stage)
+        moments = [safe_get_full_optimizer_state(weight, "exp_avg") for weight in weights]
+        assert [bool(moment.any()) for moment in moments] == [False, False, False, True]
 
 
 def build_groups(stage: int, **zero: Any) -> tuple[Any, Any, list[nn.Parameter]]:
@@ -229,7 +239,9 @@ CASES: dict[str, Callable[[], None]] = {
     **dict.fromkeys(
         ("deepspeed.is_partitioned", "deepspeed.whole_shape", "deepspeed.whole_numel"), partitioned_parameters
     ),
-    **dict.fromkeys(("deepspeed.reduced_gradients", "deepspeed.fp32_shares_by_group"), groups_of_parameters),
+    **dict.fromkeys(
+        ("deepspeed_groups.reduced_gradients", "deepspeed_groups.fp32_shares_by_group"), groups_of_parameters
+    ),
     "deepspeed.detach": detach,
     "deepspeed.partition_like": partition_like,
     "deepspeed.load_checkpoint": load_checkpoint,

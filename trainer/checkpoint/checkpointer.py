@@ -1,8 +1,7 @@
 """Save and restore checkpoints that are either complete or not there.
 
 ``checkpoints/step-00000120/`` holds the adapter (stock PEFT), ``state.safetensors`` (fp32 masters and moments) and
-``state.json``; ``method=full`` has its state in parts, one a rank, in ``state/`` instead. ``commit`` says how a folder
-becomes complete, ``resume`` which one a run resumes from.
+``state.json``; ``method=full`` has its state in parts, one a rank, in ``state/``. See ``commit`` and ``resume``, too.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from trainer.checkpoint.commit import archive_after, checkpoint_dir, commit, com
 from trainer.checkpoint.sharded import open_parts, write_part
 from trainer.checkpoint.tensors import save_verified
 from trainer.compat.deepspeed import load_checkpoint
+from trainer.config.identity import saved_value
 from trainer.config.messages import as_typed
 from trainer.config.schema import CheckpointConfig
 from trainer.distributed.process_group import from_main
@@ -55,11 +55,13 @@ class Restored:
         step: updates taken so far; 0 without a checkpoint.
         monitor_state: what was saved as such.
         record: of the step, if its evaluation is still to come.
+        decays_all: the run's biases and norms decay as all else does; they did in 0.2, which did not say so.
     """
 
     step: int = 0
     monitor_state: dict[str, Any] | None = None
     record: dict[str, Any] | None = None
+    decays_all: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,15 +139,15 @@ class Checkpointer:
                 str(folder / "state.json"), reason="is not what a run writes", hint="another checkpoint"
             )
         self._check_identity(folder, metadata["identity"])
-        step = metadata["step"]
         if (folder / DEEPSPEED).exists():
             self._restore_deepspeed(folder, metadata)
         else:
             read = self._open_state(folder)
-            restore_state(engine, read.tensor, step)
+            restore_state(engine, read.tensor, metadata["step"])
             engine.runtime.restore(from_main(read.method_state()))
         restore_loss_scaler(engine, metadata["loss_scaler"])
-        return Restored(step, metadata.get("watch"), metadata.get("record"))
+        said = metadata.get("watch"), metadata.get("record"), metadata.get("decays_all", True)
+        return Restored(metadata["step"], *said)
 
     def go_back(self, step: int) -> Restored | None:
         """Restore the newest good checkpoint of fewer than ``step`` updates; later ones are set aside. ``None``: there
@@ -241,6 +243,7 @@ class Checkpointer:
             "loss_scaler": loss_scaler_state(self.engine),
             "world_size": self.engine.world.world_size,
             "zero_stage": self.engine.zero_stage,
+            "decays_all": self.engine.decays_all,
             "resume": self.config.resume,
             "watch": monitor_state,
             "record": record,
@@ -257,7 +260,7 @@ class Checkpointer:
 
     def _check_identity(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self.run_identity.items():
-            was = saved.get(key)
+            was = saved_value(saved, key)
             if was != value:
                 own = "the same data" if key == "data" else as_typed(key, was)
                 reason = f"was {was} when the checkpoint was written, and changes what it means"

@@ -63,7 +63,7 @@ def check_optimizer(optimizer: Any, zero_stage: int, fp16: bool) -> None:
         return
     need(LIBRARY, optimizer, "overflow", "optimizer", FLAT_GROUPS[zero_stage])
     if zero_stage < 3:
-        need(LIBRARY, optimizer, "_lazy_init_hp_params_optimizer_state")
+        need(LIBRARY, optimizer, "_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked")
     else:
         need(LIBRARY, optimizer, "checkpoint_event_epilogue")
     if fp16:
@@ -167,44 +167,6 @@ def load_checkpoint(engine: Any, folder: str, tag: str) -> None:
 
 
 @reach(
-    "optimizer.averaged_gradients, .sub_group_to_group_id",
-    until="DeepSpeedEngine gives the reduced gradients, or norms and clipping, by parameter group",
-)
-def reduced_gradients(optimizer: Any, zero_stage: int, groups: int) -> list[list[Any]]:
-    """Return this rank's share of the reduced gradients of each parameter group, between the reduction and the step.
-
-    They are those that the step takes: what is written to them counts. Under stage 3 a parameter without a gradient in
-    this step has that of an earlier one.
-
-    Args:
-        optimizer: ZeRO's.
-        zero_stage: 1, 2 or 3.
-        groups: how many there are.
-
-    Raises:
-        LaunchError: an attribute is missing.
-    """
-    need(LIBRARY, optimizer, "averaged_gradients", *(["sub_group_to_group_id"] if zero_stage == 3 else []))
-    out: list[list[Any]] = [[] for _ in range(groups)]
-    for number, gradients in optimizer.averaged_gradients.items():
-        out[optimizer.sub_group_to_group_id[number] if zero_stage == 3 else number] += gradients
-    return out
-
-
-@reach("optimizer.sub_group_to_group_id", until="as fp32_shares")
-def fp32_shares_by_group(optimizer: Any, zero_stage: int, groups: int) -> list[list[Any]]:
-    """Return :func:`fp32_shares` by parameter group: stage 3 cuts a large group into several."""
-    shares = fp32_shares(optimizer, zero_stage)
-    if zero_stage < 3:
-        return [[share] for share in shares]
-    need(LIBRARY, optimizer, "sub_group_to_group_id")
-    out: list[list[Any]] = [[] for _ in range(groups)]
-    for number, share in enumerate(shares):
-        out[optimizer.sub_group_to_group_id[number]].append(share)
-    return out
-
-
-@reach(
     "engine.module_forward_pre_hook, .module_forward_post_hook, module.pre_bwd_fn, .post_bwd_fn",
     until="DeepSpeedEngine.destroy takes off the model all that it has put on it",
 )
@@ -285,14 +247,15 @@ def fp32_shares(optimizer: Any, zero_stage: int) -> list[Any]:
 
 
 @reach(
-    "optimizer._lazy_init_hp_params_optimizer_state",
+    "optimizer._lazy_init_hp_params_optimizer_state, ._hp_optimizer_states_linked",
     upstream="https://github.com/deepspeedai/DeepSpeed/pull/5104",
     until="safe_set_full_optimizer_state works before the first step",
 )
 def link_moments(optimizer: Any, zero_stage: int) -> None:
-    """Let ``safe_set_full_optimizer_state`` find moments that were made by hand; stage 3 finds them by itself.
+    """Let ``safe_set_full_optimizer_state`` find what the state holds now; stage 3 finds it by itself.
 
-    Stages 1 and 2 link them to the parameters at the first step, and a resumed run sets them before.
+    Stages 1 and 2 link it to the parameters once, at the first step, and a resumed run sets moments before.
     """
     if zero_stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -9,7 +9,6 @@ gradient checkpointing computes twice is not counted: it is no progress.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,12 @@ from torch import nn
 from trainer.compat.deepspeed import whole_shape
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.methods.parameters import count_weights
+from trainer.methods.text_part import text_parameters
 
 # Keys of transformers' configs for the same two numbers.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok",)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 FULL_ATTENTION = ("full_attention", "attention")
-NOT_FOR_TEXT = {"vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,14 @@ class ModelFlops:
         per_token: of the layers between the embedding and the output layer, a token.
         per_label: of the output layer, a position that meets it.
         per_pair: of attention, a layer and (query, key) pair.
-        layers: how many layers have which sliding window, in tokens; ``None`` is full attention.
+        layers: how many layers have which sliding window, in tokens; ``None`` is full attention. A layer with other
+            heads than the first counts by its cost.
     """
 
     per_token: float
     per_label: float
     per_pair: float
-    layers: tuple[tuple[int | None, int], ...]
+    layers: tuple[tuple[int | None, float], ...]
 
     def of_batches(self, batches: Sequence[MicroBatch]) -> float:
         """Count what a device computes for micro-batches on the host, padding included and shared prefixes once."""
@@ -92,15 +92,14 @@ def count_flops(model: Any) -> ModelFlops:
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     share = _expert_share(text)
     per_token = per_label = 0.0
-    for name, parameter in model.named_parameters():
-        parts = set(name.split("."))
-        if len(whole_shape(parameter)) < 2 or parts & NOT_FOR_TEXT:
+    for name, parameter in text_parameters(model).items():
+        if len(whole_shape(parameter)) < 2:
             continue
         operations = (6 if parameter.requires_grad else 4) * count_weights(parameter)
         if id(parameter) in head:
             per_label += operations
         elif id(parameter) not in tables:
-            per_token += operations * (share if "experts" in parts else 1)
+            per_token += operations * (share if "experts" in name.split(".") else 1)
     return ModelFlops(per_token, per_label, *_attention(text))
 
 
@@ -110,22 +109,37 @@ def _expert_share(text: Any) -> float:
     return chosen / experts if chosen and experts else 1.0
 
 
-def _attention(text: Any) -> tuple[float, tuple[tuple[int | None, int], ...]]:
-    """Return the operations a pair and layer, and how many layers have which window."""
-    heads, layers = _first(text, ("num_attention_heads",)), _first(text, ("num_hidden_layers",))
-    width = _first(text, ("head_dim",)) or (_first(text, ("hidden_size",)) or 0) // (heads or 1)
-    if not heads or not layers or not width:
+def layer_configs(text: Any) -> list[Any]:
+    """Return the config of each layer: the model's own, but where its layers are unlike (Gemma 4) and have theirs."""
+    if getattr(text, "is_heterogeneous", False):
+        return list(text.per_layer_config)
+    return [text] * (_first(text, ("num_hidden_layers",)) or 0)
+
+
+def _attention(text: Any) -> tuple[float, tuple[tuple[int | None, float], ...]]:
+    """Return the operations a pair in the first layer, and how many layers like it have which window."""
+    layers = layer_configs(text)
+    costs = [_operations_a_pair(layer) for layer in layers]
+    if not all(costs) or not costs:
         return 0.0, ()
-    # Latent attention (DeepSeek) has keys of another width than values.
-    key_width, value_width = _first(text, ("qk_head_dim",)) or width, _first(text, ("v_head_dim",)) or width
-    window = _first(text, ("sliding_window",))
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if kinds is None:
-        slides = getattr(text, "use_sliding_window", True)
-        found = Counter({window if slides else None: layers})
-    else:
-        found = Counter(window if kind == "sliding_attention" else None for kind in kinds if _is_attention(kind))
-    return 6.0 * heads * (key_width + value_width), tuple(found.items())
+        kinds = ["sliding_attention" if getattr(text, "use_sliding_window", True) else "full_attention"] * len(layers)
+    found: dict[int | None, float] = {}
+    for layer, cost, kind in zip(layers, costs, kinds, strict=False):
+        if _is_attention(kind):
+            window = _first(layer, ("sliding_window",)) if kind == "sliding_attention" else None
+            found[window] = found.get(window, 0) + cost / costs[0]
+    return costs[0], tuple(found.items())
+
+
+def _operations_a_pair(layer: Any) -> float:
+    """Return the operations of attention a pair, of a layer's config; 0 where it does not say."""
+    heads = _first(layer, ("num_attention_heads",)) or 0
+    width = _first(layer, ("head_dim",)) or (_first(layer, ("hidden_size",)) or 0) // (heads or 1)
+    # Latent attention (DeepSeek) has keys of another width than values.
+    key_width, value_width = _first(layer, ("qk_head_dim",)) or width, _first(layer, ("v_head_dim",)) or width
+    return 6.0 * heads * (key_width + value_width)
 
 
 def _is_attention(kind: str) -> bool:

@@ -8,13 +8,16 @@ from typing import Any
 from trainer.compat.transformers import attention_name
 from trainer.kernels.trie_attention import KERNEL
 from trainer.methods import is_prompt_learning
+from trainer.methods.recurrent import recurrent_layers
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def trie_obstacle(model: Any) -> str | None:
     """Return why this model cannot run a trie at all; ``None`` when it can."""
-    config = model.config
+    config = model.config.get_text_config()
+    if (recurrent := recurrent_layers(model)) is not None:
+        return f"its layers ({recurrent}) carry a state from token to token, which no tree can be laid for"
     if (attention := attention_name(model)) != KERNEL:
         return f"attention is {attention}, which knows padded rows only"
     if is_prompt_learning(model):

@@ -11,6 +11,7 @@ from trainer.data.batching.global_batch import global_batch
 from trainer.data.batching.micro_batch import Tokens
 from trainer.data.batching.trie import sort_by_tokens
 from trainer.data.run_data import Data
+from trainer.methods.text_part import text_modules
 
 KEPT = 16  # tokens before and after the fork of the two rows that are tried
 BEHIND_WINDOW = 64  # tokens behind the sliding window, in the row that tries it
@@ -19,8 +20,8 @@ OTHER_TAIL = 16  # of these, how many differ in that row's twin
 
 def smallest_window(model: Any) -> int | None:
     """Return the tokens of the narrowest sliding window of its layers, if any has one."""
-    config = model.config
-    windows = [getattr(module, "sliding_window", None) for module in model.modules()]
+    config = model.config.get_text_config()
+    windows = [getattr(module, "sliding_window", None) for _, module in text_modules(model)]
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     windows.append(getattr(config, "sliding_window", None) if slides else None)

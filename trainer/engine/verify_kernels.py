@@ -95,7 +95,8 @@ def choose_packing_and_kernels(
             if not uses_trie and kernels.names:
                 verifier.settle(uses_trie=False)
     limits = Limits(config.batch.micro_size, config.batch.micro_tokens)
-    packing = Packing(uses_trie, limits, pad_id, in_pieces="varlen" in kernels.names)
+    noise = config.model.neftune_alpha is not None
+    packing = Packing(uses_trie, limits, pad_id, in_pieces="varlen" in kernels.names, with_noise=noise)
     return Choice(packing, kernels.names, (why, *verifier.notes, _describe(kernels, verifier.worst)))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.data.batching.pieces import Pieces, trie_pieces
 from trainer.data.batching.trie import build_trie
+from trainer.engine.flops import layer_configs
 from trainer.engine.verification import Verification, distances
 from trainer.kernels.varlen_attention import attend_one_by_one, attend_pieces
 
@@ -27,9 +28,8 @@ def verify_varlen(model: Any, dtype: torch.dtype, device: torch.device, window: 
         device: where the model will run.
         window: of its layers with sliding-window attention, in tokens.
     """
-    text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    text = max(layer_configs(model.config.get_text_config()), key=_width)
+    heads, width = text.num_attention_heads, _width(text)
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     on_host = _small_trie()
     pieces = on_host.with_tensors([t.to(device) for t in on_host.tensors()])
@@ -52,6 +52,11 @@ def verify_varlen(model: Any, dtype: torch.dtype, device: torch.device, window: 
         return Verification(0.0, 0.0, dtype)
     reason = f"varlen attention is {off:.1e} from fp32; {allowed:.1e} is allowed"
     return Verification(0.0, 0.0, dtype, error=reason)
+
+
+def _width(layer: Any) -> int:
+    """Return the width of a head, of a layer's config."""
+    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def _small_trie() -> Pieces:

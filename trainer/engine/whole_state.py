@@ -1,12 +1,12 @@
 """Gather the trainable state as whole tensors, whatever ZeRO has made of it; and restore it, to the bit.
 
-Names: ``weight/NAME`` (fp32 master), ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` (AdamW's moments), with ``NAME`` as in
-the model. Every function here is a collective: all ranks call it.
+Names: ``weight/NAME`` (fp32 master), and the optimizer's (``optimizer_state.py``: of AdamW ``exp_avg/NAME`` and
+``exp_avg_sq/NAME``), with ``NAME`` as in the model. Every function here is a collective: all ranks call it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from trainer.compat import deepspeed as compat
 from trainer.distributed.process_group import World, from_rank
 from trainer.distributed.whole_tensor import whole, whole_shape
+from trainer.engine.optimizer_state import AdamState, base_optimizer
 from trainer.errors import CheckpointError
 from trainer.methods import MethodRuntime
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StateOwner(Protocol):
@@ -51,7 +50,11 @@ class StateOwner(Protocol):
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's optimizer, or torch's under stage 0."""
+        """DeepSpeed's optimizer, or the library's under stage 0."""
+
+    @property
+    def optimizer_state(self) -> AdamState:
+        """What the optimizer holds, and under which names."""
 
     @property
     def trainable_params(self) -> Mapping[str, nn.Parameter]:
@@ -60,6 +63,10 @@ class StateOwner(Protocol):
     @property
     def shares(self) -> list[Tensor]:
         """What the optimizer holds of this rank's share of them: fp32, the keys of the moments."""
+
+    @property
+    def decays_all(self) -> bool:
+        """Biases and norms decay as all else does."""
 
 
 def assign_ranks(engine: StateOwner) -> dict[str, int]:
@@ -82,22 +89,37 @@ def gather_state(engine: StateOwner, ranks: Mapping[str, int] | None = None) -> 
         engine: of the state.
         ranks: which, by parameter (:func:`assign_ranks`); ``None``: rank 0 gets all, and the others an empty dict.
     """
+    held_state, out = engine.optimizer_state, {}
+    with held_state.readable(engine.optimizer, engine.zero_stage, engine.shares):
+        for name, parameter in engine.trainable_params.items():
+            wanted = engine.world.rank == (ranks[name] if ranks else 0)
+            for kind in ("weight", *_shapes(engine, parameter)):
+                held = _whole(engine, parameter, kind)
+                assert held is not None, f"{kind} of {name} is not to be had under stage {engine.zero_stage}"
+                if wanted:
+                    # the clone gives safetensors a tensor that shares memory with no other
+                    out[f"{kind}/{name}"] = held.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return out
+
+
+def _shapes(engine: StateOwner, parameter: nn.Parameter) -> dict[str, torch.Size]:
+    base = base_optimizer(engine.optimizer, engine.zero_stage)
+    return engine.optimizer_state.shapes(base, parameter, whole_shape(parameter))
+
+
+def _whole(engine: StateOwner, parameter: nn.Parameter, kind: str) -> Tensor | None:
+    """Return the master of a parameter, or the whole tensor of this kind that the optimizer holds of it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    out: dict[str, Tensor] = {}
-    for name, parameter in engine.trainable_params.items():
-        for kind in ("weight", *MOMENTS):
-            if engine.zero_stage == 0:
-                held = parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
-            elif kind == "weight":
-                held = safe_get_full_fp32_param(parameter)
-            else:
-                held = safe_get_full_optimizer_state(parameter, kind)
-            assert held is not None, f"{kind} of {name} is not to be had under stage {engine.zero_stage}"
-            if engine.world.rank == (ranks[name] if ranks else 0):
-                # the clone gives safetensors a tensor that shares memory with no other
-                out[f"{kind}/{name}"] = held.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return out
+    key = None if kind == "weight" else engine.optimizer_state.keys[kind]
+    found: Tensor | None
+    if engine.zero_stage == 0:
+        found = parameter.detach() if key is None else engine.optimizer.state[parameter][key]
+    elif key is None:
+        found = safe_get_full_fp32_param(parameter)
+    else:
+        found = safe_get_full_optimizer_state(parameter, key)
+    return found
 
 
 def restore_state(engine: StateOwner, read: Callable[[str], Tensor | None], step: int) -> None:
@@ -114,17 +136,19 @@ def restore_state(engine: StateOwner, read: Callable[[str], Tensor | None], step
     """
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    set_moments(engine.optimizer, engine.zero_stage, engine.shares, step)
+    held_state, optimizer, stage = engine.optimizer_state, engine.optimizer, engine.zero_stage
+    held_state.reset(optimizer, stage, engine.shares, step)
     ranks = assign_ranks(engine)
-    for name, parameter in engine.trainable_params.items():
-        for kind in ("weight", *MOMENTS):
-            value = _from_rank(engine, ranks[name], f"{kind}/{name}", read, whole_shape(parameter))
-            if kind == "weight":
-                _set_weight(engine, parameter, value)
-            elif engine.zero_stage == 0:
-                engine.optimizer.state[parameter][kind].copy_(value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, kind)
+    with held_state.writable(optimizer, stage, engine.shares):
+        for name, parameter in engine.trainable_params.items():
+            weight = _from_rank(engine, ranks[name], f"weight/{name}", read, whole_shape(parameter))
+            _set_weight(engine, parameter, weight)
+            for kind, shape in _shapes(engine, parameter).items():
+                value = _from_rank(engine, ranks[name], f"{kind}/{name}", read, shape)
+                if stage == 0:
+                    optimizer.state[parameter][held_state.keys[kind]].copy_(value)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, held_state.keys[kind])
 
 
 class EngineTensors:
@@ -177,50 +201,6 @@ def _set_weight(engine: StateOwner, parameter: nn.Parameter, value: Tensor) -> N
     _rewrite_live_copy(parameter, value)
 
 
-def set_moments(optimizer: Any, zero_stage: int, shares: Iterable[Tensor], step: int) -> None:
-    """Set AdamW's state to that after ``step`` updates, moments zero. Before the first update there is none, and it is
-    made; later it is overwritten in place, for DeepSpeed links it to the parameters once.
-
-    Args:
-        optimizer: DeepSpeed's, or torch's under stage 0.
-        zero_stage: 0 to 3.
-        shares: whose state; under stages 1 and 2 the first call must be for all that the optimizer holds.
-        step: updates taken.
-    """
-    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
-    fused = bool(adam.param_groups[0].get("fused"))
-    for share in shares:
-        state = adam.state[share]
-        if not state:
-            state["step"] = torch.tensor(0.0, device=share.device if fused else "cpu")
-            state.update({kind: torch.zeros_like(share, requires_grad=False) for kind in MOMENTS})
-        state["step"].fill_(step)
-        for kind in MOMENTS:
-            state[kind].zero_()
-    compat.link_moments(optimizer, zero_stage)
-
-
-def copy_shares(optimizer: Any, zero_stage: int, shares: Iterable[Tensor]) -> list[dict[str, Tensor]]:
-    """Copy this rank's shares with AdamW's state of each, for :func:`write_shares` of an engine of the same stage and
-    world size."""
-    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
-    return [
-        {"weight": share.detach().clone(), **{kind: value.clone() for kind, value in adam.state[share].items()}}
-        for share in shares
-    ]
-
-
-def write_shares(
-    optimizer: Any, zero_stage: int, shares: Iterable[Tensor], copies: Iterable[Mapping[str, Tensor]]
-) -> None:
-    """Write what :func:`copy_shares` gave into shares whose state was made. What the forward uses is left as it is."""
-    adam = compat.base_optimizer(optimizer) if zero_stage else optimizer
-    for share, copied in zip(shares, copies, strict=True):
-        share.data.copy_(copied["weight"])
-        for kind, value in adam.state[share].items():
-            value.copy_(copied[kind])
-
-
 def loss_scaler_state(engine: StateOwner) -> dict[str, Any]:
     """Return the fp16 loss scaler's numbers; empty in other dtypes."""
     return compat.loss_scaler_state(engine.optimizer) if engine.dtype == torch.float16 else {}
@@ -266,7 +246,7 @@ def _from_rank(
         raise CheckpointError(
             name,
             reason=f"{reason}; this run needs {tuple(shape)}",
-            hint="resume with the method it was saved with, or checkpoint.resume=never",
+            hint="resume with the method and the optimizer it was saved with, or checkpoint.resume=never",
         )
     held = torch.empty(shape, dtype=torch.float32, device=device)
     if value is not None:

@@ -26,9 +26,12 @@ from trainer.distributed import process_group as distributed
 from trainer.distributed.partition import partition
 from trainer.distributed.process_group import World
 from trainer.engine.deepspeed_config import deepspeed_config
+from trainer.engine.optimizer_state import STATES
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trie_attention import trie_context
 from trainer.methods import trainable_parameters
+from trainer.methods.parameters import is_whole_module
+from trainer.methods.target_parameters import adapters_of_parameters
 
 
 class ZeroEngine:
@@ -46,7 +49,8 @@ class ZeroEngine:
     Attributes:
         trainable_params: by name, in the model's order; under ZeRO-3 each rank holds a part of each.
         deepspeed: DeepSpeed's engine.
-        optimizer: DeepSpeed's optimizer, or torch's under stage 0.
+        optimizer: DeepSpeed's optimizer, or the library's under stage 0.
+        optimizer_state: what it holds, and under which names.
     """
 
     def __init__(
@@ -74,10 +78,10 @@ class ZeroEngine:
         """Hand the model and the optimizer of its trainable parameters to DeepSpeed. A collective."""
         import deepspeed
 
-        world = self.world
-        sizes = [] if self._trains_base_weights else [compat.whole_numel(p) for p in self.trainable_params.values()]
+        world, self.optimizer_state = self.world, STATES[config.optim.name]
+        largest = 0 if self._trains_base_weights else largest_kept(self.model)
         ds_config = deepspeed_config(
-            config, self.dtype, world.world_size, max(sizes, default=0), checks_gradients=not self.reduces_once
+            config, self.dtype, world.world_size, largest, checks_gradients=not self.reduces_once
         )
         if self.zero_stage == 3 and not any(map(compat.is_partitioned, self.trainable_params.values())):
             partition(self.model, ds_config, world, self.dtype)
@@ -133,7 +137,7 @@ class ZeroEngine:
             batches: as many on every rank, at least one.
             scale: the loss sums are multiplied by it before the backward. DeepSpeed averages gradients over ranks, so
                 ``world_size / label_tokens_of_the_global_batch`` gives the gradient of the global batch's mean.
-            seeds: one a micro-batch, for dropout.
+            seeds: one a micro-batch, for dropout and noise.
             on_progress: called after each micro-batch.
 
         Returns:
@@ -150,7 +154,10 @@ class ZeroEngine:
                     self.deepspeed.set_gradient_accumulation_boundary(last)
                 self._before_backward(k)
                 batch = batch.to(self.world.device)
-                with self._trie(batch):  # the backward too: gradient checkpointing attends again in it
+                with (
+                    self._trie(batch),
+                    self._noise(batch, seed),
+                ):  # the backward too: gradient checkpointing attends again in it
                     loss = self.loss_sum(batch)
                     self.deepspeed.backward(loss.sum() * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())
@@ -163,6 +170,10 @@ class ZeroEngine:
 
     def _before_backward(self, micro: int) -> None:
         """Prepare for the backward of a micro-batch, the first of an update being 0."""
+
+    def _noise(self, batch: MicroBatch, seed: int) -> AbstractContextManager[None]:
+        """Let the forward of a micro-batch have noise, where a run has any."""
+        return contextlib.nullcontext()
 
     def _trie(self, batch: MicroBatch) -> AbstractContextManager[None]:
         return trie_context(batch.paths)
@@ -188,6 +199,18 @@ class ZeroEngine:
         """Turn dropout and gradient checkpointing off."""
         self.deepspeed.eval()
         self._gather_adapters()
+
+
+def largest_kept(model: nn.Module) -> int:
+    """Return how many elements the largest adapter has of those that ZeRO-3 keeps whole on every rank.
+
+    All of the base up to that size is whole on every rank, too. So modules that are trained whole do not count, nor
+    do adapters on parameters, which are as large as layers of the base: they are gathered at each use.
+    """
+    gathered = adapters_of_parameters(model)
+    trained = trainable_parameters(model).items()
+    kept = [p for name, p in trained if not is_whole_module(name) and id(p) not in gathered]
+    return max(map(compat.whole_numel, kept), default=0)
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:

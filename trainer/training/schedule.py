@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.global_batch import ends_epoch
-from trainer.engine.optimizer import learning_rate, peak_learning_rate
+from trainer.engine.learning_rate import learning_rate, peak_learning_rate
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 
 from trainer.config import load
 from trainer.engine.deepspeed_config import PERSISTENT_ELEMENTS, deepspeed_config
+from trainer.engine.zero_engine import largest_kept
 
 THRESHOLD = "stage3_param_persistence_threshold"
 
@@ -29,3 +30,10 @@ def test_adapters_stay_whole_under_zero_3(zero: str, largest_adapter: int, expec
 def test_a_threshold_of_ones_own_wins() -> None:
     config = load(["debug=tiny", "zero=stage3", f"zero.extra={{zero_optimization:{{{THRESHOLD}:7}}}}"])
     assert deepspeed_config(config, torch.bfloat16, 2, 229_376)["zero_optimization"][THRESHOLD] == 7
+
+
+def test_a_module_that_is_trained_whole_does_not_keep_the_base_whole() -> None:
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(8, 2, bias=False)})
+    model["modules_to_save"] = torch.nn.ModuleDict({"default": torch.nn.Embedding(100, 8)})
+    assert largest_kept(torch.nn.ModuleDict({"base": model})) == 16
+    assert largest_kept(torch.nn.ModuleDict()) == 0

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers.architectures import tiny
+from tests.helpers.architecture_table import DENSE
+from tests.helpers.architectures import random_model, tiny
 from tests.helpers.shared_prefixes import rows_with_shared_prefixes
 from trainer.config import load
 from trainer.data.batching.micro_batch import MicroBatch, Tokens, collate_padded, collate_trie
@@ -79,6 +80,13 @@ def test_llama_by_hand() -> None:
 )
 def test_layers_have_their_windows(name: str, layers: dict[int | None, int]) -> None:
     assert dict(count_flops(tiny(name)).layers) == layers
+
+
+def test_layers_with_heads_of_their_own_count_by_their_cost() -> None:
+    """Gemma 4: two layers with a window and heads of 8, two without and heads of 16."""
+    found = count_flops(random_model(DENSE["gemma4"]))
+    assert found.per_pair == 12 * 4 * 8
+    assert dict(found.layers) == {8: 2, None: 4}
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -121,8 +121,8 @@ def test_several_broken_kernels_are_all_left_out(monkeypatch: pytest.MonkeyPatch
 def test_a_wrong_trie_costs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     import trainer.data.batching.micro_batch as micro
 
-    def wrong(*args: Any) -> Any:
-        trie = right(*args)
+    def wrong(*args: Any, **more: Any) -> Any:
+        trie = right(*args, **more)
         trie.depths[len(trie.depths) // 2 :] += 1
         return trie
 

@@ -12,7 +12,8 @@ import torch
 
 import trainer.data.batching.micro_batch as micro
 import trainer.models.first_layers as layers
-from tests.helpers.architectures import ARCHITECTURES, KINDS_OF_ATTENTION, VOCABULARY, tiny
+from tests.helpers.architecture_table import RECURRENT
+from tests.helpers.architectures import ARCHITECTURES, KINDS_OF_ATTENTION, VOCABULARY, random_model, tiny
 from trainer.config import TrainConfig, load
 from trainer.config.schema import MethodConfig
 from trainer.data.batching.micro_batch import Tokens
@@ -114,6 +115,18 @@ def test_every_architecture_is_verified_or_padding_is_explained(name: str) -> No
         assert packing.uses_trie, why
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1", "lfm2"])
+def test_a_state_is_padded_and_a_trie_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = random_model(RECURRENT[name])
+    use_trie_kernel(model)
+    packing, why = choose_packing(model, LabelLoss(model), config("auto"), DATA, 0)
+    assert not packing.uses_trie
+    assert "carry a state from token to token" in why
+    with pytest.raises(ConfigError, match=r"trie: cannot be used: .* carry a state"):
+        choose_packing(model, LabelLoss(model), config("trie"), DATA, 0)
+
+
 def wrong_window(by: int) -> Callable[[pytest.MonkeyPatch], None]:
     def put_in(patch: pytest.MonkeyPatch) -> None:
         right = Bucket.mask
@@ -130,8 +143,8 @@ def no_window(patch: pytest.MonkeyPatch) -> None:
 def _change_trie(patch: pytest.MonkeyPatch, change: Callable[[Trie], None]) -> None:
     right = micro.build_trie
 
-    def wrong(ids: list[np.ndarray], loss_mask: list[np.ndarray]) -> Trie:
-        trie = right(ids, loss_mask)
+    def wrong(*args: Any, **more: Any) -> Trie:
+        trie = right(*args, **more)
         change(trie)
         return trie
 

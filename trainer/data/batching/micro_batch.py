@@ -46,6 +46,8 @@ class MicroBatch:
         rows: indices of the examples in the training or held-out rows, for messages.
         max_labels: at least as many as the labels, and alike on all ranks: how often the output layer is called.
         position_ids: of a trie, int64, shape (1, width): depths; ``None`` in padded rows.
+        noise_scale: float32, shape (rows, width): 1 / sqrt(tokens of the row), 0 on padding; of a token that several
+            rows share the root mean square of theirs. ``None`` where it was not asked for.
         paths: the layout of its attention; ``None`` leaves padded rows to the model's own masks.
         buffer: page-locked memory that all tensors are views of, uint8, shape (bytes,); ``None`` unless pinned.
     """
@@ -59,6 +61,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     max_labels: int
     position_ids: Tensor | None = None
+    noise_scale: Tensor | None = None
     paths: TriePaths | Pieces | None = None
     buffer: Tensor | None = None
 
@@ -69,17 +72,19 @@ class MicroBatch:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, in the order that :meth:`with_tensors` takes them."""
-        own = [self.input_ids, self.attention_mask, self.source, self.target, self.weight]
-        own += [] if self.position_ids is None else [self.position_ids]
+        own = [getattr(self, name) for name in self._names()]
         return own + ([] if self.paths is None else self.paths.tensors())
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> MicroBatch:
         """Return the same micro-batch with other tensors in the places of its own."""
-        names = ["input_ids", "attention_mask", "source", "target", "weight"]
-        names += [] if self.position_ids is None else ["position_ids"]
+        names = self._names()
         own = dict(zip(names, tensors, strict=False))
         paths = None if self.paths is None else self.paths.with_tensors(tensors[len(names) :])
         return replace(self, **own, paths=paths, buffer=None)
+
+    def _names(self) -> list[str]:
+        optional = (name for name in ("position_ids", "noise_scale") if getattr(self, name) is not None)
+        return ["input_ids", "attention_mask", "source", "target", "weight", *optional]
 
     def pin_memory(self) -> MicroBatch:
         """Return the same micro-batch with its tensors in one buffer of page-locked memory; needs CUDA."""
@@ -106,6 +111,7 @@ def collate_padded(
     pad_id: int,
     max_labels: int = 0,
     in_pieces: bool = False,
+    with_noise: bool = False,
 ) -> MicroBatch:
     """Collate examples into rows, padded on the right to the longest.
 
@@ -118,6 +124,7 @@ def collate_padded(
         pad_id: fills the padding; masked, so any id gives the same result.
         max_labels: labels of the micro-batch that has most, of those that run at the same time on the ranks.
         in_pieces: each row is a piece of a varlen call, not under the model's mask.
+        with_noise: ``noise_scale`` is wanted.
     """
     width = max((len(e.ids) for e in examples), default=1)
     ids = np.full((max(1, len(examples)), width), pad_id, dtype=np.int64)
@@ -130,6 +137,7 @@ def collate_padded(
     if not examples:
         mask[:] = 1
     target = np.flatnonzero(loss_mask)
+    scale = (mask / np.sqrt(mask.sum(1, keepdims=True))).astype(np.float32) if with_noise else None
     return MicroBatch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
@@ -139,12 +147,17 @@ def collate_padded(
         useful_tokens=sum(len(e.ids) for e in examples),
         rows=tuple(int(r) for r in rows),
         max_labels=max(max_labels, len(target)),
+        noise_scale=None if scale is None else torch.from_numpy(scale),
         paths=row_pieces(*ids.shape) if in_pieces else None,
     )
 
 
 def collate_trie(
-    examples: Sequence[Tokens], rows: Sequence[int] | np.ndarray, max_labels: int = 0, in_pieces: bool = False
+    examples: Sequence[Tokens],
+    rows: Sequence[int] | np.ndarray,
+    max_labels: int = 0,
+    in_pieces: bool = False,
+    with_noise: bool = False,
 ) -> MicroBatch:
     """Collate examples into one trie: each shared prefix once, with the loss and gradient of the separate rows.
 
@@ -153,8 +166,10 @@ def collate_trie(
         rows: their indices.
         max_labels: as in :func:`collate_padded`.
         in_pieces: the layout of a varlen call, not of rows of queries in buckets.
+        with_noise: ``noise_scale`` is wanted.
     """
-    trie = build_trie([e.ids for e in examples], [e.loss_mask for e in examples])
+    trie = build_trie([e.ids for e in examples], [e.loss_mask for e in examples], with_lengths=with_noise)
+    scale = None if trie.inverse_lengths is None else np.sqrt(trie.inverse_lengths).astype(np.float32)
     target = np.flatnonzero(trie.weights)
     return MicroBatch(
         input_ids=torch.from_numpy(trie.ids)[None],
@@ -166,5 +181,6 @@ def collate_trie(
         rows=tuple(int(r) for r in rows),
         max_labels=max(max_labels, len(target)),
         position_ids=torch.from_numpy(trie.depths)[None],
+        noise_scale=None if scale is None else torch.from_numpy(scale)[None],
         paths=trie_pieces(trie) if in_pieces else build_paths(trie),
     )

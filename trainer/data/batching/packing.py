@@ -38,12 +38,14 @@ class Packing:
         limits: what one forward may hold.
         pad_id: fills padding.
         in_pieces: attention is laid out for varlen calls, in padded rows too.
+        with_noise: embeddings will get noise, whose size depends on the rows' lengths.
     """
 
     uses_trie: bool
     limits: Limits
     pad_id: int
     in_pieces: bool = False
+    with_noise: bool = False
 
     def split(self, examples: Sequence[Tokens], world_size: int) -> Layout:
         """Split examples over ranks and micro-batches, the same number on every rank; a pure function."""
@@ -78,5 +80,5 @@ class Packing:
         """Collate examples into one micro-batch; none into the stand-in that adds zero. ``max_labels``: see
         ``MicroBatch``."""
         if self.uses_trie and examples:
-            return collate_trie(examples, rows, max_labels, self.in_pieces)
-        return collate_padded(examples, rows, self.pad_id, max_labels, self.in_pieces)
+            return collate_trie(examples, rows, max_labels, self.in_pieces, self.with_noise)
+        return collate_padded(examples, rows, self.pad_id, max_labels, self.in_pieces, self.with_noise)

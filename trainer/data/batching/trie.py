@@ -26,6 +26,7 @@ class Trie:
         weights: in how many examples the node is a label that has a parent, int64 (T,).
         paths: for each distinct example in depth-first order, its nodes from the root on.
         shared: for each of ``paths``, the length of the prefix that earlier paths have too; the nodes after it are new.
+        inverse_lengths: mean of 1 / tokens over the examples that run through each node, float64 (T,), or ``None``.
     """
 
     ids: np.ndarray
@@ -34,6 +35,7 @@ class Trie:
     weights: np.ndarray
     paths: list[np.ndarray]
     shared: list[int]
+    inverse_lengths: np.ndarray | None = None
 
 
 def sort_by_tokens(examples: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,12 +88,13 @@ def _shared_prefix_lengths(examples: Sequence[np.ndarray], lengths: np.ndarray) 
     return np.minimum(found - begins, both)
 
 
-def build_trie(examples: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray]) -> Trie:
+def build_trie(examples: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray], with_lengths: bool = False) -> Trie:
     """Build the trie of some examples.
 
     Args:
         examples: token ids of each, at least one token.
         loss_masks: for each, which of its tokens are in the loss, bool, of the same length.
+        with_lengths: ``inverse_lengths`` are wanted.
     """
     order, shared = sort_by_tokens(examples)
     flat, begins, lengths = _concatenate([examples[i] for i in order])
@@ -109,12 +112,16 @@ def build_trie(examples: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray])
             parents[first] = path[start - 1] if start else -1
         path = np.concatenate((path[:start], nodes[first:end]))
         paths.append(path)
-    distinct = np.flatnonzero(new)
+    distinct, visited = np.flatnonzero(new), np.concatenate(paths)
+    inverse_lengths = None
+    if with_lengths:
+        inverse_lengths = np.bincount(visited, np.repeat(1 / lengths, lengths)) / np.bincount(visited)
     return Trie(
         ids=flat[_ranges(begins + shared, new)].astype(np.int64),
         depths=_ranges(shared, new),
         parents=parents,
-        weights=np.bincount(np.concatenate(paths)[loss_mask], minlength=total),
+        weights=np.bincount(visited[loss_mask], minlength=total),
         paths=[paths[i] for i in distinct],
         shared=shared[distinct].tolist(),
+        inverse_lengths=inverse_lengths,
     )

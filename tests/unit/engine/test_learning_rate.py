@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from trainer.config import load
 from trainer.config.schema import OptimConfig, ScheduleConfig
-from trainer.engine.optimizer import GroupwiseAdamW, adamw, learning_rate, peak_learning_rate, warmup_steps
-from trainer.engine.whole_state import set_moments
+from trainer.engine.learning_rate import decay_steps, learning_rate, peak_learning_rate, warmup_steps
+from trainer.engine.optimizer_state import AdamState
+from trainer.engine.optimizers import GroupwiseAdamW, adamw
 
 quick = settings(max_examples=120, deadline=None)
 schedules = st.builds(
     ScheduleConfig,
-    name=st.sampled_from(["cosine", "linear", "constant"]),
+    name=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     warmup_ratio=st.floats(0, 1),
     warmup_steps=st.none() | st.integers(0, 300),
+    min_ratio=st.just(0.0) | st.floats(0, 1),
+    decay_ratio=st.floats(0.001, 1),
+    decay_shape=st.sampled_from(["cosine", "linear", "1-sqrt"]),
 )
 
 
@@ -48,6 +52,42 @@ def test_equals_transformers(name: str, warmup: int, total: int) -> None:
         )
 
 
+@pytest.mark.parametrize("shape", ["cosine", "linear", "1-sqrt"])
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    ("warmup", "decay", "total"), [(0, 1, 1), (0, 10, 10), (3, 2, 10), (30, 100, 1000), (5, 5, 10)]
+)
+def test_wsd_equals_transformers(shape: str, min_ratio: float, warmup: int, decay: int, total: int) -> None:
+    """Behind the warmup, which is ours at every shape: theirs begins at ``min_ratio``."""
+    import transformers as t
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    made = t.get_wsd_schedule(optimizer, warmup, decay, total, decay_type=shape, min_lr_ratio=min_ratio)
+    schedule = ScheduleConfig(
+        name="wsd", warmup_steps=warmup, min_ratio=min_ratio, decay_ratio=decay / total, decay_shape=shape
+    )
+    assert decay_steps(schedule, total) == decay
+    for step in range(total):
+        expected = (step + 1) / warmup if step < warmup else made.lr_lambdas[0](step)
+        assert learning_rate(step, total, 1.0, schedule) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("min_ratio", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (3, 10), (30, 1000)])
+def test_a_cosine_that_ends_above_0_equals_transformers(min_ratio: float, warmup: int, total: int) -> None:
+    import transformers as t
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    make = t.optimization.get_cosine_with_min_lr_schedule_with_warmup
+    made = make(optimizer, warmup, total, min_lr_rate=min_ratio)
+    line = ScheduleConfig(name="linear", warmup_steps=warmup, min_ratio=min_ratio)
+    for step in range(warmup, total):
+        ours = learning_rate(step, total, 1.0, ScheduleConfig(warmup_steps=warmup, min_ratio=min_ratio))
+        assert ours == pytest.approx(made.lr_lambdas[0](step), abs=1e-12)
+        left = (total - step) / (total - warmup)
+        assert learning_rate(step, total, 1.0, line) == pytest.approx(min_ratio + (1 - min_ratio) * left)
+
+
 @quick
 @given(st.integers(1, 400), schedules, st.floats(1e-8, 1))
 def test_bounds_and_shape(total: int, schedule: ScheduleConfig, peak: float) -> None:
@@ -55,6 +95,8 @@ def test_bounds_and_shape(total: int, schedule: ScheduleConfig, peak: float) -> 
     assert 0 <= warmup <= total
     rates = [learning_rate(step, total, peak, schedule) for step in range(total)]
     assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates), "an update at rate 0 is paid for and does nothing"
+    if schedule.name != "constant":
+        assert all(rate >= schedule.min_ratio * peak * (1 - 1e-12) for rate in rates[warmup:])
     rising, falling = rates[:warmup], rates[warmup:]
     assert all(a < b for a, b in pairwise(rising))
     assert all(a >= b for a, b in pairwise(falling))
@@ -118,7 +160,7 @@ def test_each_group_is_an_optimizer_of_its_own(optims: list[OptimConfig], update
     mine = [[torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))] for _ in optims]
     theirs = [[torch.nn.Parameter(p.detach().clone()) for p in own] for own in mine]
     together = GroupwiseAdamW(zip(mine, optims, strict=True), on_gpu=False)
-    set_moments(together, 0, [p for own in mine for p in own], 0)
+    AdamState().reset(together, 0, [p for own in mine for p in own], 0)
     alone = [adamw(own, optim, on_gpu=False) for own, optim in zip(theirs, optims, strict=True)]
     for scales in updates:
         for group, own, other, one, scale in zip(together.param_groups, mine, theirs, alone, scales, strict=True):
