@@ -19,6 +19,7 @@ from launch.together import TrialGroup, group_trials
 from launch.trials import Job, Trial, default_run_name, digest_name, run_shared, take_turns
 from trainer.config.messages import as_typed
 from trainer.config.method import METHODS
+from trainer.config.optimizers import default_learning_rate
 from trainer.config.overrides import is_sweep
 from trainer.config.rules.compare import parse_method
 from trainer.errors import ConfigError
@@ -129,7 +130,8 @@ def _build_candidate(name: str, typed: Sequence[str]) -> Candidate:
         if not candidate.fixed:  # what an experiment chose suits its own method
             candidate.overrides.append(f"{RATE}=null")
         candidate.config = trainer.config.load(candidate.overrides)
-        candidate.rate = candidate.config.optim.learning_rate or METHODS[method].learning_rate
+        optim = candidate.config.optim
+        candidate.rate = optim.learning_rate or default_learning_rate(method, optim.name)
     except ConfigError as error:
         candidate.refused = str(error)
     return candidate

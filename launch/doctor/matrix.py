@@ -1,10 +1,15 @@
-"""Build the matrix of methods, base precisions and ZeRO stages: what works, what is refused and why."""
+"""Build the matrices of methods, base precisions, optimizers and ZeRO stages: what works, what is refused and why."""
 
 from __future__ import annotations
 
+import string
+
+from trainer.config.optimizers import OPTIMIZERS
+from trainer.config.rules import optimizers
 from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, refusal
 
 WORKS = "works"
+ON_ONE_DEVICE = ("paged_adamw_8bit is refused on a CPU, which has no pages",)
 
 
 def build_matrix() -> tuple[list[str], list[list[str]], list[str]]:
@@ -23,6 +28,19 @@ def build_matrix() -> tuple[list[str], list[list[str]], list[str]]:
     notes = [f"{number}. {each.key}: {each.seen} → {each.hint}" for number, each in enumerate(used, start=1)]
     notes += [f"*  {each.key}: {each.seen} → {each.hint}" for each in REFUSALS if each not in used]
     return ["method", "bits", *ZERO], rows, notes
+
+
+def build_optimizer_matrix() -> tuple[list[str], list[list[str]], list[str]]:
+    """Build the matrix of optimizers: heads, rows (optimizer, library, then a stage each), and notes, with
+    letters for numbers."""
+    every = optimizers.optimizer_cells()
+    letters = dict(zip(map(id, optimizers.REFUSALS), string.ascii_lowercase, strict=False))
+    rows = []
+    for name, info in OPTIMIZERS.items():
+        found = [optimizers.optimizer_refusal(every[name, zero]) for zero in ZERO]
+        rows.append([name, info.library, *(WORKS if f is None else f"refused {letters[id(f)]}" for f in found)])
+    notes = [f"{letters[id(each)]}. optim.name: {each.seen} → {each.hint}" for each in optimizers.REFUSALS]
+    return ["optimizer", "library", *ZERO], rows, [*notes, *(f"*  optim.name: {note}" for note in ON_ONE_DEVICE)]
 
 
 def count_cells(rows: list[list[str]]) -> tuple[int, int]:

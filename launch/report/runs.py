@@ -146,14 +146,16 @@ def _environment(folder: Path) -> Record:
 def with_method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config with what follows from the method where it is null: alpha and learning rate."""
     from trainer.config.method import METHODS, default_alpha
+    from trainer.config.optimizers import OPTIMIZERS, default_learning_rate
 
     found = dict(values)
-    method = METHODS.get(str(found.get("method.name")))
+    method, optimizer = str(found.get("method.name")), str(found.get("optim.name") or "adamw")
     rank = found.get("method.r")
     if found.get("method.alpha") is None and isinstance(rank, int):
         found["method.alpha"] = default_alpha(rank)
-    if "optim.learning_rate" in found and found["optim.learning_rate"] is None and method is not None:
-        found["optim.learning_rate"] = method.learning_rate
+    is_known = method in METHODS and optimizer in OPTIMIZERS
+    if "optim.learning_rate" in found and found["optim.learning_rate"] is None and is_known:
+        found["optim.learning_rate"] = default_learning_rate(method, optimizer)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from tests.helpers.cases import record_cases
+from tests.helpers.mixtures import FAMILIES, mixture
 from trainer.checkpoint.run_folder import Run
 from trainer.config import TrainConfig, load
 from trainer.data.batching.global_batch import global_batch
@@ -21,7 +22,7 @@ from trainer.engine.whole_state import gather_state
 from trainer.models.embedded import resolve
 from trainer.models.loading import load_tokenizer
 from trainer.tracking.tracker import Tracker
-from trainer.training.build import build
+from trainer.training.build import Built, build
 from trainer.training.job import Job, create_checkpointer, create_loop, create_schedule
 from trainer.training.loop import Loop
 from trainer.training.monitor import EvalMonitor
@@ -54,6 +55,19 @@ class Bench:
         return load([*COMMON, *overrides])
 
     def loop(self, config: TrainConfig, folder: Path | None = None) -> Loop:
+        job, built = self.job(config, folder)
+        return create_loop(
+            job,
+            built,
+            checkpointer=create_checkpointer(job, built),
+            tracker=Tracker(),
+            monitor=EvalMonitor(config.eval),
+            schedule=create_schedule(job),
+            kind=Loop,
+        )
+
+    def job(self, config: TrainConfig, folder: Path | None = None) -> tuple[Job, Built]:
+        """What a run starts from, and what it trains."""
         base = resolve(config.model.name_or_path)
         tokenizer = load_tokenizer(base, config.model)
         data = load_data(config, tokenizer)
@@ -68,15 +82,7 @@ class Bench:
             stop=StopRequest(),
             begin=0.0,
         )
-        return create_loop(
-            job,
-            built,
-            checkpointer=create_checkpointer(job, built),
-            tracker=Tracker(),
-            monitor=EvalMonitor(config.eval),
-            schedule=create_schedule(job),
-            kind=Loop,
-        )
+        return job, built
 
     def shared_folder(self) -> Path:
         """A new folder that every rank knows."""
@@ -99,3 +105,15 @@ def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any
 def gather_weights(loop: Loop) -> dict[str, Tensor]:
     """Return the fp32 master of each trained tensor, whole, by name; on rank 0. A collective."""
     return {n.removeprefix("weight/"): t for n, t in gather_state(loop.engine).items() if n.startswith("weight/")}
+
+
+def save_mixtures(bench: Bench, families: Iterable[str] = FAMILIES) -> Path:
+    """A tiny model of each family with experts, and the tiny tokenizer beside it, in a folder of all ranks."""
+    folder, config = bench.shared_folder(), bench.config()
+    tokenizer = load_tokenizer(resolve(config.model.name_or_path), config.model)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "initializer_range": 0.05}
+    for name in families if bench.world.is_main else ():
+        mixture(name, **sizes).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    distributed.barrier()
+    return folder

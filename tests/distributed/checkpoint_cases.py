@@ -12,15 +12,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.distributed.bench import Bench
+from tests.distributed.bench import Bench, save_mixtures
 from tests.helpers.logged import logged_lines
+from tests.helpers.new_tokens import NEW
 from trainer.checkpoint.resume import find_resume_point
 from trainer.distributed.process_group import barrier, gather_objects
 from trainer.engine.whole_state import gather_live, gather_state
 from trainer.errors import CheckpointError
 from trainer.training.loop import Loop
 
-NO_DROPOUT = ("full", "ia3", "prompt", "prefix", "bottleneck")
+NO_DROPOUT = ("full", "ia3", "prompt", "prefix", "bottleneck", "experts")
+PARTITION_ALL = "zero.extra.zero_optimization.stage3_param_persistence_threshold=0"
 OLDER = ("stage0", "stage2", "stage3")
 OTHER_STAGES = ("stage0", "stage1", "stage3", "stage2_offload", "stage3_offload")
 RESUMED = [
@@ -31,6 +33,13 @@ RESUMED = [
     *([zero, "method=adalora", "method.tinit=1", "method.tfinal=1"] for zero in ("stage0", "stage2", "stage3")),
     *(["stage2", f"method={method}"] for method in ("dora", "ia3", "prompt", "prefix", "bottleneck")),
     ["stage2", "method=lora", "method.init=pissa"],
+    *([zero, "optim.lora_plus_ratio=16", "model.neftune_alpha=5"] for zero in ("stage1", "stage3")),
+    ["stage2", "method=full", "model.neftune_alpha=5", "optim.name=adamw_8bit"],
+    ["stage3", "optim.lora_plus_ratio=4", "optim.name=lion", "optim.eps=1e-8"],
+    *([zero, "method=experts", "method.target_modules=[o_proj]"] for zero in ("stage0", "stage2")),
+    ["stage3", "method=experts", "method.target_modules=[o_proj]", PARTITION_ALL],
+    ["stage2", NEW, "method.trainable_tokens=new"],
+    *([zero, NEW, "method.modules_to_save=[embed_tokens,lm_head]"] for zero in ("stage0", "stage3")),
     *([zero, "model.kernels=[varlen,lora]", "model.gradient_checkpointing=true"] for zero in ("stage2", "stage3")),
 ]
 
@@ -40,7 +49,8 @@ def resume_is_bit_identical(bench: Bench, zero: str, overrides: list[str]) -> di
     folder = bench.shared_folder()
     has_dropout = not any(each.removeprefix("method=") in NO_DROPOUT for each in overrides)
     dropout = ["method.dropout=0.1"] if has_dropout else []
-    config = bench.config(f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", *overrides, *dropout)
+    base = [f"model.name_or_path={save_mixtures(bench, ['olmoe'])}/olmoe"] if "method=experts" in overrides else []
+    config = bench.config(f"zero={zero}", "batch.max_steps=6", "batch.micro_size=3", *overrides, *dropout, *base)
     straight = bench.loop(config, folder)
     for step in range(3):
         straight.step(step)

@@ -12,7 +12,7 @@ from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("checkpoint_cases.py")
 # Masters, two moments and the live copy of each trained tensor of two layers.
-FEWER_TENSORS = {"prompt": 4, "prefix": 4, "ia3": 4 * 14, "bottleneck": 4 * 16}
+FEWER_TENSORS = {"prompt": 4, "prefix": 4, "ia3": 4 * 14, "bottleneck": 4 * 16, "experts": 4 * 12}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config import TrainConfig
 from trainer.distributed.process_group import gather_objects
 from trainer.engine.engine import Update
-from trainer.engine.optimizer import learning_rate
+from trainer.engine.learning_rate import learning_rate
 from trainer.engine.whole_state import StateOwner, gather_live, gather_state
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trial_lora import ActiveTrials, patch_trial_linears

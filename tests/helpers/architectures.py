@@ -48,6 +48,11 @@ class Architecture:
         linear: what ``all_linear`` means.
         down: the last layer of the MLP; empty where that is no linear layer.
         attention_end: the last layer of attention, with the name of its parent.
+        left_out: linear layers that ``all_linear`` leaves out.
+        unmergeable: why its adapters cannot be merged, as a pattern; empty where they can.
+        padded: why no tries can be used, as a pattern; empty where they can.
+        positions: the config's key of the length of a row.
+        vocabularies: the config's keys of the number of tokens.
     """
 
     config: str
@@ -57,6 +62,11 @@ class Architecture:
     linear: frozenset[str] = QKVO | MLP
     down: str = "down_proj"
     attention_end: str = "self_attn.o_proj"
+    left_out: frozenset[str] = frozenset()
+    unmergeable: str = ""
+    padded: str = ""
+    positions: str = "max_position_embeddings"
+    vocabularies: tuple[str, ...] = ("vocab_size",)
 
 
 # Every architecture that is held to work.
@@ -66,7 +76,7 @@ ARCHITECTURES = {
     "qwen2": Architecture("Qwen2Config"),
     "qwen3": Architecture("Qwen3Config", HEADS_OF_8),
     "gemma": Architecture("GemmaConfig", HEADS_OF_8),
-    "gemma2": Architecture("Gemma2Config", {**HEADS_OF_8, "sliding_window": 8}),
+    "gemma2": Architecture("Gemma2Config", {**HEADS_OF_8, "sliding_window": 8}, padded="attention is eager"),
     "gemma3": Architecture(
         "Gemma3TextConfig",
         {**HEADS_OF_8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -93,6 +103,7 @@ ARCHITECTURES = {
         linear=frozenset({"c_attn", "c_proj", "c_fc"}),
         down="mlp.c_proj",
         attention_end="attn.c_proj",
+        positions="n_positions",
     ),
     "gpt_neox": Architecture(
         "GPTNeoXConfig",
@@ -110,11 +121,13 @@ ARCHITECTURES = {
 MIXTURES = {
     "shared experts": Architecture(
         "Qwen2MoeConfig",
-        {**SIZES, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
     ),
     "first layer dense": Architecture(
         "Qwen3MoeConfig",
-        {**HEADS_OF_8, "num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+        {**HEADS_OF_8, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "mlp_only_layers": [0]},
         linear=QKVO,  # PEFT would take the dense layer's gate_proj, up_proj and down_proj for the experts'
     ),
 }
@@ -130,7 +143,11 @@ KINDS_OF_ATTENTION = ("llama", "mistral, window 8", "qwen2", "gemma", "gpt2")
 
 def tiny(name: str, **changes: Any) -> Any:
     """Return a random model of an architecture, some keys of its config changed, from torch's global generator."""
-    row = {**ARCHITECTURES, **MIXTURES, **OTHERS}[name]
+    return random_model({**ARCHITECTURES, **MIXTURES, **OTHERS}[name], **changes)
+
+
+def random_model(row: Architecture, **changes: Any) -> Any:
+    """Return a random model of a row, some keys of its config changed, from torch's global generator."""
     config = getattr(transformers, row.config)(**{**row.keys, **changes})
     return transformers.AutoModelForCausalLM.from_config(config)
 

@@ -58,7 +58,7 @@ def check(*names: str) -> Callable[[Check], Check]:
     return enter
 
 
-@pytest.mark.parametrize("name", [r.name for r in REACHES if not r.name.startswith("deepspeed.")])
+@pytest.mark.parametrize("name", [r.name for r in REACHES if not r.name.startswith("deepspeed")])
 def test_the_reach_finds_what_it_reaches_for(name: str, request: pytest.FixtureRequest) -> None:
     wanted = CHECKS[name].__code__.co_varnames[: CHECKS[name].__code__.co_argcount]
     CHECKS[name](**{fixture: request.getfixturevalue(fixture) for fixture in wanted})
@@ -74,7 +74,7 @@ def on_deepspeed() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [r.name for r in REACHES if r.name.startswith("deepspeed.")])
+@pytest.mark.parametrize("name", [r.name for r in REACHES if r.name.startswith("deepspeed")])
 def test_the_reach_into_deepspeed_finds_what_it_reaches_for(name: str, on_deepspeed: dict[str, str]) -> None:
     assert on_deepspeed[name] == "", on_deepspeed[name]
 
@@ -131,7 +131,7 @@ def test_a_changed_optimizer_stops_the_run_at_its_start(stage: int, gone: str) -
     scaler = SimpleNamespace(cur_scale=1.0)
     made = {"overflow": False, "optimizer": None, "cur_scale": 1.0, "loss_scaler": scaler}
     made |= {deepspeed.FLAT_GROUPS[stage]: [], "_lazy_init_hp_params_optimizer_state": None}
-    made["checkpoint_event_epilogue"] = None
+    made |= {"checkpoint_event_epilogue": None, "_hp_optimizer_states_linked": False}
     deepspeed.check_optimizer(SimpleNamespace(**made), stage, fp16=True)
     del made[deepspeed.FLAT_GROUPS[stage] if gone == "flat" else gone]
     with pytest.raises(LaunchError, match=r"deepspeed \d.*tried with: .* has no .*pip install -c constraints.txt"):
@@ -193,13 +193,19 @@ def a_compiled_module_is_itself_again() -> None:
     assert layer(torch.ones(1, 2)).shape == (1, 2)
 
 
+@check("transformers.is_stateful")
+def a_state_is_marked(model: Any) -> None:
+    assert transformers.is_stateful(tiny("mamba"))
+    assert not transformers.is_stateful(model)
+
+
 @check("transformers.attention_name")
 def attention_has_a_name(model: Any) -> None:
     for name in ("eager", "sdpa"):
         model.set_attn_implementation(name)
         assert transformers.attention_name(model) == name
     with pytest.raises(LaunchError, match="has no _attn_implementation"):
-        transformers.attention_name(SimpleNamespace(config=SimpleNamespace()))
+        transformers.attention_name(SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace)))
 
 
 @check("transformers.sdpa")
@@ -289,6 +295,16 @@ def wrappers_come_off(model: Any) -> None:
     under = [found for module in adapted.modules() if (found := peft.unwrapped(module)) is not None]
     assert {id(m) for m in under} == {id(base[n]) for n in base if n == "lm_head" or n.endswith("q_proj")}
     assert peft.unwrapped(base["model.norm"]) is None
+
+
+@check("peft.trained_token_ids")
+def trained_tokens_are_found(model: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 9]})
+    )
+    assert sorted(number for module in adapted.modules() for number in peft.trained_token_ids(module)) == [5, 9]
 
 
 @check("peft.forget_wrapper")

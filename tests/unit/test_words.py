@@ -22,7 +22,7 @@ LEADS_TO = {
     "early stopping": "trainer/training/monitor.py",
     "warm start": "trainer/methods/warm_start.py",
     "resume": "trainer/checkpoint/resume.py",
-    "learning rate": "trainer/engine/optimizer.py",
+    "learning rate": "trainer/engine/learning_rate.py",
 }
 OURS = re.compile(r"\b(learnt|whose weights|reckoned|mend(s|ed)?|lighten|anew)\b", re.IGNORECASE)
 

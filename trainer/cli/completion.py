@@ -100,7 +100,7 @@ def _values(name: str) -> tuple[str, ...]:
     from trainer.config.dataset_spec import TEMPLATES
     from trainer.config.messages import one_line
     from trainer.config.rules.evaluation import MONITORED_METRICS
-    from trainer.config.rules.method import TARGET_SETS
+    from trainer.config.rules.targets import PARAMETER_SETS, TARGET_SETS
     from trainer.config.schema import GRADIENT_CHECKPOINTING
     from trainer.config.suggestions import NULLABLE_GROUPS, config_fields
 
@@ -113,6 +113,7 @@ def _values(name: str) -> tuple[str, ...]:
         "data.template": TEMPLATES,
         "eval.best_metric": MONITORED_METRICS,
         "method.target_modules": TARGET_SETS,
+        "method.target_parameters": PARAMETER_SETS,
         "model.gradient_checkpointing": GRADIENT_CHECKPOINTING,
         "model.kernels": ("auto", "none"),
         "checkpoint.resume": ("auto", "strict", "never"),

@@ -49,7 +49,9 @@ def doctor(
     ranks: Annotated[
         int | None, typer.Option("--ranks", metavar="N", min=1, help="let N processes meet here, and measure them")
     ] = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage")] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="every method × base precision × ZeRO stage, every optimizer")
+    ] = False,
 ) -> int:
     """Say if this machine, or allocation, can run the job.
 
@@ -151,12 +153,16 @@ def version() -> None:
 def print_matrix() -> None:
     """Print what goes with what, and why some of it does not."""
     from launch import table
-    from launch.doctor.matrix import build_matrix, count_cells
+    from launch.doctor.matrix import build_matrix, build_optimizer_matrix, count_cells
 
-    heads, rows, notes = build_matrix()
-    table.show(heads, rows)
-    works, refused = count_cells(rows)
-    print_line("\n".join(["", f"{works} cells work, {refused} are refused", *notes]))
+    counted, said = [], []
+    for heads, rows, notes in (build_matrix(), build_optimizer_matrix()):
+        table.show(heads, rows)
+        print_line("")
+        counted.append(count_cells(rows))
+        said += notes
+    works, refused = (sum(each) for each in zip(*counted, strict=True))
+    print_line("\n".join([f"{works} cells work, {refused} are refused", *said]))
 
 
 def print_config(config: TrainConfig, overrides: list[str], config_file: Path | None) -> None:

@@ -102,6 +102,14 @@ def is_adapted_parameter(layer: Any) -> bool:
     return isinstance(layer, ParamWrapper)
 
 
+@reach("TrainableTokensLayer.token_indices", until="peft documents it")
+def trained_token_ids(layer: Any) -> list[int]:
+    """Return the ids of the tokens whose rows of an embedding are trained; none for layers of other kinds."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return list(layer.token_indices["default"]) if isinstance(layer, TrainableTokensLayer) else []
+
+
 @reach("PeftModel.prompt_encoder, PeftModel.word_embeddings", until="prompt tuning starts from given token ids")
 def prompt_start(model: Any) -> tuple[Any, Any]:
     """Return the trained embedding of prompt tuning and the base's word embeddings."""

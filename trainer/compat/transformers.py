@@ -12,13 +12,20 @@ LIBRARY = "transformers"
 
 @reach("config._attn_implementation", until="there is a public getter beside `set_attn_implementation`")
 def attention_name(model: Any) -> str:
-    """Return the name of the attention kernel that a model uses.
+    """Return the name of the attention kernel that the text part of a model uses.
 
     Raises:
         LaunchError: the configuration does not say it any more.
     """
-    need(LIBRARY, model.config, "_attn_implementation")
-    return str(model.config._attn_implementation)
+    config = model.config.get_text_config()
+    need(LIBRARY, config, "_attn_implementation")
+    return str(config._attn_implementation)
+
+
+@reach("model._is_stateful", until="a model says in public that its cache cannot be cut")
+def is_stateful(model: Any) -> bool:
+    """Return whether a model's layers carry a state from token to token; models of other code may lack the mark."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 @reach(

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config.method import METHODS
 from trainer.config.schema import TrainConfig
-from trainer.config.suggestions import conf_dir, config_fields
+from trainer.config.suggestions import conf_dir, config_fields, default_value
 
 # Fields that hold paths: in the checkout they are taken relative to it, so that a run has the same name in each.
 PATH_FIELDS = frozenset({"data.path", "data.validation", "data.template", "method.adapter"})
@@ -51,7 +51,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
 def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """Return what a run must have in common with a checkpoint that it is resumed from; everything else may change.
 
-    It is written into every checkpoint, so its keys cannot change: a run is refused when one of them is not there.
+    It is written into every checkpoint, so its keys cannot change, and new ones must be marked as ``newer``: a run is
+    refused when another of them is not there.
 
     Args:
         config: of the run.
@@ -70,6 +71,13 @@ def run_identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
             identity[name] = value
     # Last: another seed or model prepares other data, and the first key that differs is the one that is named.
     return {**identity, "data": data_fingerprint}
+
+
+def saved_value(identity: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key in a checkpoint's identity: its default in one from before there was the key."""
+    entry = config_fields().get(key)
+    is_newer = entry is not None and entry.field.metadata["newer"]
+    return default_value(entry.field) if entry is not None and is_newer and key not in identity else identity.get(key)
 
 
 def values_of(config: TrainConfig) -> dict[str, Any]:

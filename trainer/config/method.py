@@ -32,7 +32,18 @@ class MethodConfig:
     dropout: float = key(0.0, "share of adapter inputs dropped in training", ge=0, lt=1, resume_may_change=True)
     target_modules: Any = key(
         "all_linear",
-        "attention_min (q, v), attention (q, k, v, o), all_linear (all linear layers but the head), or a list of names",
+        "attention_min (q, v), attention (q, k, v, o), all_linear (all linear layers but the head), a list of names, "
+        "or a text with any of *+?|()[]{}^$\\: a regular expression of whole module names, as PEFT's; [] beside "
+        "target_parameters: none",
+    )
+    exclude_modules: Any = key(
+        None, "modules left out of target_modules: a list of names, or a regular expression as there", newer=True
+    )
+    target_parameters: Any = key(
+        None,
+        "lora: adapters on parameters that are no linear layers: experts (all stacks of experts), or a list of the "
+        "ends of their names, [mlp.experts.down_proj]; slower: each forward adds them to whole stacks",
+        newer=True,
     )
     layers: list[int] | None = key(None, "adapters in these layers only, counted from 0; null: in all")
     bias: str = key("none", "biases of the base that are trained too", choices=("none", "all", "lora_only"))
@@ -51,6 +62,17 @@ class MethodConfig:
     init: str = key("default", "how trained tensors start; which starts there are depends on the method")
     seed: int | None = key(
         None, "of the random numbers that trained tensors start from; null: run.seed", ge=0, newer=True
+    )
+    trainable_tokens: Any = key(
+        None,
+        "lora: tokens whose own embeddings are trained too, of input and output: new (those of model.new_tokens), or a "
+        "list of tokens; the adapter holds their rows alone",
+        newer=True,
+    )
+    modules_to_save: list[str] | None = key(
+        None,
+        "lora: modules that are trained whole and saved with the adapter, [embed_tokens,lm_head]; tied ones stay tied",
+        newer=True,
     )
     init_r: int | None = key(None, "adalora: rank of every adapter at the start", ge=1)
     target_r: int | None = key(None, "adalora: rank that the adapters have in the mean at the end", ge=1)
@@ -111,8 +133,14 @@ class Method:
 
 
 BASE = frozenset({"adapter", "bits", "quant_type", "double_quant", "compute_dtype", "quant_storage"})
-TARGETS = frozenset({"target_modules", "layers"})
-LORA = frozenset({"r", "alpha", "dropout", "bias", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "seed"})
+TARGETS = frozenset({"target_modules", "exclude_modules", "layers"})
+LORA = frozenset(
+    [
+        *("r", "alpha", "dropout", "bias", "rank_pattern", "alpha_pattern", "rslora", "dora", "init", "seed"),
+        "target_parameters",
+    ]
+)
+EMBEDDINGS = frozenset({"trainable_tokens", "modules_to_save"})
 ADALORA_NEEDS = {"init_r": 12, "target_r": 8, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
 BOTTLENECK_NEEDS = {"reduction_factor": 16, "placement": "houlsby", "activation": "relu"}
 
@@ -124,7 +152,7 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         "LoRA",
         2e-4,
-        LORA | TARGETS | BASE,
+        LORA | TARGETS | EMBEDDINGS | BASE,
         {"r": 16},
         ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"),
     ),

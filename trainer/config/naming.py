@@ -29,6 +29,7 @@ def method_label(config: TrainConfig) -> str:
     """
     method = config.method
     kind = "dora" if method.dora else "rslora" if method.rslora else method.name
+    kind = kind if method.target_parameters is None else "experts"
     if kind == "lora":
         return {16: "lora", 8: "qlora_8bit", 4: "qlora"}[method.bits]
     return kind if method.bits == 16 else f"{kind}_{method.bits}bit"

@@ -33,7 +33,7 @@ GRADIENT_CHECKPOINTING = (False, True, "selective")
 
 @dataclass(slots=True)
 class ModelConfig:
-    """The base model and how it is held in memory.
+    """The base model, how it is held in memory, and what its forward does in training.
 
     Kernels and gradient checkpointing compute the same products in another order, and ``trust_remote_code`` only
     permits: they do not change the result.
@@ -67,6 +67,20 @@ class ModelConfig:
     )
     compile: bool = key(
         False, "compile the decoder layers with torch.compile, which takes minutes at the start", changes_result=False
+    )
+    neftune_alpha: float | None = key(
+        None,
+        "NEFTune (Jain et al., 2023): noise on token embeddings in training, up to alpha / sqrt(tokens * width) of a "
+        "row; 5 to 15 are usual; null: none",
+        gt=0,
+        resume_may_change=True,
+        newer=True,
+    )
+    new_tokens: Any = key(
+        None,
+        "tokens that the tokenizer gets, [word, <|tool|>], trained by method.trainable_tokens; <|…|> are special "
+        "(control tokens), all others plain (read wherever a row has them), or say so: {text: <tool>, special: true}",
+        newer=True,
     )
     trust_remote_code: bool = key(
         False,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.config.method import METHODS, default_alpha
+from trainer.config.optimizers import OPTIMIZERS, default_learning_rate
 from trainer.config.schema import TrainConfig
 
 TAKEN = "taken"
@@ -19,7 +20,8 @@ def default_values(config: TrainConfig) -> dict[str, Any]:
     Args:
         config: of which those are returned that are null.
     """
-    values = {"optim": {"learning_rate": config.optim.learning_rate}, "method": _method_values(config)}
+    optim = {"name": config.optim.name, "learning_rate": config.optim.learning_rate}
+    values = {"optim": optim, "method": _method_values(config)}
     return {name: value for name, value in _defaults(values) if value is not None}
 
 
@@ -45,10 +47,12 @@ def _method_values(config: TrainConfig) -> dict[str, Any]:
 def _defaults(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what this version takes for the keys that are null, and whose default depends on others."""
     method, optim = tree.get("method"), tree.get("optim")
-    if not isinstance(method, Mapping) or (known := METHODS.get(str(method.get("name")))) is None:
+    if not isinstance(method, Mapping) or str(method.get("name")) not in METHODS:
         return
     if isinstance(optim, Mapping) and optim.get("learning_rate") is None:
-        yield "optim.learning_rate", known.learning_rate
+        name = str(optim.get("name") or "adamw")  # that of runs from before there was a choice
+        if name in OPTIMIZERS:
+            yield "optim.learning_rate", default_learning_rate(str(method.get("name")), name)
     rank = method.get({"lora": "r", "adalora": "init_r"}.get(str(method.get("name")), ""))
     if isinstance(rank, int) and method.get("alpha") is None:
         yield "method.alpha", default_alpha(rank)

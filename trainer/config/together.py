@@ -21,6 +21,7 @@ MAX_TOGETHER = 16
 OWN_KEYS = frozenset(
     [
         *("method.r", "method.alpha", "method.rslora", "method.target_modules", "method.layers"),
+        "method.exclude_modules",
         *("method.rank_pattern", "method.alpha_pattern", "method.init", "method.seed"),
         *("batch.epochs", "batch.max_steps", "eval.best_metric", "eval.patience", "run.stop_at_step"),
     ]
@@ -53,14 +54,22 @@ def why_alone(config: TrainConfig) -> str | None:
         config: checked.
     """
     method, zero = config.method, config.zero
+    ratio, alpha = config.optim.lora_plus_ratio, config.model.neftune_alpha
     obstacles: list[tuple[bool, str]] = [
         (method.name != "lora", f"method.name={method.name}: only the adapters of LoRA share a base"),
         (method.dora, "method.dora=true: its norms are of the base's weights and the adapter's together"),
         (method.dropout > 0, f"method.dropout={method.dropout:g}: its random numbers are those of a run by itself"),
+        (method.target_parameters is not None, "method.target_parameters: adapted stacks are made for one adapter"),
         (method.bias != "none", f"method.bias={method.bias}: it trains biases of the base, which all would share"),
         (method.adapter is not None, f"method.adapter={method.adapter}: a warm start is of one run"),
         (changes_base(method), f"method.init={method.init}: it changes the base's weights, which all would share"),
+        (ratio is not None, f"optim.lora_plus_ratio={ratio}: its A and B are two groups of the optimizer"),
+        (config.optim.name != "adamw", f"optim.name={config.optim.name}: of several at once there is only AdamW"),
+        (config.model.new_tokens is not None, "model.new_tokens: they are embedded as one run has trained them"),
+        (method.trainable_tokens is not None, "method.trainable_tokens: all share the embeddings of the base"),
+        (method.modules_to_save is not None, "method.modules_to_save: all share the modules of the base"),
         (config.model.dtype == "fp16", "model.dtype=fp16: its loss scale is that of one run"),
+        (alpha is not None, f"model.neftune_alpha={alpha}: its random numbers are those of a run by itself"),
         (config.model.compile, "model.compile=true: what is compiled is the model with one adapter"),
         (zero.offload_optimizer != "none", f"zero.offload_optimizer={zero.offload_optimizer}: it holds those of one"),
         (zero.offload_params != "none", f"zero.offload_params={zero.offload_params}: it holds those of one run"),

@@ -50,6 +50,13 @@ class Rows:
         """Count the tokens of some rows that are in the loss."""
         return int(self.tables.label_counts[self.indices[which]].sum())
 
+    def unseen(self, ids: Sequence[int]) -> list[int]:
+        """Return those of some token ids that stand in no row of the tables."""
+        left = np.asarray(ids, np.int64)
+        for chunk in self.tables.table.data.column("input_ids").chunks if len(left) else ():
+            left = left[~np.isin(left, chunk.flatten().to_numpy())]
+        return [int(number) for number in left]
+
     def examples(self, which: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Return the records of some rows, in the order asked for."""
         if not len(which):

@@ -180,7 +180,9 @@ def generate_answers(
     if not len(with_prompt):
         return [[] for _ in range(trials)]
     mine: dict[int, tuple[list[str], str]] = {}
-    limits = Limits(_rows_of_a_trial(config, int(prompt_lengths.max()), trials), 0)
+    at_once = _rows_of_a_trial(config, int(prompt_lengths.max()), trials)
+    # One forward for each length would be more on some ranks than on others.
+    limits = Limits(1 if generator.reads_padding and generator.lockstep else at_once, 0)
     micros = split_padded(prompt_lengths[with_prompt], world.world_size, limits)
     with ProgressCounter("generating answers", len(with_prompt), recurs=True) as counter:
         for micro, count in zip(micros[world.rank], rows_a_round(micros), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from trainer.config.schema import GenerateConfig
+from trainer.evaluation.left_padding import reads_left_padding
 
 
 class Generator:
@@ -37,6 +38,7 @@ class Generator:
     ) -> None:
         self.model, self.tokenizer, self.device, self.lockstep = model, tokenizer, device, lockstep
         self.opening_ids = list(opening_ids)
+        self.reads_padding = reads_left_padding(model)
         self.pad_id: int = tokenizer.pad_token_id
         own = getattr(model.generation_config, "eos_token_id", None)
         self.end_ids = sorted({*end_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
@@ -56,10 +58,13 @@ class Generator:
 
         Args:
             prompts: token ids, at least one each; they are padded on the left, so that every answer begins right after
-                its prompt.
+                its prompt. Of a model that reads such padding, those of one length are answered together.
             streamer: gets each token as it comes; with one prompt only.
         """
-        width = max(len(p) for p in prompts)
+        lengths = {len(p) for p in prompts}
+        if len(lengths) > 1 and self.reads_padding:
+            return self._answer_by_length(prompts)
+        width = max(lengths)
         ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -76,6 +81,14 @@ class Generator:
             **self.options,
         )
         return [self.cut_opening(self._cut_at_end(row[width:].tolist())) for row in out]
+
+    def _answer_by_length(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Answer the prompts of each length by themselves, without padding."""
+        answers: dict[int, list[int]] = {}
+        for length in sorted({len(p) for p in prompts}):
+            which = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
+            answers |= zip(which, self.answer([prompts[k] for k in which]), strict=True)
+        return [answers[k] for k in range(len(prompts))]
 
     def stream(self, prompt: list[int], write: Callable[[str], None]) -> tuple[str, str]:
         """Answer one prompt and stream its text.

@@ -38,7 +38,8 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
     """
     config = load_run_config(run, overrides)
     check_mergeable(config)
-    tokenizer = restore_base_eos(load_tokenizer(str(run / "adapter"), config.model), run / "adapter")
+    with_tokens = dataclasses.replace(config.model, revision=None, new_tokens=None)  # what is saved has the new ones
+    tokenizer = restore_base_eos(load_tokenizer(str(run / "adapter"), with_tokens), run / "adapter")
     data = load_data(config, tokenizer)
     prompts = _find_prompts(data)
     reference_logits = None
@@ -51,8 +52,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
     device = distributed.from_environment().device
 
     def reload(folder: Path, dtype: torch.dtype) -> Any:
-        model_config, method = dataclasses.replace(config.model, revision=None), MethodConfig(name="full")
-        loaded = load_model(str(folder), model_config, method, dtype, device, zero_stage=0)
+        loaded = load_model(str(folder), with_tokens, MethodConfig(name="full"), dtype, device, zero_stage=0)
         patch_rms_norms(loaded)  # as in the live model: what is compared is the weights
         return loaded.eval().to(device)
 
@@ -65,6 +65,7 @@ def merge_run(run: Path, to: Path, overrides: Sequence[str] = ()) -> MergeResult
         lambda result: model_card(config, summary, result),
         reference_logits,
         data.end_ids,
+        config.model.revision,
     )
 
 

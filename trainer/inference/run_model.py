@@ -106,7 +106,7 @@ def load_run(
     switcher.use(first)
     requested = [first, *(name for name in parse_adapters(adapters, run_adapter_name(run)) if name != first)]
     if adapter or _saved_template_override(run):
-        model_config = dataclasses.replace(config.model, revision=None)
+        model_config = dataclasses.replace(config.model, revision=None, new_tokens=None)
         saved = _run_model_dir(run, config)
         tokenizer = restore_base_eos(load_tokenizer(str(saved), model_config), saved)
     else:
@@ -196,6 +196,7 @@ def _describe_differences(config: TrainConfig, given: Sequence[str]) -> list[str
         for key, own in (
             ("model.name_or_path", config.model.name_or_path),
             ("model.revision", config.model.revision),
+            ("model.new_tokens", config.model.new_tokens),
             ("data.template", config.data.template),
             ("data.alpaca_role", config.data.alpaca_role),
             ("data.template_kwargs", config.data.template_kwargs or None),
@@ -216,7 +217,8 @@ def _load_base(
     dtype = compute_dtype(config.model.dtype, device, zero_stage=2)
     folder = str(_run_model_dir(run, config)) if is_full else find_base(run, config)
     warn_of_other_base(folder, choices)
-    model_config = dataclasses.replace(config.model, revision=None) if is_full else config.model
+    own = dataclasses.replace(config.model, revision=None, new_tokens=None)  # a trained model has them
+    model_config = own if is_full else config.model
     base: Any = load_model(folder, model_config, method, dtype, device, zero_stage=0, device_map=device_map)
     patch_rms_norms(base)
 

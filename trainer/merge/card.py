@@ -25,17 +25,23 @@ def model_card(config: TrainConfig, summary: dict[str, Any], result: MergeResult
     if base in EMBEDDED:
         base = EMBEDDED[base].hub_id or base
     name = Path(base).name
+    loader, towers = "AutoModelForCausalLM", ""
+    if result.is_multimodal:
+        loader, towers = (
+            "AutoModelForImageTextToText",
+            " Its text part was trained; the rest is the base's own.",
+        )
     lines = [
         "---",
         f"base_model: {json.dumps(name if Path(base).is_dir() else base)}",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'image-text-to-text' if result.is_multimodal else 'text-generation'}",
         "tags: [afina, merged]",
         "---",
         f"# {name}, fine-tuned with {title}",
         "",
         f"An adapter ({title}{'' if method.r is None else f', r = {method.r}'}) merged into its base by afina. It is a "
-        "plain model now: `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read this folder.",
+        f"plain model now: `{loader}.from_pretrained` and `AutoTokenizer.from_pretrained` read this folder.{towers}",
         "",
         f"Data: `{_names(config.data.path)}`, {summary.get('steps')} updates of {config.batch.global_size} examples, "
         f"loss on: {config.data.train_on}, seed {config.run.seed}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trainer.compat.peft import adapted_parameter_product, is_adapted_parameter
+from trainer.compat.peft import adapted_parameter_product, is_adapted_parameter, trained_token_ids
 from trainer.errors import CheckpointError
 from trainer.tracking.counter import ProgressCounter
 
@@ -35,13 +36,30 @@ def fold(model: Any) -> tuple[nn.Module, int]:
     """
     assert isinstance(model, PeftModel)
     _untie(model)
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [
+        (name.removeprefix("base_model.model."), layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    _check_shared(layers)
     with torch.no_grad(), ProgressCounter("folding", len(layers), "layers") as counter:
         for name, layer in counter.over(layers):
-            _fold_layer(name.removeprefix("base_model.model."), layer)
+            _fold_layer(name, layer)
     plain: nn.Module = model.base_model.unload()
     assert not any(isinstance(layer, BaseTunerLayer) for layer in plain.modules()), "an adapter is left"
     return plain, len(layers)
+
+
+def _check_shared(layers: Sequence[tuple[str, Any]]) -> None:
+    """Refuse layers that share one weight and have an adapter each: it cannot take up both. Trained rows of tied
+    embeddings are one adapter in two places."""
+    first: dict[int, str] = {}
+    for name, layer in layers:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        other = name if weight is None else first.setdefault(id(weight), name)
+        if other != name and not is_adapted_parameter(layer) and not trained_token_ids(layer):
+            reason = f"has the same weight as {other}, each has an adapter of its own, and a weight takes up only one"
+            raise CheckpointError(name, reason=reason, hint="serve the adapter beside the base")
 
 
 def _fold_layer(name: str, layer: Any) -> None:
@@ -68,7 +86,8 @@ def _random_inputs(layer: Any) -> Tensor:
         shape, device = layer.get_param().shape, layer.get_param().device
         return torch.randn(shape[-1], PROBES, generator=draw).to(device)
     if isinstance(base, nn.Embedding):
-        return torch.randint(len(base.weight), (32 * PROBES,), generator=draw).to(base.weight.device)
+        drawn = torch.randint(len(base.weight), (32 * PROBES,), generator=draw)
+        return torch.cat([drawn, torch.tensor(trained_token_ids(layer), dtype=torch.long)]).to(base.weight.device)
     return torch.randn(PROBES, layer.in_features, generator=draw).to(base.weight.device)
 
 
@@ -106,4 +125,5 @@ def _untie(model: Any) -> None:
     shared = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in (inner, outer)]
     if shared[0].weight is shared[1].weight:
         shared[1].weight = nn.Parameter(shared[1].weight.detach().clone())
-        base.config.tie_word_embeddings = False
+        for config in (base.config, base.config.get_text_config()):  # some wrappers take it from their text part's
+            config.tie_word_embeddings = False

@@ -29,7 +29,9 @@ from trainer.engine.device import give_back_memory
 from trainer.errors import CheckpointError
 from trainer.files import commit_folder, partial_folder
 from trainer.merge.fold import fold
+from trainer.methods.text_part import is_wrapper
 from trainer.models.end_tokens import save_tokenizer
+from trainer.models.processor_files import copy_processor_files
 from trainer.tracking.counter import ProgressCounter
 
 SHARD_SIZE = "2GB"  # of weights a file
@@ -57,6 +59,7 @@ class MergeResult:
         layers: how many were folded, each verified in fp32.
         tensors: how many were read back from disk and were to the bit what was folded.
         training_distance: merged against the live adapter on the quantised base that it was trained on, if it was.
+        is_multimodal: whether the model has towers beside its text part; they are written as they were.
     """
 
     distance: float
@@ -67,6 +70,7 @@ class MergeResult:
     layers: int
     tensors: int
     training_distance: float | None = None
+    is_multimodal: bool = False
 
 
 def check_mergeable(config: TrainConfig) -> None:
@@ -150,6 +154,7 @@ def merge(
     card: Callable[[MergeResult], str],
     reference_logits: Sequence[Tensor] | None = None,
     end_ids: Sequence[int] = (),
+    revision: str | None = None,
 ) -> MergeResult:
     """Merge, write, read back and compare; delete what does not compare.
 
@@ -163,6 +168,7 @@ def merge(
         reference_logits: what :func:`logits_at_positions` gave for the live adapter on the quantised base that
             it was trained on.
         end_ids: token ids that end an answer, saved with the model.
+        revision: of a base from the hub, whose processor's files are copied where it is multimodal.
 
     Raises:
         CheckpointError: a folded layer, what is on disk, or its logits are not what they were, or ``to`` is there.
@@ -178,7 +184,8 @@ def merge(
     del model
     with partial_folder(to) as partial:
         known, held = state_digests(folded), bytes_in_memory(folded)
-        _write(folded, tokenizer, partial, end_ids)
+        _write(folded, tokenizer, partial, end_ids, revision)
+        is_multimodal = is_wrapper(folded)
         del folded
         gc.collect()
         give_back_memory(torch.device("cpu"))
@@ -189,19 +196,19 @@ def merge(
         bound = _distance_bound(dtype, base_distance)
         _check_logits(to, distance, base_distance, bound)
         training_distance = None if reference_logits is None else relative_distance(found, reference_logits)[0]
-        result = MergeResult(
-            distance, bound, base_distance, agreement, len(prompts), layers, len(known), training_distance
-        )
+        figures = (distance, bound, base_distance, agreement, len(prompts), layers, len(known))
+        result = MergeResult(*figures, training_distance, is_multimodal)
         (partial / "README.md").write_text(card(result))
         commit_folder(partial, to)
     return result
 
 
-def _write(folded: Any, tokenizer: Any, folder: Path, end_ids: Sequence[int]) -> None:
-    folded.config.use_cache = True  # it is off in training
+def _write(folded: Any, tokenizer: Any, folder: Path, end_ids: Sequence[int], revision: str | None) -> None:
+    folded.config.get_text_config().use_cache = True  # it is off in training
     with ProgressCounter("writing the merged model"):
         folded.save_pretrained(str(folder), max_shard_size=SHARD_SIZE)
     save_tokenizer(tokenizer, folder, end_ids, getattr(folded, "generation_config", None))
+    copy_processor_files(folded, folder, revision)
 
 
 def _check_written(folder: Path, again: nn.Module, known: dict[str, str], held: Counter[torch.dtype]) -> None:

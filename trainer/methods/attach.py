@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from trainer.compat.peft import is_rank_divisor, prompt_start
 from trainer.config.method import MethodConfig
+from trainer.errors import ConfigError
 from trainer.methods.bottleneck import attach_bottleneck
 from trainer.methods.parameters import trial_parameters
 from trainer.methods.peft_configs import peft_config
+from trainer.methods.text_part import train_text_part
+from trainer.methods.token_embeddings import add_embeddings, check_embeddings, is_tied
 from trainer.methods.warm_start import warm_start
 
 
 def attach(
-    model: nn.Module, method: MethodConfig, seed: int, total_steps: int = 1, text_ids: list[int] | None = None
+    model: nn.Module,
+    method: MethodConfig,
+    seed: int,
+    total_steps: int = 1,
+    text_ids: list[int] | None = None,
+    token_ids: list[int] | None = None,
 ) -> nn.Module:
     """Freeze the base and add the trainable parameters: fresh, or with the values of ``method.adapter`` (warm start).
 
@@ -29,9 +38,11 @@ def attach(
         seed: the adapters are initialised by it, the same on every rank.
         total_steps: updates of the whole run, which AdaLoRA's times follow from.
         text_ids: tokens of ``method.init_text``.
+        token_ids: of ``method.trainable_tokens``.
 
     Returns:
-        The model itself (full, bottleneck), or stock PEFT's wrapper of it. What is added has the dtype of the base:
+        The model itself (full, bottleneck), or stock PEFT's wrapper of it. Of a multimodal model the text part alone
+        is trained. What is added has the dtype of the base:
         its fp32 copies are the optimizer's.
 
     Raises:
@@ -40,12 +51,12 @@ def attach(
         CheckpointError: ``method.adapter`` cannot be read.
     """
     if method.name == "full":
-        return model.requires_grad_(True)
+        return train_text_part(model)
     torch.manual_seed(seed)
     if method.name == "bottleneck":
         adapted = attach_bottleneck(model, method)
     else:
-        adapted = _attach_peft(model, method, total_steps, text_ids)
+        adapted = _attach_peft(model, method, total_steps, text_ids, token_ids or [])
     if method.adapter is not None:
         warm_start(adapted, method, Path(method.adapter))
     return adapted
@@ -82,9 +93,18 @@ def attach_trials(model: nn.Module, trials: Mapping[str, tuple[MethodConfig, int
     return wrapped
 
 
-def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_ids: list[int] | None) -> nn.Module:
+def _attach_peft(
+    model: nn.Module, method: MethodConfig, total_steps: int, text_ids: list[int] | None, token_ids: list[int]
+) -> nn.Module:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    wrapped = get_peft_model(model, peft_config(model, method, total_steps), autocast_adapter_dtype=False)
+    config = peft_config(model, method, total_steps)
+    trains_embeddings = bool(token_ids or method.modules_to_save)
+    was_tied = trains_embeddings and is_tied(model)
+    if trains_embeddings:
+        add_embeddings(config, model, method, token_ids)
+    wrapped = _wrap(model, config, method)
+    if trains_embeddings:
+        check_embeddings(wrapped, was_tied, method)
     if method.init == "text":
         assert text_ids, "the words of method.init_text give tokens"
         _init_from_tokens(wrapped, text_ids)
@@ -94,6 +114,23 @@ def _attach_peft(model: nn.Module, method: MethodConfig, total_steps: int, text_
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def _wrap(model: nn.Module, config: PeftConfig, method: MethodConfig) -> nn.Module:
+    """Put PEFT's layers into a model."""
+    with warnings.catch_warnings():
+        if method.target_parameters is not None:  # it looks for patterns of parameters among modules alone
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
+        except (ValueError, AttributeError) as error:  # its way of saying that it does not know a model or a layer
+            said = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                "method.name",
+                value=method.name,
+                reason=f"is refused by PEFT for {type(model).__name__}: {said}",
+                hint="method=lora method.target_modules=all_linear",
+            ) from error
 
 
 def _init_from_tokens(model: Any, ids: list[int]) -> None:

@@ -18,12 +18,19 @@ from torch import Tensor, nn
 from trainer.config.method import MethodConfig, given
 from trainer.errors import ConfigError
 from trainer.methods.targets import check_layers, expert_parameters, layer_index
+from trainer.methods.text_part import text_modules
 
 BOTTLENECK_TYPE = "BOTTLENECK"
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 # The last projection of attention and of the MLP, by architecture.
-ATTENTION_ENDS = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense", "attn.c_proj")
-MLP_ENDS = ("mlp.down_proj", "mlp.fc2", "mlp.dense_4h_to_h", "mlp.c_proj", "fc2")
+ATTENTION_ENDS = (
+    *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attention.dense", "attn.c_proj"),
+    *("self_attention.dense", "attn.out_proj", "attention.out_proj"),
+)
+MLP_ENDS = (
+    *("mlp.down_proj", "mlp.fc2", "mlp.dense_4h_to_h", "mlp.c_proj", "fc2", "mlp.fc_out", "ffn.down_proj"),
+    *("feed_forward.down_proj", "feed_forward.w2", "shared_mlp.output_linear"),
+)
 
 
 class Bottleneck(nn.Module):
@@ -88,7 +95,7 @@ def find_projections(model: nn.Module, placement: str, layers: list[int] | None)
     kinds = (MLP_ENDS,) if placement == "pfeiffer" else (ATTENTION_ENDS, MLP_ENDS)
     found: list[tuple[str, Any]] = []
     for ends in kinds:
-        matches = [(full, m) for full, m in model.named_modules() if any(full.endswith(f".{end}") for end in ends)]
+        matches = [(full, m) for full, m in text_modules(model) if any(full.endswith(f".{end}") for end in ends)]
         if not matches:
             experts = " (its experts are 3-D parameters, which have no layer to stand behind)"
             raise ConfigError(

@@ -34,6 +34,12 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def is_whole_module(name: str) -> bool:
+    """Return whether a parameter of this name is of a module that is trained whole (``method.modules_to_save``): as
+    large as the base's own."""
+    return ".modules_to_save." in name
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of trainable and of all parameters; a weight held in 4 bits counts as one, a ZeRO-3 partition
     as its whole."""

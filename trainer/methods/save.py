@@ -61,13 +61,28 @@ def save_adapter(
     else:
         if initial_weights:
             whole = convert_to_original_base(whole, initial_weights, config)
-        own = {name.replace(f".{LONE_ADAPTER}.", f".{adapter_name}."): tensor for name, tensor in whole.items()}
+        whole = _with_tied(model, whole)
+        own = {_with_adapter_name(name, adapter_name): tensor for name, tensor in whole.items()}
         expected = get_peft_model_state_dict(model, own, adapter_name, save_embedding_layers=False)
         if config.peft_type == "ADALORA":
             config.rank_pattern = model.peft_config[adapter_name].rank_pattern
     save_file({n: t.contiguous() for n, t in expected.items()}, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
     return verify_adapter(folder, expected)
+
+
+def _with_tied(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the second names of parameters that stand in two modules (tied ones): PEFT saves them under both."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first in weights and name not in weights:
+            weights = {**weights, name: weights[first].clone()}
+    return weights
+
+
+def _with_adapter_name(name: str, adapter_name: str) -> str:
+    return name.replace(f".{LONE_ADAPTER}.", f".{adapter_name}.")
 
 
 def prompt_embeddings(weights: dict[str, Tensor]) -> Tensor:

@@ -92,9 +92,13 @@ class AdapterSwitcher:
 
 def remove_adapters(base: nn.Module) -> None:
     """Remove every adapter from a base model, also one that was put on in part only."""
+    done: list[str] = []
     for full, module in list(base.named_modules()):
+        if any(full.startswith(f"{name}.") for name in done):
+            continue  # a part of what was taken off: trained tokens, adapters on several parameters of a module
         under = module.base_layer if isinstance(module, Bottleneck) else unwrapped(module)
         if under is not None:
             parent, _, name = full.rpartition(".")
             setattr(base.get_submodule(parent), name, under)
+            done.append(full)
     forget_wrapper(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor
 from trainer.config.messages import as_typed, config_error, in_grammar
 from trainer.config.method import METHODS, MethodConfig
 from trainer.errors import ConfigError
+from trainer.files import parse_json
 from trainer.methods.base_record import base_name
 from trainer.methods.bottleneck import BOTTLENECK_TYPE, bottleneck_metadata
 from trainer.methods.load import ADAPTER_FILE, find_base_changing_init, read_adapter_config, read_tensors
 from trainer.methods.parameters import trainable_parameters
+from trainer.methods.target_parameters import adapted_parameters
+from trainer.methods.token_embeddings import trained_ids
 
 METHOD_NAMES = {
     "LORA": "lora",
@@ -37,6 +41,7 @@ SETTINGS: dict[str, dict[str, str]] = {
         "bias": "bias",
         "rank_pattern": "rank_pattern",
         "alpha_pattern": "alpha_pattern",
+        "modules_to_save": "modules_to_save",
     },
     "adalora": {"init_r": "init_r", "lora_alpha": "alpha"},
     "ia3": {},
@@ -68,6 +73,9 @@ def warm_start(model: Any, method: MethodConfig, folder: Path) -> None:
         method,
         folder,
     )
+    _check_parameters(model, metadata, method, folder)
+    if method.name == "lora":
+        _check_tokens(metadata, model.peft_config["default"].to_dict(), method, folder)
     saved = read_tensors(folder / ADAPTER_FILE)
     if is_bottleneck:
         own = trainable_parameters(model)
@@ -75,7 +83,8 @@ def warm_start(model: Any, method: MethodConfig, folder: Path) -> None:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if method.name == "adalora" and metadata.get("rank_pattern"):
         saved = _restore_pruned_ranks(saved, metadata["rank_pattern"], own)
-    _check_shapes(saved, own, metadata, folder)
+    of_parameters = {name.partition(".")[0] for name in adapted_parameters(model).values()} | {"base_layer"}
+    _check_shapes(saved, own, metadata, folder, of_parameters)
     assert not any(tensor.is_meta for tensor in own.values()), "adapters without values cannot be given any"
     if is_bottleneck:
         with torch.no_grad():
@@ -111,6 +120,57 @@ def _check_settings(metadata: dict[str, Any], own: dict[str, Any], method: Metho
         raise config_error(f"method.{ours}", own.get(theirs), reason, hint)
 
 
+def _check_parameters(model: Any, metadata: dict[str, Any], method: MethodConfig, folder: Path) -> None:
+    """Refuse an adapter of other parameters, which its tensors do not name: the ends of names are compared."""
+    ends = sorted(metadata.get("target_parameters") or []) or None
+    was = {end.rpartition(".")[2] for end in ends or []}
+    now = {name.rpartition(".")[2] for name in adapted_parameters(model).values()}
+    if was != now:
+        reason = f"the adapter to start from ({folder}) has {in_grammar(ends)}"
+        raise config_error(
+            "method.target_parameters", method.target_parameters, reason, as_typed("method.target_parameters", ends)
+        )
+
+
+def _check_tokens(metadata: dict[str, Any], own: dict[str, Any], method: MethodConfig, folder: Path) -> None:
+    """Refuse an adapter that has trained the embeddings of other tokens, or of none."""
+    was, now = (trained_ids(found.get("trainable_token_indices")) for found in (metadata, own))
+    if was == now:
+        return
+    reason = f"the adapter to start from ({folder}) has trained the embeddings of {len(was)} tokens, ids {was}"
+    hint = "model.new_tokens and method.trainable_tokens as it was trained with"
+    raise config_error(
+        "method.trainable_tokens",
+        method.trainable_tokens,
+        f"{reason if was else f'{folder} has none'}; this run's: {now}",
+        hint if was else "method.trainable_tokens=null, or train the tokens with the adapter from its start",
+    )
+
+
+def check_same_tokens(tokenizer: Any, ids: list[int], folder: Path) -> None:
+    """Refuse an adapter whose trained tokens have the ids of this run's, and are other tokens: a word would start as
+    another one.
+
+    Args:
+        tokenizer: of this run.
+        ids: of the tokens that it trains.
+        folder: of the adapter, in which a tokenizer may lie.
+
+    Raises:
+        ConfigError: an id stands for another token there.
+    """
+    try:
+        added = parse_json((folder / "tokenizer.json").read_bytes())["added_tokens"]
+        theirs = {int(entry["id"]): str(entry["content"]) for entry in added}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for number in ids:
+        own = tokenizer.convert_ids_to_tokens(number)
+        if (other := theirs.get(number, own)) != own:
+            reason = f"has trained {other!r} as token {number}, which is {own!r} in this run"
+            raise _cannot_start(folder, reason, "its own model.new_tokens, in its order")
+
+
 def _restore_pruned_ranks(
     saved: dict[str, Tensor], pattern: dict[str, list[bool]], fresh: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -132,10 +192,19 @@ def _restore_pruned_ranks(
     return out
 
 
-def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
+def _check_shapes(
+    saved: dict[str, Tensor],
+    own: dict[str, Tensor],
+    metadata: dict[str, Any],
+    folder: Path,
+    of_parameters: Set[str],
+) -> None:
+    """Compare the tensors; ``of_parameters``: last names of modules that are no target, but their parameters are."""
     modules, own_modules = _modules(saved), _modules(own)
     if modules != own_modules:
-        kinds, own_kinds = ({name.rpartition(".")[2] for name in names} for names in (modules, own_modules))
+        kinds, own_kinds = (
+            {name.rpartition(".")[2] for name in names} - of_parameters for names in (modules, own_modules)
+        )
         if kinds != own_kinds:
             listed = ",".join(sorted(kinds))
             reason = f"the adapter to start from ({folder}) is on {listed.replace(',', ', ')}"

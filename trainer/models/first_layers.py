@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainer.methods import count_parameters
+from trainer.methods.text_part import text_modules
 
 # Above so many weights the first layers are tried alone: every layer of a kind runs the same code. Under ZeRO-3 the
 # whole model still lies in its files then, and all of a 70B would run on the CPU. What is cut so far is often small
@@ -18,7 +19,7 @@ MIN_LAYERS = 2  # at least, so that the gradient of one flows through another
 
 
 @contextlib.contextmanager
-def first_layers(model: Any, above: int = MAX_WHOLE_PARAMETERS) -> Iterator[str]:
+def first_layers(model: Any, above: int | None = None) -> Iterator[str]:
     """Cut a large model to its first layers, as many as hold one of each kind; put all back afterwards.
 
     The layers that are left out are not looked at, so their weights may stay in their files. Where none of the layers
@@ -26,12 +27,13 @@ def first_layers(model: Any, above: int = MAX_WHOLE_PARAMETERS) -> Iterator[str]
 
     Args:
         model: wrapped by PEFT or not.
-        above: parameters of a model that is large.
+        above: so many parameters a model is large; ``None``: above ``MAX_WHOLE_PARAMETERS``.
 
     Yields:
         the cut in words for the user; empty when the model is whole.
     """
-    stack = find_decoder_layers(model) if count_parameters(model)[1] > above else None
+    limit = MAX_WHOLE_PARAMETERS if above is None else above
+    stack = find_decoder_layers(model) if count_parameters(model)[1] > limit else None
     layers = stack[2] if stack else nn.ModuleList()
     count = _count_until_each_kind(layers)
     if stack is None or count >= len(layers):
@@ -56,7 +58,7 @@ def find_decoder_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList] | No
     count = model.config.get_text_config().num_hidden_layers
     found = [
         (parent, name, child)
-        for parent in model.modules()
+        for _, parent in text_modules(model)
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]

@@ -52,7 +52,7 @@ def fingerprint(folder: Path) -> str | None:
     digest = hashlib.sha256()
     try:
         config = parse_json((folder / "config.json").read_bytes())
-        digest.update(json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True).encode())
+        digest.update(json.dumps(_without_volatile(config), sort_keys=True).encode())
         shards = sorted(folder.glob("*.safetensors"))
         described = sorted(each for shard in shards for each in _tensors(shard))
         if not shards:
@@ -61,6 +61,13 @@ def fingerprint(folder: Path) -> str | None:
         return None
     digest.update("\n".join(described).encode())
     return digest.hexdigest()[:32]
+
+
+def _without_volatile(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what a copy may have otherwise; a wrapper's parts have configs of their own in it."""
+    parts = {key for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
+    own = {key: value for key, value in config.items() if key not in VOLATILE}
+    return own | {key: {k: v for k, v in config[key].items() if k not in VOLATILE} for key in parts}
 
 
 def _tensors(shard: Path) -> Iterator[str]:

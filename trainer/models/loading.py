@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,11 +20,14 @@ from trainer.compat.hub import hub_obstacle, was_not_reached
 from trainer.compat.torch import cpu_multiplies_bf16, cpu_multiplies_fp16
 from trainer.compat.transformers import attention_name
 from trainer.config.method import MethodConfig
+from trainer.config.new_tokens import new_tokens
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, ModelError
 from trainer.kernels.selective_checkpoint import checkpoint_arguments, keep_linears
 from trainer.kernels.trie_attention import KERNEL, register
 from trainer.models.hub import is_hub_model, model_error, tell_of_cache
+from trainer.models.model_class import loader_class
+from trainer.models.new_tokens import add_tokens, enlarge_embeddings
 from trainer.tracking.counter import ProgressCounter
 
 logger = logging.getLogger(__name__)
@@ -67,10 +71,12 @@ def compute_dtype(name: str, device: torch.device, zero_stage: int) -> torch.dty
 
 
 def load_tokenizer(folder: str, model: ModelConfig) -> Any:
-    """Load the model's tokenizer; padding falls back to the end token, which is safe because labels go by position.
+    """Load the model's tokenizer, with ``model.new_tokens``; padding falls back to the end token, which is safe because
+    labels go by position.
 
     Raises:
         ModelError: it cannot be found or read.
+        ConfigError: a new token is one of its own already.
     """
     from transformers import AutoTokenizer
 
@@ -85,6 +91,7 @@ def load_tokenizer(folder: str, model: ModelConfig) -> Any:
         raise _not_loadable(folder, error) from error
     if is_hub:
         tell_of_cache(folder)
+    add_tokens(tokenizer, new_tokens(model))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -114,9 +121,11 @@ def load_model(
 ) -> nn.Module:
     """Load the base model: onto the device where it fits whole, onto the CPU for ZeRO-3, which partitions it.
 
+    A multimodal checkpoint is loaded whole, by its wrapper's own class; bits hold for its towers too.
+
     Args:
         folder: a local folder or hub id (``embedded.resolve`` has been applied).
-        model: the ``model`` group.
+        model: the ``model`` group; its new tokens get their rows.
         method: the ``method`` group: its ``bits`` and quantisation.
         dtype: of weights and arithmetic.
         device: of this rank.
@@ -126,8 +135,6 @@ def load_model(
     Raises:
         ModelError: it cannot be found, read or quantised.
     """
-    from transformers import AutoModelForCausalLM
-
     extra: dict[str, Any] = {}
     if model.attention != "auto":
         extra["attn_implementation"] = model.attention
@@ -144,7 +151,7 @@ def load_model(
     _look_for_hub(folder)
     try:
         with _counted(folder):
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = loader_class(folder, model.revision, model.trust_remote_code).from_pretrained(
                 folder,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
@@ -153,7 +160,8 @@ def load_model(
             )
     except (OSError, ValueError, ImportError, UnpicklingError) as error:
         raise _not_loadable(folder, error) from error
-    loaded.config.use_cache = False
+    loaded.config.get_text_config().use_cache = False
+    _enlarge(loaded, folder, model)
     keep_4bit_layout(loaded)
     if (head := loaded.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(_make_input_contiguous)
@@ -162,6 +170,12 @@ def load_model(
     if model.gradient_checkpointing:
         _checkpoint_gradients(loaded, selective=model.gradient_checkpointing == "selective")
     return loaded
+
+
+def _enlarge(loaded: nn.Module, folder: str, model: ModelConfig) -> None:
+    """Give the new tokens their rows, by the base's own tokenizer."""
+    if model.new_tokens:
+        enlarge_embeddings(loaded, load_tokenizer(folder, replace(model, new_tokens=None)), new_tokens(model))
 
 
 @contextlib.contextmanager

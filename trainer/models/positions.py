@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from trainer.methods.text_part import text_modules
+
 # What the architectures of transformers call a table of learned positions.
 TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
 
@@ -13,7 +15,7 @@ TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
 def learned_positions(model: nn.Module) -> int | None:
     """Return how many positions a model with a table of learned ones has: no row can be longer. ``None``: it has none,
     as with rotary embeddings, which can be computed for any position."""
-    names = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    names = (name.rpartition(".")[2] for name, module in text_modules(model) if isinstance(module, nn.Embedding))
     return trained_positions(model) if any(name in TABLES for name in names) else None
 
 

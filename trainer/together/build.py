@@ -30,9 +30,12 @@ from trainer.kernels.trial_lora import ActiveTrials, patch_trial_linears
 from trainer.methods import count_parameters
 from trainer.methods.attach import attach_trials
 from trainer.methods.parameters import trial_parameters
-from trainer.methods.targets import describe_unreached
+from trainer.methods.target_parameters import describe_unreached
+from trainer.methods.targets import describe_left_out
+from trainer.methods.text_part import describe_frozen_parts
 from trainer.models.identity import describe_base
 from trainer.models.loading import compute_dtype, load_model
+from trainer.models.new_tokens import check_vocabulary
 from trainer.together.engine import TrialsEngine
 from trainer.together.trial_view import view_trial
 from trainer.together.verify import verify_together
@@ -79,8 +82,8 @@ def build_together(
     """
     config = next(iter(configs.values()))
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
-    model, flops, unreached = _load(configs, world, base_dir, data, dtype)
-    state = state_bytes(model, config.zero, dtype, world.world_size)
+    model, flops, unreached = _load(configs, world, base_dir, data, dtype, tokenizer)
+    state = state_bytes(model, config, dtype, world.world_size)
     check_room(len(configs), state, world.device)
     model = place(model, config, world)
     loss = LabelLoss(model)
@@ -89,8 +92,11 @@ def build_together(
     active = _put_in_one_forward(model, loss, configs, data, choice.packing)
     meter = Meter(world, model, dtype, flops)
     common = {**describe_choice(choice, meter, dtype, world), "experts": unreached, "state_bytes": state}
+    common["frozen_parts"] = describe_frozen_parts(model)
     common["kernels_taken"].append("lora")
     infos = {name: {**common, **own} for name, own in _describe_trials(model, configs).items()}
+    for name, own in infos.items():
+        own["left_out"] = describe_left_out(model, configs[name].method)
     with ProgressCounter("starting DeepSpeed"):
         engine = TrialsEngine(model=model, loss=loss, configs=configs, active=active, world=world, dtype=dtype)
     if world.is_main:
@@ -105,7 +111,7 @@ def build_together(
 
 
 def _load(
-    configs: Mapping[str, TrainConfig], world: World, base_dir: str, data: Data, dtype: torch.dtype
+    configs: Mapping[str, TrainConfig], world: World, base_dir: str, data: Data, dtype: torch.dtype, tokenizer: Any
 ) -> tuple[PeftModel, ModelFlops, str | None]:
     """Load the base and attach the adapters; return the model, what a trial's tokens cost, and what is not adapted."""
     config = next(iter(configs.values()))
@@ -114,7 +120,8 @@ def _load(
         raise NotSharedError("model.dtype", value=config.model.dtype, reason=reason, hint="sweep.fuse=off")
     base = load_model(base_dir, config.model, config.method, dtype, world.device, config.zero.stage)
     check_rows(base, data, config)
-    plain, unreached = count_flops(base), describe_unreached(base, config.method.bits)
+    check_vocabulary(base, tokenizer)
+    plain, unreached = count_flops(base), describe_unreached(base, config.method)
     seeds = {name: initial_seed(own.method, own.run.seed) for name, own in configs.items()}
     model = attach_trials(base, {name: (own.method, seeds[name]) for name, own in configs.items()})
     _check_layers(model)

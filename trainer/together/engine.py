@@ -17,12 +17,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from trainer.compat import deepspeed as compat
+from trainer.compat.deepspeed_groups import fp32_shares_by_group, reduced_gradients
 from trainer.config.schema import TrainConfig
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.distributed.process_group import World, sum_over_ranks
 from trainer.engine.engine import Update
-from trainer.engine.optimizer import GroupwiseAdamW
-from trainer.engine.whole_state import copy_shares, set_moments, write_shares
+from trainer.engine.optimizer_state import copy_shares, write_shares
+from trainer.engine.optimizers import GroupwiseAdamW
 from trainer.engine.zero_engine import ZeroEngine, gradients_are_finite
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.trial_lora import ActiveTrials
@@ -88,14 +89,14 @@ class TrialsEngine(ZeroEngine):
         first = next(iter(self.configs.values()))
         unclipped = dataclasses.replace(first, optim=dataclasses.replace(first.optim, max_grad_norm=0.0))
         self._start(unclipped, self._adam)
-        set_moments(self.optimizer, self.zero_stage, self.shares, 0)
+        self.optimizer_state.reset(self.optimizer, self.zero_stage, self.shares, 0)
         self._accumulated: tuple[str, ...] = ()
 
     def shares_of(self, name: str) -> list[Tensor]:
         """Return what the optimizer holds of this rank's share of a trial's tensors: fp32, the keys of the moments."""
         if self.zero_stage == 0:
             return list(self.parameters[name].values())
-        by_group = compat.fp32_shares_by_group(self.optimizer, self.zero_stage, len(self.configs))
+        by_group = fp32_shares_by_group(self.optimizer, self.zero_stage, len(self.configs))
         return by_group[list(self.configs).index(name)]
 
     @contextlib.contextmanager
@@ -192,7 +193,7 @@ class TrialsEngine(ZeroEngine):
     def _reduced_gradients(self) -> list[list[Tensor]]:
         """Return this rank's share of the reduced gradients of each trial."""
         if self.zero_stage:
-            return compat.reduced_gradients(self.optimizer, self.zero_stage, len(self.configs))
+            return reduced_gradients(self.optimizer, self.zero_stage, len(self.configs))
         return [[p.grad for p in own.values() if p.grad is not None] for own in self.parameters.values()]
 
     def _norms(self, gradients: list[list[Tensor]]) -> list[float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.data.batching.micro_batch import MicroBatch
 from trainer.distributed.process_group import World
+from trainer.engine.optimizer_state import AdamState
 from trainer.together.engine import TrialsEngine
 from trainer.together.trial_runtime import TrialRuntime
 
@@ -47,6 +48,11 @@ class TrialView:
         return self.engine.optimizer
 
     @property
+    def optimizer_state(self) -> AdamState:
+        """What it holds of the trained tensors."""
+        return self.engine.optimizer_state
+
+    @property
     def trainable_params(self) -> dict[str, nn.Parameter]:
         """The trial's own, by the names that a run of its own gives them."""
         return self.engine.parameters[self.name]
@@ -55,6 +61,11 @@ class TrialView:
     def shares(self) -> list[Tensor]:
         """What the optimizer holds of this rank's share of them: fp32, the keys of the moments."""
         return self.engine.shares_of(self.name)
+
+    @property
+    def decays_all(self) -> bool:
+        """Biases and norms decay as all else does; the trials of a group train none."""
+        return bool(self.engine.configs[self.name].optim.decay_biases_and_norms)
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Return the trial's summed cross-entropy of one micro-batch: float32 scalar."""

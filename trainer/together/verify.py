@@ -22,7 +22,7 @@ from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.patch import Patch
 from trainer.kernels.trial_lora import ActiveTrials
 from trainer.methods.parameters import trial_parameters
-from trainer.models.first_layers import MAX_WHOLE_PARAMETERS, find_decoder_layers, first_layers
+from trainer.models.first_layers import find_decoder_layers, first_layers
 
 
 def verify_together(
@@ -46,7 +46,7 @@ def verify_together(
     whole = replace(packing, limits=Limits(len(rows), 0))
     last, was_training = active.names[-1], model.training
     # rows of all trials through all layers would be the most memory that a small model's training ever takes
-    above = 0 if _adapts_every_layer(model, last) else MAX_WHOLE_PARAMETERS
+    above = 0 if _adapts_every_layer(model, last) else None
     with first_layers(model, above), in_fp32(model) if fits_in_fp32(model) else contextlib.nullcontext():
         batches = [whole.collate(rows, range(len(rows))).to(next(model.parameters()).device)]
         compared = [p for p in trial_parameters(model, last).values() if p.requires_grad]

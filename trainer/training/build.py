@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from trainer.config import TrainConfig
 from trainer.config.method import initial_seed
+from trainer.config.new_tokens import new_tokens
 from trainer.data.batching.packing import Packing
 from trainer.data.run_data import Data
 from trainer.distributed import process_group as distributed
@@ -20,6 +22,7 @@ from trainer.engine.device import give_back_memory
 from trainer.engine.engine import Engine
 from trainer.engine.kernel_set import KernelSet, limit_sdpa, wanted_kernels
 from trainer.engine.meter import Meter
+from trainer.engine.optimizers import check_device
 from trainer.engine.state_bytes import state_bytes
 from trainer.engine.verify_kernels import Choice, choose_packing_and_kernels
 from trainer.engine.whole_state import EngineTensors
@@ -27,9 +30,14 @@ from trainer.errors import ConfigError
 from trainer.evaluation.multiple_choice import letter_tokens
 from trainer.kernels.label_loss import LabelLoss
 from trainer.methods import attach, count_parameters, create_runtime
-from trainer.methods.targets import adapted_modules, describe_unreached
+from trainer.methods.target_parameters import describe_unreached
+from trainer.methods.targets import adapted_modules, describe_left_out
+from trainer.methods.text_part import describe_frozen_parts
+from trainer.methods.token_embeddings import check_new_rows, trainable_token_ids
+from trainer.methods.warm_start import check_same_tokens
 from trainer.models.identity import describe_base
 from trainer.models.loading import compute_dtype, load_model
+from trainer.models.new_tokens import check_vocabulary
 from trainer.models.positions import learned_positions, trained_positions
 from trainer.tracking.counter import ProgressCounter
 
@@ -68,24 +76,27 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
         ModelError: the base cannot be loaded.
     """
     method = config.method
+    check_device(config.optim, world.device)
     dtype = compute_dtype(config.model.dtype, world.device, config.zero.stage)
     base = load_model(base_dir, config.model, method, dtype, world.device, config.zero.stage)
     check_rows(base, data, config)
-    text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
-    model = attach(base, method, initial_seed(config.method, config.run.seed), data.total_steps(config.batch), text)
+    check_vocabulary(base, tokenizer)
+    model = _attach(base, config, data, tokenizer)
     runtime = create_runtime(model, method)
     if world.is_main and not runtime.trains_base_weights:
         runtime.base = describe_base(config.model, base_dir)
     model = place(model, config, world)
     loss = LabelLoss(model)
     choice = choose(model, loss, config, data, tokenizer.pad_token_id, world, dtype)
-    experts = None if runtime.trains_base_weights else describe_unreached(base, method.bits)
+    experts = None if runtime.trains_base_weights else describe_unreached(base, method)
     meter = Meter(world, model, dtype)
-    state = state_bytes(model, config.zero, dtype, world.world_size, not runtime.trains_base_weights)
+    state = state_bytes(model, config, dtype, world.world_size, not runtime.trains_base_weights)
     model_info = {
         **_count(model),
         **describe_choice(choice, meter, dtype, world),
         "experts": experts,
+        "left_out": None if runtime.trains_base_weights else describe_left_out(base, method),
+        "frozen_parts": describe_frozen_parts(base),
         "state_bytes": state,
         "targets": adapted_modules(model),
     }
@@ -101,6 +112,30 @@ def build(config: TrainConfig, world: World, base_dir: str, data: Data, tokenize
         )
     runtime.bind(EngineTensors(engine))
     return Built(engine, choice.packing, model_info, meter)
+
+
+def _attach(base: Any, config: TrainConfig, data: Data, tokenizer: Any) -> Any:
+    method, new = config.method, list(new_tokens(config.model))
+    text = tokenizer(method.init_text, add_special_tokens=False)["input_ids"] if method.init_text else None
+    token_ids = trainable_token_ids(config, tokenizer)
+    if method.adapter is not None:
+        check_same_tokens(tokenizer, token_ids, Path(method.adapter))
+    warn_of_unseen(data, tokenizer, new)
+    seed, total_steps = initial_seed(method, config.run.seed), data.total_steps(config.batch)
+    model = attach(base, method, seed, total_steps, text, token_ids)
+    if new:
+        check_new_rows(model, method)
+    return model
+
+
+def warn_of_unseen(data: Data, tokenizer: Any, tokens: list[str]) -> None:
+    """Warn of new tokens that no row has: the input's row of such a token is not trained, the output's away from it."""
+    known = {int(tokenizer.convert_tokens_to_ids(token)): token for token in tokens}
+    if unseen := [known[number] for number in data.train.unseen(list(known))]:
+        parse = (
+            "; data.control_tokens=parse reads control tokens that stand in rows" if unseen[0].startswith("<|") else ""
+        )
+        logger.warning(f"model.new_tokens: no row has {', '.join(unseen)}, so nothing is learned about it{parse}")
 
 
 def check_rows(base: nn.Module, data: Data, config: TrainConfig) -> None:

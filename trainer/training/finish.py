@@ -17,6 +17,7 @@ from trainer.data.templates.template import Template
 from trainer.engine.whole_state import StateOwner, gather_live
 from trainer.errors import TRIAL, TrainingError
 from trainer.models.end_tokens import save_tokenizer
+from trainer.models.processor_files import copy_processor_files
 from trainer.tracking.files import build_summary, read_metrics
 from trainer.tracking.result import result_lines
 from trainer.training.outcome import Outcome
@@ -48,6 +49,8 @@ def save_final(engine: StateOwner, run_dir: Path, tokenizer: Any, config: TrainC
         raise TrainingError(str(target), reason=reason, hint="raise optim.learning_rate")
     generation_config = getattr(engine.model, "generation_config", None)
     save_tokenizer(_with_template(tokenizer, config), target, end_ids, generation_config)
+    if runtime.trains_base_weights:
+        copy_processor_files(engine.model, target, config.model.revision)
 
 
 def _with_template(tokenizer: Any, config: TrainConfig) -> Any:

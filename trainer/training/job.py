@@ -123,8 +123,11 @@ def open_loop(job: Job, built: Built, kind: type[L], *, alone: bool = True) -> t
     """
     checkpointer = create_checkpointer(job, built, prunes=alone)
     restored = checkpointer.restore(job.run.resume_from)
+    if restored.decays_all and job.config.optim.decay_biases_and_norms is None and alone:  # trials train matrices
+        built.engine.decay_all()
     schedule = create_schedule(job)
-    _write_run_files(job, restored.step, values_taken(job.config, built.model_info, schedule.total_steps))
+    taken = values_taken(job.config, built.model_info, schedule.total_steps, built.engine.decays_all)
+    _write_run_files(job, restored.step, taken)
     tracker = Tracker.open(
         job.config,
         job.run.folder,

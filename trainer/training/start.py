@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig
+from trainer.config.messages import in_grammar
 from trainer.config.method import METHODS, default_alpha
+from trainer.config.optimizers import OPTIMIZERS
+from trainer.config.rules.targets import TARGET_SETS
+from trainer.config.schema import ScheduleConfig
 from trainer.config.taken import default_values
 from trainer.data.describe import describe
 from trainer.data.run_data import Data
 from trainer.data.step_batches import StepSource
-from trainer.engine.optimizer import peak_learning_rate, warmup_steps
+from trainer.engine.learning_rate import decay_steps, peak_learning_rate, warmup_steps
 from trainer.tracking.result import size_text
 
 SHOWN_TARGETS = 8
@@ -43,9 +47,13 @@ def log_start(
     logger.info(f"run: {folder}" + (f", resumed after step {first_step}" if first_step else ""))
 
 
-def values_taken(config: TrainConfig, model_info: dict[str, Any], total_steps: int) -> dict[str, Any]:
+def values_taken(
+    config: TrainConfig, model_info: dict[str, Any], total_steps: int, decays_all: bool = False
+) -> dict[str, Any]:
     """Return ``{dotted key: value}`` of what null, auto and short names stand for in this run."""
     taken = default_values(config)
+    if config.optim.weight_decay and config.optim.decay_biases_and_norms is None:
+        taken["optim.decay_biases_and_norms"] = decays_all
     if config.schedule.warmup_steps is None:
         taken["schedule.warmup_steps"] = warmup_steps(config.schedule, total_steps)
     if config.batch.max_steps is None:
@@ -56,7 +64,7 @@ def values_taken(config: TrainConfig, model_info: dict[str, Any], total_steps: i
         taken["batch.packing"] = model_info["packing_taken"]
     if config.model.kernels == "auto":
         taken["model.kernels"] = model_info["kernels_taken"] or "none"
-    if isinstance(config.method.target_modules, str) and model_info["targets"]:
+    if config.method.target_modules in TARGET_SETS and model_info["targets"]:
         taken["method.target_modules"] = model_info["targets"]
     return taken
 
@@ -82,7 +90,7 @@ def start_lines(config: TrainConfig, data: Data, model_info: dict[str, Any]) -> 
         "activations come on top",
         f"peak of a device: {info['peak_flops'] / 1e12:.4g} TFLOP/s in {info['dtype']} ({info['peak_flops_source']})",
     ]
-    extra = [info["experts"]] if info["experts"] is not None else []
+    extra = [info[key] for key in ("frozen_parts", "left_out", "experts") if info[key] is not None]
     return [*lines, *extra, info["packing"], *info["kernels"]]
 
 
@@ -102,8 +110,15 @@ def _method(config: TrainConfig, targets: list[str]) -> Iterator[str]:
             yield f"{name}={value}"
     flags = [name for name in ("rslora", "dora") if getattr(method, name)]
     yield from flags
+    if method.trainable_tokens is not None:
+        which = method.trainable_tokens if isinstance(method.trainable_tokens, list) else config.model.new_tokens
+        yield f"embeddings of {len(which)} token{'s' if len(which) > 1 else ''}"
+    if method.modules_to_save is not None:
+        yield f"{' and '.join(method.modules_to_save)} whole"
     if method.dropout:
         yield f"dropout={method.dropout:g}"
+    if config.model.neftune_alpha is not None:
+        yield f"noise on embeddings (NEFTune, alpha={config.model.neftune_alpha:g})"
     if method.bits < 16:
         kind = f" ({method.quant_type})" if method.bits == 4 else ""
         yield f"base in {method.bits} bits{kind}"
@@ -112,13 +127,27 @@ def _method(config: TrainConfig, targets: list[str]) -> Iterator[str]:
     if targets:
         more = f" and {len(targets) - SHOWN_TARGETS} more" if len(targets) > SHOWN_TARGETS else ""
         yield f"on {' '.join(targets[:SHOWN_TARGETS])}{more}"
+    if method.target_parameters is not None:
+        yield f"on parameters {in_grammar(method.target_parameters)}"
 
 
 def _optimizer(config: TrainConfig, total_steps: int) -> Iterator[str]:
     """Name the rate and where it comes from, its schedule, decay and clipping."""
     optim, schedule = config.optim, config.schedule
-    source = f"{METHODS[config.method.name].title}'s default" if optim.learning_rate is None else "as given"
-    yield f"AdamW, learning rate {peak_learning_rate(config):g} ({source})"
-    yield f"{schedule.name} after {warmup_steps(schedule, total_steps)} warm-up steps"
+    kind = OPTIMIZERS[optim.name]
+    share = "" if kind.rate_factor == 1 else f"{kind.rate_factor:g} of "
+    source = f"{share}{METHODS[config.method.name].title}'s default" if optim.learning_rate is None else "as given"
+    yield f"{kind.title}, learning rate {peak_learning_rate(config):g} ({source})"
+    yield _schedule(schedule, total_steps)
+    if optim.lora_plus_ratio is not None:
+        yield f"of B {optim.lora_plus_ratio:g} times that (LoRA+)"
     yield f"weight decay {optim.weight_decay:g}"
     yield f"gradient norm clipped at {optim.max_grad_norm:g}" if optim.max_grad_norm else "gradient norm not clipped"
+
+
+def _schedule(schedule: ScheduleConfig, total_steps: int) -> str:
+    """Name the shape of the rate, and what it falls to where that is not 0."""
+    shape = f"{schedule.name} after {warmup_steps(schedule, total_steps)} warm-up steps"
+    if schedule.name == "wsd":
+        shape += f" (falling in the last {decay_steps(schedule, total_steps)}: {schedule.decay_shape})"
+    return shape + (f" to {schedule.min_ratio:g} of the rate" if schedule.min_ratio else "")

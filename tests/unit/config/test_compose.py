@@ -68,7 +68,7 @@ def test_the_groups_are_those_that_docs_and_scripts_rely_on() -> None:
     assert ", ".join(groups()) == expected
     assert groups()["zero"] == ("stage0", "stage1", "stage2", "stage2_offload", "stage3", "stage3_offload")
     assert set(groups()["method"]) == {
-        *("full", "lora", "qlora", "qlora_8bit", "dora", "rslora"),
+        *("full", "lora", "qlora", "qlora_8bit", "dora", "rslora", "experts"),
         *("adalora", "ia3", "prompt", "prefix", "bottleneck"),
     }
 

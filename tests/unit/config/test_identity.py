@@ -17,6 +17,7 @@ from trainer.config import (
     run_name,
     to_yaml,
 )
+from trainer.config.identity import saved_value
 from trainer.config.method import METHODS
 from trainer.config.suggestions import config_fields
 
@@ -119,12 +120,25 @@ def test_paths_of_the_checkout_are_the_same_in_every_checkout(tmp_path: Path) ->
 
 @pytest.mark.parametrize("option", groups()["method"])
 def test_a_checkpoint_is_bound_to_what_its_tensors_mean(option: str) -> None:
-    """The keys are those in the checkpoints of every version since 0.1: an older one must go on being resumed."""
+    """The keys are those in the checkpoints of every version since 0.1, for an older one must go on being resumed; and
+    newer ones, which have their default in it."""
     config = load([f"method={option}"])
-    fixed = {"model.name_or_path", "model.revision", "batch.global_size", "run.seed", "data", "method.name"}
+    fixed = {
+        "model.name_or_path",
+        "model.revision",
+        "model.new_tokens",
+        "batch.global_size",
+        "run.seed",
+        "data",
+        "method.name",
+    }
+    newer = {"optim.name": "adamw"}
     means = {f"method.{key}" for key in METHODS[config.method.name].keys - {"dropout"}}
     identity = run_identity(config, "fingerprint")
-    assert set(identity) == fixed | means
+    assert set(identity) == fixed | means | set(newer)
+    assert {name: saved_value({}, name) for name in newer} == newer
+    assert saved_value({"optim.name": "lion"}, "optim.name") == "lion"
+    assert saved_value({}, "method.r") is None
     assert identity["data"] == "fingerprint"
     assert identity["method.name"] == config.method.name
 

@@ -108,14 +108,21 @@ def test_the_named_keys_are_keys() -> None:
         ("method=full rank=null", "method.name=full"),
         ("method=dora", "method.dora=true"),
         ("method.dropout=0.1", "method.dropout=0.1"),
+        ("method=experts", "method.target_parameters"),
         ("method.bias=all", "method.bias=all"),
         ("method.init=pissa", "method.init=pissa"),
         ("method.init=olora", "method.init=olora"),
+        ("model.neftune_alpha=5", "model.neftune_alpha=5"),
+        ("optim.lora_plus_ratio=16", "optim.lora_plus_ratio=16"),
+        ("optim.name=lion", "optim.name=lion"),
         ("model.dtype=fp16", "model.dtype=fp16"),
         ("model.compile=true", "model.compile=true"),
         ("zero=stage2_offload", "zero.offload_optimizer=cpu"),
         ("zero.stage=3 zero.offload_params=cpu", "zero.offload_params=cpu"),
         ("fault.non_finite=rewind", "fault.non_finite=rewind"),
+        ("model.new_tokens=[quokka] method.trainable_tokens=new", "model.new_tokens: "),
+        ("method.trainable_tokens=[no]", "method.trainable_tokens: "),
+        ("method.modules_to_save=[lm_head]", "method.modules_to_save: "),
         ("launch=torchrun launch.nodes=2 launch.master_address=node0", "launch.nodes=2"),
     ],
 )
@@ -131,7 +138,15 @@ def test_what_begins_with_a_folder_is_alone(name: str) -> None:
 
 
 def test_what_can_be_together() -> None:
-    for typed in ("method=qlora", "method=qlora_8bit", "method=rslora", "zero=stage3", "launch=torchrun"):
+    for typed in (
+        "method.exclude_modules=[mlp]",
+        "method.target_modules=.*q_proj",
+        "method=qlora",
+        "method=qlora_8bit",
+        "method=rslora",
+        "zero=stage3",
+        "launch=torchrun",
+    ):
         assert why_alone(load(["debug=tiny", typed])) is None
 
 

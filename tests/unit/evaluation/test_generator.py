@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.architecture_table import RECURRENT, recurrent
+from tests.helpers.architectures import tiny
 from trainer.config.schema import GenerateConfig, MethodConfig, ModelConfig
 from trainer.data.templates.template import Template
 from trainer.evaluation.generator import Generator
+from trainer.methods import attach, trainable_parameters
 from trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -155,3 +158,49 @@ def test_an_answer_is_streamed_without_its_opening(model: Any, tokenizer: Any, p
     expected = opened.decode(opened.cut_opening(whole))
     assert "".join(written) == text == expected
     assert opened.answer(prompts[:1]) == [opened.cut_opening(whole)]
+
+
+RECURRENT_PROMPTS = [[5, 9, 12, 7, 30, 21, 8], [6, 11], [17, 4, 33, 29, 13]]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_prompts_of_a_model_with_a_state_are_answered_as_each_alone(name: str, tokenizer: Any) -> None:
+    """Padding on the left would go through the state of some; biases and the padding's embedding are not zero here."""
+    torch.manual_seed(0)
+    model = recurrent(name).eval()
+    answering = generator(model, tokenizer, max_new_tokens=12)
+    answering.pad_id, answering.end_ids = 0, [1]
+    assert answering.reads_padding == (name == "recurrent_gemma")
+    alone = [answering.answer([prompt])[0] for prompt in RECURRENT_PROMPTS]
+    assert answering.answer(RECURRENT_PROMPTS) == alone
+    if answering.reads_padding:
+        answering.reads_padding = False
+        assert answering.answer(RECURRENT_PROMPTS) != alone, "these rows show what padding does"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "reads"),
+    [
+        ("mamba2", "prompt", True),
+        ("falcon_h1", "prompt", True),
+        ("llama", "prompt", True),
+        ("llama", "prefix", False),
+        ("gpt2", "prefix", False),
+        ("mistral, window 8", "prefix", True),
+    ],
+)
+def test_virtual_tokens_stand_right_before_each_prompt(name: str, method: str, reads: bool, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    base = recurrent(name) if name in RECURRENT else tiny(name)
+    prefix = {"prefix_projection": False} if method == "prefix" else {}
+    model = attach(base, MethodConfig(name=method, virtual_tokens=4, **prefix), seed=0).eval()
+    for parameter in trainable_parameters(model).values():
+        parameter.data.normal_()
+    answering = generator(model, tokenizer, max_new_tokens=12)
+    answering.pad_id, answering.end_ids = 0, [1]
+    assert answering.reads_padding == reads
+    alone = [answering.answer([prompt])[0] for prompt in RECURRENT_PROMPTS]
+    assert answering.answer(RECURRENT_PROMPTS) == alone
+    if reads:
+        answering.reads_padding = False
+        assert answering.answer(RECURRENT_PROMPTS) != alone, "these rows show what padding does"

@@ -64,7 +64,13 @@ def test_a_fingerprint_is_of_the_weights_not_of_their_files(tiny_model: Path, tm
     for part in (0, 1):
         save_file({name: tensors[name] for name in names[part::2]}, cut / f"model-{part}.safetensors")
     config = json.loads((cut / "config.json").read_text())
-    (cut / "config.json").write_text(json.dumps({**config, "transformers_version": "9", "use_cache": False}))
+    config["text_config"] = {"hidden_size": 8}
+    (one / "config.json").write_text(json.dumps(config))
+    before = fingerprint(one)
+    of_another = {"transformers_version": "9", "use_cache": False}
+    (cut / "config.json").write_text(
+        json.dumps({**config, **of_another, "text_config": {"hidden_size": 8, **of_another}})
+    )
     assert fingerprint(cut) == before
     changed = [
         {**tensors, names[3]: tensors[names[3]] + 1e-3},

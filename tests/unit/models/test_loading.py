@@ -12,7 +12,7 @@ from tests.helpers.architectures import tiny
 from tests.helpers.logged import logged_lines
 from trainer.config import load
 from trainer.errors import ModelError
-from trainer.methods.targets import describe_unreached
+from trainer.methods.target_parameters import describe_unreached
 from trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_quantising_passes_over_experts(bits: int, tmp_path: Path) -> None:
     layer = model.model.layers[0]
     assert layer.self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
     assert {p.dtype for p in layer.mlp.experts.parameters()} == {torch.bfloat16}
-    assert "are not quantised" in (describe_unreached(model, bits) or "")
+    assert "not quantised" in (describe_unreached(model, keys.method) or "")
 
 
 class _Bomb:

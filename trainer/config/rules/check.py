@@ -17,12 +17,16 @@ from trainer.config.dataset_spec import TEMPLATE_SUFFIXES, TEMPLATES, check_colu
 from trainer.config.messages import as_typed, config_error, in_shell, listing, nearest, one_line
 from trainer.config.rules.compare import check_compare
 from trainer.config.rules.evaluation import check_monitor
+from trainer.config.rules.groups import check_groups
 from trainer.config.rules.launch import check_launch
 from trainer.config.rules.matrix import Cell, check_cell
 from trainer.config.rules.method import check_method
 from trainer.config.rules.model import check_model
+from trainer.config.rules.optimizers import check_optimizer
+from trainer.config.rules.schedule import check_schedule
 from trainer.config.rules.secrets import check_secrets
 from trainer.config.rules.sweep import check_sweep
+from trainer.config.rules.tokens import check_tokens
 from trainer.config.rules.tracking import check_tracking
 from trainer.config.schema import METRICS, DataConfig, TrainConfig
 from trainer.config.suggestions import ConfigField, config_fields, default_value
@@ -70,9 +74,11 @@ def check(config: TrainConfig) -> None:
     """Raise a :class:`ConfigError` for the first rule that ``config`` breaks."""
     _limits(config)
     check_compare(config.compare)
-    for check_section in (check_model, check_secrets, _method, _data, _batch, _schedule, _zero, _zero_extra):
+    for check_section in (check_model, check_secrets, _method, check_tokens, _data, _batch, check_schedule):
         check_section(config)
-    for check_section in (_evaluation, _generation, check_tracking, check_launch, _run, check_sweep):
+    for check_section in (check_groups, _zero, _zero_extra, check_optimizer, _evaluation, _generation, check_tracking):
+        check_section(config)
+    for check_section in (check_launch, _run, check_sweep):
         check_section(config)
 
 
@@ -173,13 +179,6 @@ def _batch(config: TrainConfig) -> None:
         reason = f"cannot hold one example of data.max_length={config.data.max_length} tokens"
         hint = f"batch.micro_tokens={config.data.max_length}, a smaller data.max_length, or batch.micro_size=1"
         raise config_error("batch.micro_tokens", batch.micro_tokens, reason, hint)
-
-
-def _schedule(config: TrainConfig) -> None:
-    warmup, total = config.schedule.warmup_steps, config.batch.max_steps
-    if warmup is not None and total is not None and warmup > total:
-        reason = f"cannot be more than batch.max_steps, which is {total}"
-        raise config_error("schedule.warmup_steps", warmup, reason, f"schedule.warmup_steps={total // 10}")
 
 
 def _zero(config: TrainConfig) -> None:

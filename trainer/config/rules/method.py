@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from trainer.config.messages import as_typed, config_error, listing, nearest
 from trainer.config.method import METHODS, MethodConfig, given
+from trainer.config.rules.targets import check_targets
 from trainer.config.suggestions import default_value
 from trainer.errors import ConfigError
 
-TARGET_SETS = ("attention_min", "attention", "all_linear")
 TINIT_SHARE, TFINAL_SHARE, ALLOCATIONS = 0.1, 0.3, 20  # of a run of AdaLoRA whose times are not given
 
 
@@ -19,7 +18,7 @@ def check_method(method: MethodConfig) -> None:
     _only_its_own(method)
     _all_it_needs(method)
     if "target_modules" in METHODS[method.name].keys:
-        _target_modules(method.target_modules)
+        check_targets(method)
     _layers(method.layers)
     _init(method)
     _adapter(method)
@@ -50,23 +49,6 @@ def _all_it_needs(method: MethodConfig) -> None:
     for name, good in info.needs.items():
         if getattr(method, name) is None:
             raise config_error(f"method.{name}", None, f"{info.title} needs it", as_typed(f"method.{name}", good))
-
-
-def _target_modules(value: Any) -> None:
-    name = "method.target_modules"
-    if isinstance(value, str):
-        if value not in TARGET_SETS:
-            near = nearest(value, TARGET_SETS)
-            hint = as_typed(name, near or [value])
-            raise config_error(name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", hint)
-    elif not isinstance(value, list):
-        raise config_error(
-            name, value, f"must be {listing(TARGET_SETS)}, or a list of module names", f"{name}=all_linear"
-        )
-    elif not value or not all(isinstance(item, str) and item.strip() for item in value):
-        raise config_error(
-            name, value, "must be a list of one or more module names", as_typed(name, ["q_proj", "v_proj"])
-        )
 
 
 def _layers(layers: list[int] | None) -> None:

@@ -24,6 +24,11 @@ def check_model(config: TrainConfig) -> None:
     if model.compile and config.zero.stage == 3:
         reason = "ZeRO-3 gathers weights between the modules of a layer, and a compiled layer has none"
         raise config_error("model.compile", True, reason, "zero=stage2 or model.compile=false")
+    if model.compile and config.method.target_parameters is not None:
+        reason = (
+            "adapters on parameters (method.target_parameters) are put on and off in each forward, and compiled again"
+        )
+        raise config_error("model.compile", True, reason, "model.compile=false or method.target_parameters=null")
 
 
 def _gradient_checkpointing(value: Any) -> None:
