@@ -9,7 +9,10 @@ from trainer.config.rules import optimizers
 from trainer.config.rules.matrix import BITS, REFUSALS, VARIANTS, ZERO, cells, refusal
 
 WORKS = "works"
-ON_ONE_DEVICE = ("paged_adamw_8bit is refused on a CPU, which has no pages",)
+ON_ONE_DEVICE = (
+    "paged_adamw_8bit is refused on a CPU, which has no pages; its cells were trained there without paging, on a GPU "
+    "not yet",
+)
 
 
 def build_matrix() -> tuple[list[str], list[list[str]], list[str]]:
