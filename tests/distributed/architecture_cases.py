@@ -161,14 +161,7 @@ def merged(config: TrainConfig, folder: str, adapter: Path, to: Path) -> dict[st
 
 
 def main() -> None:
-    bench = Bench()
-    shared = bench.shared_folder()
-    save_models(bench, shared)
-    each = {
-        case: partial(matches_plain_process, shared=shared, name=name, overrides=overrides)
-        for case, (name, overrides) in cases().items()
-    }
-    bench.record(each)
+    Bench().record_models(save_models, matches_plain_process, cases())
 
 
 if __name__ == "__main__":

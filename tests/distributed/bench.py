@@ -96,6 +96,22 @@ class Bench:
         distributed.shutdown()
         distributed.leave(0)
 
+    def record_models(
+        self,
+        save: Callable[[Bench, Path], None],
+        compare: Callable[..., Any],
+        cases: Mapping[str, tuple[str, list[str]]],
+    ) -> NoReturn:
+        """Record what ``compare`` says of each case, a model's name and overrides; ``save`` makes all models first."""
+        shared = self.shared_folder()
+        save(self, shared)
+        self.record(
+            {
+                case: partial(compare, shared=shared, name=name, overrides=overrides)
+                for case, (name, overrides) in cases.items()
+            }
+        )
+
 
 def reference_batches(loop: Loop, steps: int = STEPS) -> list[list[dict[str, Any]]]:
     train, seed, size = loop.data.train, loop.config.run.seed, loop.config.batch.global_size

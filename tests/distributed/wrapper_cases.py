@@ -119,14 +119,7 @@ def read_back(config: TrainConfig, folder: str, saved: str) -> Any:
 
 
 def main() -> None:
-    bench = Bench()
-    shared = bench.shared_folder()
-    save_models(bench, shared)
-    each = {
-        case: partial(matches_plain_process, shared=shared, name=name, overrides=overrides)
-        for case, (name, overrides) in cases().items()
-    }
-    bench.record(each)
+    Bench().record_models(save_models, matches_plain_process, cases())
 
 
 if __name__ == "__main__":

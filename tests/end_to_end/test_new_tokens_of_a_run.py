@@ -64,4 +64,11 @@ def test_stock_peft_and_the_merged_folder_say_the_same(work: Path, tiny_model: P
 def test_it_is_asked_with_the_adapter_and_without(work: Path) -> None:
     for more in ([], ["--no-adapter"]):
         afina("generate", "runs/whole", "A quokka?", "generate.max_new_tokens=2", *more, cwd=work)
-    afina("eval", "runs/whole", "--adapter", "base", cwd=work)
+    losses = [eval_loss("runs/whole", *more, cwd=work) for more in ([], ["--adapter", "base"])]
+    assert losses[0] != losses[1], "the adapter has learned"
+
+
+def eval_loss(*arguments: str, cwd: Path) -> str:
+    """What `afina eval` says of the loss."""
+    (line,) = (line for line in afina("eval", *arguments, cwd=cwd).output.splitlines() if "eval_loss" in line)
+    return line

@@ -145,23 +145,17 @@ MORE_MIXTURES = {
     "granitemoe": Architecture("GraniteMoeConfig", {**SIZES, **EXPERTS}, linear=QKVO),
 }
 # Layers with a state. What of them is left out has its weight read past it.
+OF_MAMBA = Architecture(
+    "MambaConfig",
+    {**MAMBA, "num_hidden_layers": 2, "vocab_size": VOCABULARY},
+    query_value=NOTHING,
+    attention=NOTHING,
+    linear=frozenset({"in_proj"}),
+    left_out=frozenset({"x_proj", "dt_proj", "out_proj"}),
+)
 ROWS_WITH_A_STATE = {
-    "mamba": Architecture(
-        "MambaConfig",
-        {**MAMBA, "num_hidden_layers": 2, "vocab_size": VOCABULARY},
-        query_value=NOTHING,
-        attention=NOTHING,
-        linear=frozenset({"in_proj"}),
-        left_out=frozenset({"x_proj", "dt_proj", "out_proj"}),
-    ),
-    "falcon_mamba": Architecture(
-        "FalconMambaConfig",
-        {**MAMBA, "num_hidden_layers": 2, "vocab_size": VOCABULARY},
-        query_value=NOTHING,
-        attention=NOTHING,
-        linear=frozenset({"in_proj"}),
-        left_out=frozenset({"x_proj", "dt_proj", "out_proj"}),
-    ),
+    "mamba": OF_MAMBA,
+    "falcon_mamba": replace(OF_MAMBA, config="FalconMambaConfig"),
     "mamba2": Architecture(
         "Mamba2Config",
         {**MAMBA, "num_hidden_layers": 2, "vocab_size": VOCABULARY}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config.method import MethodConfig, given
 from trainer.errors import ConfigError
-from trainer.methods.targets import check_layers, expert_parameters, layer_index
+from trainer.methods.targets import check_layers, ends_in, expert_parameters, layer_index
 from trainer.methods.text_part import text_modules
 
 BOTTLENECK_TYPE = "BOTTLENECK"
@@ -95,7 +95,7 @@ def find_projections(model: nn.Module, placement: str, layers: list[int] | None)
     kinds = (MLP_ENDS,) if placement == "pfeiffer" else (ATTENTION_ENDS, MLP_ENDS)
     found: list[tuple[str, Any]] = []
     for ends in kinds:
-        matches = [(full, m) for full, m in text_modules(model) if any(full.endswith(f".{end}") for end in ends)]
+        matches = [(full, m) for full, m in text_modules(model) if any(ends_in(full, end) for end in ends)]
         if not matches:
             experts = " (its experts are 3-D parameters, which have no layer to stand behind)"
             raise ConfigError(

@@ -16,8 +16,7 @@ from trainer.compat.deepspeed import whole_shape
 from trainer.compat.peft import is_adapted_parameter
 from trainer.config.messages import as_typed, config_error, listing
 from trainer.config.method import MethodConfig
-from trainer.methods.target_selection import is_target
-from trainer.methods.targets import CONVOLUTIONS, check_layers, expert_parameters, layer_index
+from trainer.methods.targets import CONVOLUTIONS, check_layers, ends_in, expert_parameters, is_target, layer_index
 from trainer.methods.text_part import text_modules
 
 KEY = "method.target_parameters"
@@ -68,7 +67,7 @@ def matching(model: nn.Module, ends: list[str]) -> list[str]:
     every = dict(_parameters_by_name(model))
     found: dict[str, Any] = {}
     for end in ends:
-        own = {name: p for name, p in every.items() if name == end or name.endswith(f".{end}")}
+        own = {name: p for name, p in every.items() if ends_in(name, end)}
         if not own:
             experts = expert_parameters(model)
             has = f"has {_kinds(experts)}" if experts else "has no experts that are 3-D parameters"

@@ -12,7 +12,15 @@ from trainer.config.messages import config_error, nearest
 from trainer.config.method import MethodConfig
 from trainer.config.rules.targets import is_regex
 from trainer.methods.bypassed import bypassed_layers
-from trainer.methods.targets import check_layers, expert_parameters, layer_index, not_trained, target_names
+from trainer.methods.targets import (
+    check_layers,
+    ends_in,
+    expert_parameters,
+    is_target,
+    layer_index,
+    not_trained,
+    target_names,
+)
 from trainer.methods.text_part import text_modules
 
 SHOWN = 8  # names of modules in a message
@@ -60,13 +68,8 @@ def is_narrowed(method: MethodConfig) -> bool:
 
 def whole_names(model: nn.Module, ends: Iterable[str]) -> list[str]:
     """Return the whole names of the modules that have one of these names or ends of names."""
-    wanted = [f".{end}" for end in ends]
-    return [full for full, _ in text_modules(model) if any(f".{full}".endswith(end) for end in wanted)]
-
-
-def is_target(module: nn.Module) -> bool:
-    """Return whether a module takes an adapter: a linear layer, dense or quantised, or an embedding."""
-    return isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ == "Conv1D"
+    wanted = list(ends)
+    return [full for full, _ in text_modules(model) if any(ends_in(full, end) for end in wanted)]
 
 
 def _matched(model: nn.Module, pattern: str) -> list[str]:

@@ -65,9 +65,9 @@ def target_names(model: nn.Module, wanted: Any) -> list[str]:
         return sorted(set(found) - _moved_to_experts(model, set(found)))
     for name in wanted:
         named = _ending_in(model, name)
-        if not named or not all(_is_linear(m) or isinstance(m, nn.Embedding) for m in named):
+        if not named or not all(map(is_target, named)):
             raise _no_such_module(model, name)
-        if passed := bypassed_layers(model, (full for full in _linear(model) if _ends_in(full, name))):
+        if passed := bypassed_layers(model, (full for full in _linear(model) if ends_in(full, name))):
             raise not_trained(model, name, passed)
     if moved := _moved_to_experts(model, set(wanted)):
         raise ConfigError(
@@ -92,7 +92,7 @@ def _attention(model: nn.Module, wanted: str) -> list[str]:
     """Return the endings of the linear layers that attention's modules have, by the rows of names above."""
     linear = _linear(model)
     for row in ATTENTION_MIN if wanted == "attention_min" else ATTENTION:
-        parents = {full.rpartition(".")[0] for full in linear if _ends_in(full, row[0])}
+        parents = {full.rpartition(".")[0] for full in linear if ends_in(full, row[0])}
         found = {full for full in linear if full.rpartition(".")[0] in parents and full.rpartition(".")[2] in row}
         if {full.rpartition(".")[2] for full in found} == set(row):
             return shortest_endings((full for full, _ in text_modules(model)), found)
@@ -157,11 +157,17 @@ def layer_index(full: str) -> int | None:
 
 def _ending_in(model: nn.Module, name: str) -> list[nn.Module]:
     """Return the modules of the text part that PEFT takes a target name for."""
-    return [module for full, module in text_modules(model) if _ends_in(full, name)]
+    return [module for full, module in text_modules(model) if ends_in(full, name)]
 
 
-def _ends_in(full: str, name: str) -> bool:
+def ends_in(full: str, name: str) -> bool:
+    """Return whether a full name is one that PEFT takes a name for: the same, or one that ends in it."""
     return full == name or full.endswith(f".{name}")
+
+
+def is_target(module: nn.Module) -> bool:
+    """Return whether a module takes an adapter: a linear layer, dense or quantised, or an embedding."""
+    return _is_linear(module) or isinstance(module, nn.Embedding)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from trainer.config.new_tokens import new_tokens
 from trainer.config.rules.tokens import NEW
 from trainer.config.schema import TrainConfig
 from trainer.errors import ConfigError
+from trainer.methods.targets import ends_in
 
 TOKENS, MODULES = "method.trainable_tokens", "method.modules_to_save"
 
@@ -88,7 +89,7 @@ def is_tied(model: Any) -> bool:
 
 def ends_with(full: str, names: Any) -> bool:
     """Return whether a module of this full name is one of those that PEFT takes some names for."""
-    return not isinstance(names, str) and any(full == name or full.endswith(f".{name}") for name in names)
+    return not isinstance(names, str) and any(ends_in(full, name) for name in names)
 
 
 def _check_modules(model: nn.Module, names: list[str]) -> None:
