@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,14 +64,14 @@ def enlarge_embeddings(model: Any, tokenizer: Any, wanted: Mapping[str, bool]) -
     if any(not table.is_floating_point() for table in _tables(model)):
         name, hint = getattr(model.config, "name_or_path", ""), "method.bits=16"
         raise ModelError("model.new_tokens", value=name, reason="its output layer is quantised: no row fits", hint=hint)
-    every = list(range(size))
-    pieces = [every if special else _encode(tokenizer, token) or every for token, special in wanted.items()]
+    pieces = [[] if special else _encode(tokenizer, token) for token, special in wanted.items()]
     ids = list(add_tokens(tokenizer, wanted).values())
     if max(ids) >= embedding_rows(model):
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     with torch.no_grad():
         for table in _tables(model):
-            table[ids] = torch.stack([_mean_row(table, some) for some in pieces]).to(table)
+            of_all = None if all(pieces) else _mean_row(table, range(size))  # once for all that want it
+            table[ids] = torch.stack([_mean_row(table, some) if some else of_all for some in pieces]).to(table)
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -117,7 +117,7 @@ def _tables(model: Any) -> list[Tensor]:
     return list({id(table): table for table in found}.values())
 
 
-def _mean_row(table: Tensor, ids: list[int]) -> Tensor:
+def _mean_row(table: Tensor, ids: Sequence[int]) -> Tensor:
     """Return the mean of some rows, summed in fp64, so that it is the same on any device."""
     chosen = torch.tensor(ids, device=table.device)
     sums = [table[some].double().sum(0) for some in chosen.split(ROWS_AT_A_TIME)]
