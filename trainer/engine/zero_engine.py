@@ -154,10 +154,8 @@ class ZeroEngine:
                     self.deepspeed.set_gradient_accumulation_boundary(last)
                 self._before_backward(k)
                 batch = batch.to(self.world.device)
-                with (
-                    self._trie(batch),
-                    self._noise(batch, seed),
-                ):  # the backward too: gradient checkpointing attends again in it
+                # the backward too: gradient checkpointing embeds and attends again in it
+                with self._trie(batch), self._noise(batch, seed):
                     loss = self.loss_sum(batch)
                     self.deepspeed.backward(loss.sum() * scale, scale_wrt_gas=False)
                 sums.append(loss.detach())

@@ -42,8 +42,7 @@ def attach(
 
     Returns:
         The model itself (full, bottleneck), or stock PEFT's wrapper of it. Of a multimodal model the text part alone
-        is trained. What is added has the dtype of the base:
-        its fp32 copies are the optimizer's.
+        is trained. What is added has the dtype of the base: its fp32 copies are the optimizer's.
 
     Raises:
         ConfigError: a named module or layer does not exist in this model; ``method.adapter`` is of another
