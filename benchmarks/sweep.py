@@ -3,10 +3,11 @@
 python benchmarks/sweep.py [--times 3] [--seeds 10]        to try it: --tiny --steps 4 --trials 2 --times 1 --seeds 1
 
 SmolLM2-135M, the headlines, r = 4, 8, 16, 64 with two learning rates each, 30 updates of 16 rows. In turns, forth and
-back, in one sitting: eight `afina train`, each a fresh process; the sweep as forks of one process (`sweep.fuse=off`);
-fused; fused and stopped early. Wall time is the command's, from its start to its end. Then, with the tiny model and
-other seeds: does early stopping find the trial that is best in the whole grid? The whole measurement (about 1.5 hours
-on 2 cores) writes sweep.md and sweep.json beside this file; a smaller one only prints.
+back, in one sitting: eight `afina train`, each a fresh process; the sweep fused; fused and stopped early; where it is
+named in `--sides`, the sweep as forks of one process too (`sweep.fuse=off`). Wall time is the command's, from its start
+to its end. Then, with the tiny model and other seeds: does early stopping find the trial that is best in the whole
+grid? The whole measurement (about an hour on 2 cores) writes sweep.md and sweep.json beside this file; a smaller one
+only prints. With `--work FOLDER` each turn and seed is kept there, and the same command goes on after the last one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from trainer.tracking.logs import configure_logging
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SIDES = ("apart", "forked", "fused", "asha")
+MEASURED = ("apart", "fused", "asha")
 FUSED = ("fused", "asha")
 RANKS, RATES = (4, 8, 16, 64), ("5e-4", "2e-3")
 STEPS, TRIALS, TIMES, SEEDS = 30, 8, 3, 10
@@ -53,8 +57,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=TRIALS, choices=(2, 4, 6, 8))
     parser.add_argument("--times", type=int, default=TIMES, help="turns; the page shows their medians")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="sweeps of the tiny model; 0: none")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="only some of them")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=MEASURED, help="other ones")
     parser.add_argument("--tiny", action="store_true", help="the tiny model in the place of SmolLM2-135M")
+    parser.add_argument("--work", type=Path, help="keep what is measured in this folder, and go on from there")
     asked = parser.parse_args()
     configure_logging()
     found: dict[str, Any] = {
@@ -67,15 +72,28 @@ def main() -> None:
     }
     grid = overrides(asked.tiny, asked.steps, asked.trials)
     prepare_rows(overrides(asked.tiny, asked.steps, trials=0))  # fetched and prepared before anything is timed
-    found["turns"] = [measure_turn(turn, grid, asked.sides, found["min_steps"]) for turn in range(asked.times)]
-    found["choices"] = [choose(seed) for seed in range(asked.seeds)]
+    turn_of = partial(measure_turn, grid=grid, sides=asked.sides, min_steps=found["min_steps"])
+    found["choices"] = [kept(asked.work, f"seed-{seed}", partial(choose, seed)) for seed in range(asked.seeds)]
+    found["turns"] = [kept(asked.work, f"turn-{turn}", partial(turn_of, turn)) for turn in range(asked.times)]
     found["load"] = os.getloadavg()[2]
     text = page(found)
     print(text)
-    whole = (asked.steps, asked.trials, tuple(asked.sides)) == (STEPS, TRIALS, SIDES) and not asked.tiny
+    whole = (asked.steps, asked.trials, tuple(asked.sides)) == (STEPS, TRIALS, MEASURED) and not asked.tiny
     if whole and asked.times >= TIMES and asked.seeds >= SEEDS:
         (HERE / "sweep.md").write_text(text)
         (HERE / "sweep.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def kept(work: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what was measured under this name before; else measure it, and keep it."""
+    if work is None:
+        return measure()
+    file = work / f"{name}.json"
+    if not file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(measure(), indent=1) + "\n")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 def overrides(tiny: bool, steps: int, trials: int) -> list[str]:

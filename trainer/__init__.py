@@ -62,6 +62,12 @@ def deny_others_writing() -> None:
     os.umask(os.umask(0o022) | 0o002)
 
 
+# In 16 bits on CPU torch keeps code for each shape of a product that it has met, 0.6 MiB each and, unless told, 1024 of
+# them: half a GiB within thirty updates, whose batches differ in size. A forward and backward need less than 100.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "256")
+del cache
+
 if any(word == "-m" and name.partition(".")[0] == __name__ for word, name in zip(sys.orig_argv, sys.orig_argv[1:])):
     keep_working_folder_out()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.together_cases import BITS, CELLS, names
+from tests.distributed.together_cases import BITS, CELLS, UPPER, UPPER_CELLS, names
 from tests.helpers.cases import Cases, run_cases
 
 SCRIPT = Path(__file__).with_name("together_cases.py")
@@ -38,6 +38,14 @@ def test_each_trial_is_a_run_by_itself(seen: Callable[[int], Cases], bits: str, 
     distances = seen(ranks)[case]
     assert set(distances) == set(names(bits))
     assert max(distances.values()) <= BOUNDS[bits], distances
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", UPPER_CELLS)
+def test_layers_that_no_trial_adapts_are_shared(seen: Callable[[int], Cases], case: str, ranks: int) -> None:
+    distances = seen(ranks)[case]
+    assert set(distances) == set(UPPER)
+    assert max(distances.values()) <= BOUNDS["16"], distances
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

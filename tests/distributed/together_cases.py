@@ -40,6 +40,7 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "attention": ("method.r=8", "method.target_modules=attention", "optim.max_grad_norm=0"),
     "down": ("method.r=5", "method.target_modules=[down_proj]", "schedule=constant"),
     "last": ("method.r=8", "method.layers=[1]", "optim.weight_decay=0"),
+    "last_wide": ("method.r=32", "method.layers=[1]", "optim.learning_rate=0.001"),
     "patterns": ("method.r=8", "method.rank_pattern={q_proj: 32}", "method.alpha_pattern={v_proj: 3}"),
     "seed": ("method.r=16", "method.seed=7", "method.init=gaussian"),
     "orthogonal": ("method.r=16", "method.init=orthogonal", "optim.beta1=0.8", "optim.beta2=0.9"),
@@ -58,6 +59,13 @@ CELLS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {
     for bits in BITS
 }
 CELLS["16"]["20 steps"] = 20, ("zero=stage2",)
+# Trials that leave the first layer to the base: it is computed once for both.
+UPPER = ["last", "last_wide"]
+UPPER_CELLS = {
+    f"upper layers, stage {stage}, {packing}": (f"zero=stage{stage}", f"batch.packing={packing}")
+    for stage, packing in ((0, "trie"), (1, "padded"), (2, "trie"), (3, "trie"), (3, "padded"))
+}
+UPPER_CELLS["upper layers, checkpointing"] = ("zero=stage3", "model.gradient_checkpointing=true")
 
 
 def names(bits: str) -> list[str]:
@@ -153,6 +161,8 @@ def main() -> None:
     for bits, cells in CELLS.items():
         for case, (steps, more) in cells.items():
             cases[case] = lambda b, x=bits, n=steps, m=more: distances(b, lone, names(x), x, n, *m)
+    for case, more in UPPER_CELLS.items():
+        cases[case] = lambda b, m=more: distances(b, lone, UPPER, "16", 5, *m)
     cases["other order"] = lambda b: distances(b, lone, names("16")[::-1], "16", 5, "zero=stage2")
     bench.record(cases)
 

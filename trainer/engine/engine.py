@@ -80,7 +80,7 @@ class Engine(ZeroEngine):
         self.decays_all, self._weight_decay = bool(config.optim.decay_biases_and_norms), config.optim.weight_decay
         if config.optim.name == "muon":
             groups = split_for_muon(groups, token_tables(model))
-        self._start(config, make_optimizer(groups, config.optim, world.device))
+        self._start(config, make_optimizer(groups, config.optim))
         self._links_moments = len(groups) > 1  # DeepSpeed does when the first group alone has taken its first step
         self._release_at_shutdown()
 

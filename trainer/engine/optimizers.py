@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 USES_MUON = "uses_muon"
 
 
-def make_optimizer(groups: Iterable[dict[str, Any]], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(groups: Iterable[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """Make the optimizer that ``optim.name`` asks for. Its rate is set before each step, so it starts at zero.
 
     Args:
@@ -25,15 +25,14 @@ def make_optimizer(groups: Iterable[dict[str, Any]], optim: OptimConfig, device:
             own terms (``weight_decay``). Other keys are kept in ``param_groups`` for whoever reads them. Muon needs
             :func:`split_for_muon` of them.
         optim: betas, decay and the like.
-        device: that the parameters are on.
     """
     groups = [dict(group) for group in groups]
     if optim.name == "adamw":
-        return adamw(groups, optim, on_gpu=device.type == "cuda")
+        return adamw(groups, optim)
     if optim.name == "adafactor":
         return _adafactor(groups, optim)
     if optim.name == "muon":
-        return MuonWithAdamW(groups, optim, on_gpu=device.type == "cuda")
+        return MuonWithAdamW(groups, optim)
     return _bitsandbytes(groups, optim)
 
 
@@ -55,17 +54,29 @@ def momentum(optim: OptimConfig) -> float:
     return found
 
 
-def adamw(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], optim: OptimConfig, on_gpu: bool
-) -> torch.optim.AdamW:
-    """Make AdamW (Loshchilov & Hutter, 2019) of parameters or groups of them."""
-    return torch.optim.AdamW(
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter, 2019) in its fused kernel, which makes no copies: on CPU an update takes an
+    eighth of the time (20 million weights in fp32, 2 cores)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step. The kernel reads memory in its order: on CPU a gradient laid out unlike its weight would be
+        that of other elements, in silence (torch 2.13)."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        return super().step(closure)
+
+
+def adamw(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], optim: OptimConfig) -> FusedAdamW:
+    """Make AdamW of parameters or groups of them."""
+    return FusedAdamW(
         parameters,
         lr=0.0,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=True if on_gpu else None,
+        fused=True,
     )
 
 
@@ -136,10 +147,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         groups: as :func:`split_for_muon` gives them.
         optim: momentum of Muon, betas of AdamW, decay of both.
-        on_gpu: AdamW takes its fused kernel.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, on_gpu: bool) -> None:
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig) -> None:
         super().__init__(groups, {"lr": 0.0})
         matrices = [group for group in self.param_groups if group[USES_MUON]]
         others = [group for group in self.param_groups if not group[USES_MUON]]
@@ -153,7 +163,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             )
         ]
         if others:
-            self.parts.append(adamw(others, optim, on_gpu))
+            self.parts.append(adamw(others, optim))
         for part in self.parts:
             part.state = self.state
 
@@ -165,14 +175,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.step()
 
 
-class GroupwiseAdamW(torch.optim.AdamW):
+class GroupwiseAdamW(FusedAdamW):
     """AdamW over parameter groups that clip, and skip a step, each on its own.
 
     Two settings a group beside AdamW's: ``takes_step``, whether the next :meth:`step` changes anything of it, and
     ``gradient_scale``, what its gradients are multiplied by before. Both are set by whoever knows the gradients.
     """
 
-    def __init__(self, groups: Iterable[tuple[Iterable[nn.Parameter], OptimConfig]], on_gpu: bool) -> None:
+    def __init__(self, groups: Iterable[tuple[Iterable[nn.Parameter], OptimConfig]]) -> None:
         settings = [
             {
                 "params": list(parameters),
@@ -184,7 +194,7 @@ class GroupwiseAdamW(torch.optim.AdamW):
             }
             for parameters, optim in groups
         ]
-        super().__init__(settings, lr=0.0, fused=True if on_gpu else None)
+        super().__init__(settings, lr=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -8,8 +8,9 @@ time of ranks from 4 to 64 (torch 2.13, 2 cores).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -31,9 +32,20 @@ class ActiveTrials:
     Attributes:
         names: of their adapters, in the order of their rows: of ``len(names) * rows``, trial k owns those from
             ``k * rows`` to ``(k + 1) * rows``.
+        same_tokens: whether the rows of each trial hold the same tokens, as in training; not while trials generate.
     """
 
     names: tuple[str, ...]
+    same_tokens: bool = False
+
+    @contextlib.contextmanager
+    def on_same_tokens(self) -> Iterator[None]:
+        """Let the forwards and backwards inside be of the same tokens for each trial."""
+        before, self.same_tokens = self.same_tokens, True
+        try:
+            yield
+        finally:
+            self.same_tokens = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +97,10 @@ def _forward(layer: Any, active: ActiveTrials, x: Tensor) -> Tensor:
     if layer.disable_adapters:
         return type(layer).forward(layer, x)
     assert not layer.merged, "no adapter of a group is merged into its base"
-    assert len(x) % len(active.names) == 0, f"{len(x)} rows are of {len(active.names)} trials"
     base, buckets, weights = layer.base_layer, *_buckets(layer, active.names, pads_ranks(x))
     if not buckets:
         return base(x)
+    assert len(x) % len(active.names) == 0, f"{len(x)} rows are of {len(active.names)} trials"
     cast = x
     if torch.is_autocast_enabled(x.device.type):
         cast, *weights = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, *weights))

@@ -33,8 +33,9 @@ from trainer.kernels.varlen_attention import attend_pieces
 
 KERNEL = "afina_trie"
 SDPA, SDPA_MASK = sdpa()
-# Of the micro-batch in its forward or backward, since recomputation there needs it too; and the rows of the forward.
-_paths: list[tuple[TriePaths | Pieces, int]] = []
+# Of the micro-batch in its forward or backward, since recomputation there needs it too: by the rows of a layer, which
+# has those of all trials, or of one where they are all the same.
+_paths: list[dict[int, TriePaths | Pieces]] = []
 
 
 @contextlib.contextmanager
@@ -48,10 +49,9 @@ def trie_context(paths: TriePaths | Pieces | None, trials: int = 1) -> Iterator[
     if paths is None:
         yield
         return
-    if isinstance(paths, Pieces) and trials > 1:
-        paths = paths.repeated(trials)
-    rows = trials if isinstance(paths, TriePaths) else paths.rows
-    _paths.append((paths, rows))
+    rows = 1 if isinstance(paths, TriePaths) else paths.rows
+    of_all = paths if isinstance(paths, TriePaths) or trials == 1 else paths.repeated(trials)
+    _paths.append({rows: paths, trials * rows: of_all})
     try:
         yield
     finally:
@@ -79,9 +79,10 @@ def _check_context(query: Tensor, attention_mask: Tensor | None) -> None:
             raise RuntimeError("a trie's forward (or its recomputation in the backward) is outside of its trie_context")
     elif not is_marked:
         raise RuntimeError("a forward of padded rows is inside a trie_context, which is for a trie's alone")
-    elif (rows, tokens) != (wanted := (_paths[-1][1], _paths[-1][0].shape[1])):
-        wanted_tokens = " × ".join(map(str, wanted))
-        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {wanted_tokens}")
+    elif rows not in (by_rows := _paths[-1]) or by_rows[rows].shape[1] != tokens:
+        whole = max(by_rows)
+        wanted = f"{whole} × {by_rows[whole].shape[1]}"
+        raise RuntimeError(f"a forward of {rows} × {tokens} tokens is inside the trie_context of {wanted}")
 
 
 def register() -> None:
@@ -126,7 +127,7 @@ def trie_attention(
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise ValueError("attention with soft-capping or sinks has no trie kernel")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    paths, _ = _paths[-1]
+    paths = _paths[-1][len(query)]
     if isinstance(paths, TriePaths):
         return _attend_trie(paths, query, key, value, sliding_window, scaling, dropout), None
     if dropout:

@@ -26,6 +26,8 @@ from trainer.engine.state_bytes import state_bytes
 from trainer.errors import NotSharedError, TooManyTrialsError
 from trainer.kernels.label_loss import LabelLoss
 from trainer.kernels.lora_linear import is_lora_linear
+from trainer.kernels.patch import Patch
+from trainer.kernels.shared_layers import share_lower_layers
 from trainer.kernels.trial_lora import ActiveTrials, patch_trial_linears
 from trainer.methods import count_parameters
 from trainer.methods.attach import attach_trials
@@ -33,6 +35,7 @@ from trainer.methods.parameters import trial_parameters
 from trainer.methods.target_parameters import describe_unreached
 from trainer.methods.targets import describe_left_out
 from trainer.methods.text_part import describe_frozen_parts
+from trainer.models.first_layers import find_decoder_layers
 from trainer.models.identity import describe_base
 from trainer.models.loading import compute_dtype, load_model
 from trainer.models.new_tokens import check_vocabulary
@@ -136,16 +139,25 @@ def _put_in_one_forward(
 ) -> ActiveTrials:
     """Patch the layers for all trials at once, and verify them; return what says whose rows a forward has."""
     active = ActiveTrials(tuple(configs))
-    patch = patch_trial_linears(model, active)
+    patch, shared = patch_trial_linears(model, active), _share_lower_layers(model, active)
     assert patch is not None, "LoRA adapts linear layers"
     with ProgressCounter(f"verifying {len(configs)} trials in one forward"):
         config = next(iter(configs.values()))
         apart = distributed.from_main(verify_together(model, loss, config, data, packing, patch, active))
+        if not apart.holds and shared is not None:  # layers that look at each other, or at more than they are handed
+            logger.info(f"layers below the adapted ones are computed for each trial: shared, a trial differs ({apart})")
+            shared.undo()
+            apart = distributed.from_main(verify_together(model, loss, config, data, packing, patch, active))
     give_back_memory(next(model.parameters()).device)
     if not apart.holds:
         reason = f"is not possible with this model: beside one alone, a trial among all differs ({apart})"
         raise NotSharedError("sweep.fuse", value=len(configs), reason=reason, hint="sweep.fuse=off")
     return active
+
+
+def _share_lower_layers(model: PeftModel, active: ActiveTrials) -> Patch | None:
+    stack = find_decoder_layers(model)
+    return share_lower_layers(model, *stack[:2], active) if stack else None
 
 
 def device_bytes(device: torch.device) -> int | None:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from peft import PeftModel
@@ -83,9 +82,8 @@ class TrialsEngine(ZeroEngine):
     def _begin(self) -> None:
         """Hand the trials that are there to a new DeepSpeed engine, with moments as before the first update."""
         self.parameters = {name: trial_parameters(self.model, name) for name in self.configs}
-        on_gpu = self.world.device.type == "cuda"
         groups = [(self.parameters[name].values(), config.optim) for name, config in self.configs.items()]
-        self._adam = GroupwiseAdamW(groups, on_gpu)
+        self._adam = GroupwiseAdamW(groups)
         first = next(iter(self.configs.values()))
         unclipped = dataclasses.replace(first, optim=dataclasses.replace(first.optim, max_grad_norm=0.0))
         self._start(unclipped, self._adam)
@@ -113,8 +111,10 @@ class TrialsEngine(ZeroEngine):
         with self._trie(batch), self._autocast():
             return self.loss(self.deepspeed, batch, trials=len(self.active.names))
 
-    def _trie(self, batch: MicroBatch) -> AbstractContextManager[None]:
-        return trie_context(batch.paths, trials=len(self.active.names))
+    @contextlib.contextmanager
+    def _trie(self, batch: MicroBatch) -> Iterator[None]:
+        with trie_context(batch.paths, trials=len(self.active.names)), self.active.on_same_tokens():
+            yield
 
     def activate(self, names: Sequence[str]) -> None:
         """Let the forwards that follow be for these trials, their rows in this order."""

@@ -52,10 +52,11 @@ def verify_together(
         compared = [p for p in trial_parameters(model, last).values() if p.requires_grad]
         model.eval()
         try:
-            found = loss_and_gradients(model, loss, batches, compared, trials=len(active.names))
+            with active.on_same_tokens():
+                found = loss_and_gradients(model, loss, batches, compared, trials=len(active.names))
             with _alone(model, last, patch):
                 expected = loss_and_gradients(model, loss, batches, compared)
-        except (AssertionError, RuntimeError) as error:  # a layer that does not keep the rows apart
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # a layer does not keep the rows apart
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"

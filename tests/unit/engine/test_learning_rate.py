@@ -129,7 +129,7 @@ def test_peak_rate_is_the_methods_own_or_what_was_given() -> None:
 def test_adamw_by_the_papers_formula() -> None:
     keys = OptimConfig(weight_decay=0.1, beta1=0.8, beta2=0.95, eps=1e-6)
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
-    optimizer = adamw([weight], keys, on_gpu=False)
+    optimizer = adamw([weight], keys)
     assert optimizer.param_groups[0]["lr"] == 0.0
     w, m, v = weight.detach().clone(), torch.zeros(3).double(), torch.zeros(3).double()
     for t, gradient in enumerate(torch.tensor([[0.3, -1.0, 0.0], [0.1, 2.0, -4.0], [5.0, 0.0, 0.2]]).double(), start=1):
@@ -159,9 +159,9 @@ def test_each_group_is_an_optimizer_of_its_own(optims: list[OptimConfig], update
     torch.manual_seed(seed)
     mine = [[torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))] for _ in optims]
     theirs = [[torch.nn.Parameter(p.detach().clone()) for p in own] for own in mine]
-    together = GroupwiseAdamW(zip(mine, optims, strict=True), on_gpu=False)
+    together = GroupwiseAdamW(zip(mine, optims, strict=True))
     AdamState().reset(together, 0, [p for own in mine for p in own], 0)
-    alone = [adamw(own, optim, on_gpu=False) for own, optim in zip(theirs, optims, strict=True)]
+    alone = [adamw(own, optim) for own, optim in zip(theirs, optims, strict=True)]
     for scales in updates:
         for group, own, other, one, scale in zip(together.param_groups, mine, theirs, alone, scales, strict=True):
             group["lr"] = one.param_groups[0]["lr"] = 0.1

@@ -25,7 +25,7 @@ def test_decay_is_that_of_the_group(name: str) -> None:
     groups = [{"params": [params[0]], "weight_decay": 0.0, "lr_scale": 4.0}, {"params": [params[1]]}]
     if name == "muon":
         groups = split_for_muon(groups, [])
-    optimizer = make_optimizer(groups, OptimConfig(name=name, weight_decay=0.5), CPU)
+    optimizer = make_optimizer(groups, OptimConfig(name=name, weight_decay=0.5))
     assert [group.get("lr_scale") for group in optimizer.param_groups] == [4.0, None]
     for group in optimizer.param_groups:
         group["lr"] = 0.1
@@ -33,6 +33,29 @@ def test_decay_is_that_of_the_group(name: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert [p.detach().mean().item() for p in params] == pytest.approx([2.0, 2.0 * (1 - 0.1 * 0.5)])
+
+
+@pytest.mark.parametrize("turned", [(False, True), (True, False), (True, True)])
+def test_adamw_takes_gradients_laid_out_otherwise_than_their_weights(turned: tuple[bool, bool]) -> None:
+    """torch's fused kernel reads both in the order of memory, and says nothing."""
+
+    def laid_out(values: torch.Tensor, is_turned: bool) -> torch.Tensor:
+        return values.t().contiguous().t() if is_turned else values.clone()
+
+    torch.manual_seed(0)
+    values, gradients = torch.randn(5, 7), torch.randn(4, 5, 7)
+    optim = OptimConfig(weight_decay=0.1)
+    found = nn.Parameter(laid_out(values, turned[0]))
+    stock = nn.Parameter(values.clone())
+    ours = make_optimizer([{"params": [found]}], optim)
+    keys = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    theirs = torch.optim.AdamW([stock], lr=0.0, foreach=False, **keys)
+    for gradient in gradients:
+        found.grad, stock.grad = laid_out(gradient, turned[1]), gradient.clone()
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.step()
+    torch.testing.assert_close(found, stock)
 
 
 def test_muon_takes_the_matrices_between_embedding_and_head() -> None:
@@ -109,7 +132,7 @@ def test_a_state_is_made_as_the_optimizer_makes_it(name: str) -> None:
         params = [nn.Parameter(torch.randn(shape)) for shape in ((80, 60), (5,), (4, 3))]
         groups = [{"params": params}]
         groups = split_for_muon(groups, []) if name == "muon" else groups
-        optimizer = make_optimizer(groups, OptimConfig(name=name), CPU)
+        optimizer = make_optimizer(groups, OptimConfig(name=name))
         for group in optimizer.param_groups:
             group["lr"] = 0.1
         for parameter in params:

@@ -64,7 +64,7 @@ def test_an_optimizer_holds_what_is_told(name: str, flattened: bool) -> None:
     groups = [{"params": trained}]
     optim = OptimConfig(name=name)
     wanted = split_for_muon(groups, token_tables(layers)) if name == "muon" else groups
-    optimizer = make_optimizer(wanted, optim, torch.device("cpu"))
+    optimizer = make_optimizer(wanted, optim)
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,29 @@ def test_trials_that_leave_no_room_are_too_many(monkeypatch: pytest.MonkeyPatch)
     build.check_room(8, 60 * gib, torch.device("cuda"))
     with pytest.raises(TooManyTrialsError, match=r"sweep.fuse=8: takes 70.0 GiB .* has 80.0 GiB → sweep.fuse=4"):
         build.check_room(8, 70 * gib, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("looks_back", [False, True])
+def test_layers_that_look_at_each_other_are_computed_for_each_trial(
+    tiny_model: Path, looks_back: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer adds what the first one gave, as models whose layers share keys: it has fewer rows, if shared."""
+    config = load(["debug=tiny", "log=off", "method.r=4", "method.layers=[1]", f"model.name_or_path={tiny_model}"])
+    tokenizer = load_tokenizer(str(tiny_model), config.model)
+    base: Any = load_model(str(tiny_model), config.model, config.method, torch.float32, torch.device("cpu"), 0)
+    kept: list[Tensor] = []
+    first, last = base.model.layers
+    first.register_forward_hook(lambda _, args, out: kept.append(out))
+    if looks_back:
+        last.register_forward_hook(lambda _, args, out: out + kept[-1])
+    model = attach_trials(base, {f"trial_{k}": (config.method, k) for k in range(3)})
+    data, loss = load_data(config, tokenizer), LabelLoss(model)
+    monkeypatch.setattr(build.distributed, "from_main", lambda found: found)
+    packing = Packing(False, Limits(None, 4096), tokenizer.pad_token_id)
+    with caplog.at_level(logging.INFO):
+        active = build._put_in_one_forward(model, loss, dict.fromkeys(model.peft_config, config), data, packing)
+    assert ("computed for each trial" in caplog.text) == looks_back
+    batch = packing.collate(data.train.tokens(range(2)), range(2))
+    with active.on_same_tokens(), torch.no_grad():
+        assert len(loss(model, batch, trials=3)) == 3
+    assert len(kept[-1]) == (6 if looks_back else 2)
