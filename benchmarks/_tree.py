@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 
+SAMPLE_SECONDS = 0.25
 # To count pages takes time of a core, the longer the more there are: four times a second made eight runs of 2 GiB one
-# after the other an eighth slower, and one process of 3 GiB a fifth (2 cores).
-SAMPLE_SECONDS = 2.0
+# after the other an eighth slower, and one process of 3 GiB a fifth (2 cores). So between two samples passes at least so
+# many times what one takes.
+PAUSES = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def run_watched(command: Sequence[str], log: Path, cwd: Path, environment: Mappi
 
 
 class TreeSampler:
-    """Samples the memory of a process and its descendants, every two seconds, in a thread of its own.
+    """Samples the memory of a process and its descendants in a thread of its own, as often as hardly costs time.
 
     Attributes:
         peak_bytes: the largest sum seen so far.
@@ -81,8 +83,9 @@ class TreeSampler:
 
     def _watch(self) -> None:
         while True:
+            begin = time.perf_counter()
             self.peak_bytes = max(self.peak_bytes, tree_bytes(self._pid))
-            if self._ended.wait(SAMPLE_SECONDS):
+            if self._ended.wait(max(SAMPLE_SECONDS, PAUSES * (time.perf_counter() - begin))):
                 return
 
 
