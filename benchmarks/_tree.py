@@ -14,8 +14,8 @@ import psutil
 
 SAMPLE_SECONDS = 0.25
 # To count pages takes time of a core, the longer the more there are: four times a second made eight runs of 2 GiB one
-# after the other an eighth slower, and one process of 3 GiB a fifth (2 cores). So between two samples passes at least so
-# many times what one takes.
+# after the other an eighth slower, and one process of 3 GiB a fifth (2 cores). So a pause is at least so many times as
+# long as a sample.
 PAUSES = 50
 
 
