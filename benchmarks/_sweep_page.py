@@ -108,7 +108,11 @@ def same_lines(turns: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"- {side}: adapters within {distance:.1e} of those trained apart (relative Frobenius distance, the "
             f"largest of any tensor), held-out losses within {losses:.1e}."
-            + (" Rounding in bf16 grows with the updates; in fp32 they are within 1e-5." if side == "fused" else "")
+            + (
+                " Rounding in bf16 grows with the updates; in fp32 tests/distributed/test_together.py holds them to 1e-5."
+                if side == "fused"
+                else ""
+            )
         )
     return lines if len(lines) > 1 else []
 

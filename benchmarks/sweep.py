@@ -7,7 +7,7 @@ back, in one sitting: eight `afina train`, each a fresh process; the sweep fused
 named in `--sides`, the sweep as forks of one process too (`sweep.fuse=off`). Wall time is the command's, from its start
 to its end. Then, with the tiny model and other seeds: does early stopping find the trial that is best in the whole
 grid? The whole measurement (about an hour on 2 cores) writes sweep.md and sweep.json beside this file; a smaller one
-only prints. With `--work FOLDER` each turn and seed is kept there, and the same command goes on after the last one.
+only prints.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +55,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=TRIALS, choices=(2, 4, 6, 8))
     parser.add_argument("--times", type=int, default=TIMES, help="turns; the page shows their medians")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="sweeps of the tiny model; 0: none")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=MEASURED, help="other ones")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=MEASURED, help="what is run in a turn")
     parser.add_argument("--tiny", action="store_true", help="the tiny model in the place of SmolLM2-135M")
-    parser.add_argument("--work", type=Path, help="keep what is measured in this folder, and go on from there")
     asked = parser.parse_args()
     configure_logging()
     found: dict[str, Any] = {
@@ -72,9 +69,8 @@ def main() -> None:
     }
     grid = overrides(asked.tiny, asked.steps, asked.trials)
     prepare_rows(overrides(asked.tiny, asked.steps, trials=0))  # fetched and prepared before anything is timed
-    turn_of = partial(measure_turn, grid=grid, sides=asked.sides, min_steps=found["min_steps"])
-    found["choices"] = [kept(asked.work, f"seed-{seed}", partial(choose, seed)) for seed in range(asked.seeds)]
-    found["turns"] = [kept(asked.work, f"turn-{turn}", partial(turn_of, turn)) for turn in range(asked.times)]
+    found["turns"] = [measure_turn(turn, grid, asked.sides, found["min_steps"]) for turn in range(asked.times)]
+    found["choices"] = [choose(seed) for seed in range(asked.seeds)]
     found["load"] = os.getloadavg()[2]
     text = page(found)
     print(text)
@@ -82,18 +78,6 @@ def main() -> None:
     if whole and asked.times >= TIMES and asked.seeds >= SEEDS:
         (HERE / "sweep.md").write_text(text)
         (HERE / "sweep.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def kept(work: Path | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what was measured under this name before; else measure it, and keep it."""
-    if work is None:
-        return measure()
-    file = work / f"{name}.json"
-    if not file.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(measure(), indent=1) + "\n")
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
 
 
 def overrides(tiny: bool, steps: int, trials: int) -> list[str]:

@@ -86,12 +86,14 @@ def loss_and_gradients(
     batches: Sequence[MicroBatch],
     trainable_params: list[nn.Parameter],
     trials: int | None = None,
+    shared: bool = False,
 ) -> Result:
-    """Return the summed loss of micro-batches and its gradients; of ``trials`` in each forward, that of the last."""
+    """Return the summed loss of micro-batches and its gradients; of ``trials`` in each forward, that of the last.
+    ``shared``: as :func:`trie_context` takes it."""
     total, sums = torch.zeros(()), [torch.zeros_like(p, dtype=torch.float32) for p in trainable_params]
     device = next(model.parameters()).device
     for batch in (b.to(device) for b in batches):
-        with trie_context(batch.paths, trials or 1), torch.set_grad_enabled(bool(trainable_params)):
+        with trie_context(batch.paths, trials or 1, shared), torch.set_grad_enabled(bool(trainable_params)):
             value = loss(model, batch) if trials is None else loss(model, batch, trials)[-1]
             gradients = torch.autograd.grad(value, trainable_params, allow_unused=True) if trainable_params else ()
         total = total + value.detach().cpu()

@@ -31,14 +31,14 @@ class _Stack:
     def first(self) -> int:
         """Return the place of the lowest layer that one of the active trials adapts; the last layer, if none does."""
         last = len(self.layers()) - 1
-        return min([last, *(self.lowest[name] for name in self.active.names if name in self.lowest)])
+        return min(last, *(self.lowest[name] for name in self.active.names))
 
 
 def share_lower_layers(model: Any, parent: nn.Module, name: str, active: ActiveTrials) -> Patch | None:
     """Patch a decoder so that layers below the lowest adapted one run on the rows of one trial.
 
     Args:
-        model: a PEFT model with an adapter a trial; the whole of it.
+        model: a PEFT model with a LoRA adapter of linear layers a trial; the whole of it.
         parent: of the list of the decoder's layers.
         name: of that list in it; the list may be cut for a while.
         active: looked at in each forward.
@@ -48,15 +48,17 @@ def share_lower_layers(model: Any, parent: nn.Module, name: str, active: ActiveT
     """
     layers = getattr(parent, name)
     lowest = lowest_adapted(model, layers)
-    if not lowest or max(lowest.values()) == 0:
+    if max(lowest.values()) == 0:
         return None
     stack, handles = _Stack(partial(getattr, parent, name), lowest, active), list[RemovableHandle]()
 
     def apply() -> None:
-        for place, layer in enumerate(layers):
+        active.shares_layers = True
+        for place, layer in enumerate(layers[: max(lowest.values()) + 1]):
             handles.append(layer.register_forward_pre_hook(partial(_hand_on, stack, place), with_kwargs=True))
 
     def undo() -> None:
+        active.shares_layers = False
         while handles:
             handles.pop().remove()
 
@@ -72,8 +74,8 @@ def lowest_adapted(model: Any, layers: nn.ModuleList) -> dict[str, int]:
     lowest: dict[str, int] = {}
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for adapter in (*module.lora_A, *module.lora_embedding_A):
-                place = place_of.get(module, 0)
+            place = place_of.get(module, 0)
+            for adapter in module.lora_A:
                 lowest[adapter] = min(place, lowest.get(adapter, place))
     return lowest
 

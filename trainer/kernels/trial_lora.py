@@ -33,10 +33,12 @@ class ActiveTrials:
         names: of their adapters, in the order of their rows: of ``len(names) * rows``, trial k owns those from
             ``k * rows`` to ``(k + 1) * rows``.
         same_tokens: whether the rows of each trial hold the same tokens, as in training; not while trials generate.
+        shares_layers: whether layers may have the rows of one trial, for all of them (``share_lower_layers``).
     """
 
     names: tuple[str, ...]
     same_tokens: bool = False
+    shares_layers: bool = False
 
     @contextlib.contextmanager
     def on_same_tokens(self) -> Iterator[None]:

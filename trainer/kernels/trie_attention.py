@@ -39,19 +39,20 @@ _paths: list[dict[int, TriePaths | Pieces]] = []
 
 
 @contextlib.contextmanager
-def trie_context(paths: TriePaths | Pieces | None, trials: int = 1) -> Iterator[None]:
+def trie_context(paths: TriePaths | Pieces | None, trials: int = 1, shared: bool = False) -> Iterator[None]:
     """Attend along these paths in the forwards and backwards inside.
 
     Args:
         paths: of one micro-batch; ``None`` changes nothing.
         trials: how many times the micro-batch stands in the batch of the forward.
+        shared: layers may have it once, for all trials.
     """
     if paths is None:
         yield
         return
     rows = 1 if isinstance(paths, TriePaths) else paths.rows
     of_all = paths if isinstance(paths, TriePaths) or trials == 1 else paths.repeated(trials)
-    _paths.append({rows: paths, trials * rows: of_all})
+    _paths.append({trials * rows: of_all, **({rows: paths} if shared else {})})
     try:
         yield
     finally:

@@ -144,7 +144,7 @@ def _put_in_one_forward(
     with ProgressCounter(f"verifying {len(configs)} trials in one forward"):
         config = next(iter(configs.values()))
         apart = distributed.from_main(verify_together(model, loss, config, data, packing, patch, active))
-        if not apart.holds and shared is not None:  # layers that look at each other, or at more than they are handed
+        if not apart.holds and shared is not None:  # layers that read more than their own rows
             logger.info(f"layers below the adapted ones are computed for each trial: shared, a trial differs ({apart})")
             shared.undo()
             apart = distributed.from_main(verify_together(model, loss, config, data, packing, patch, active))

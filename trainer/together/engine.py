@@ -113,7 +113,8 @@ class TrialsEngine(ZeroEngine):
 
     @contextlib.contextmanager
     def _trie(self, batch: MicroBatch) -> Iterator[None]:
-        with trie_context(batch.paths, trials=len(self.active.names)), self.active.on_same_tokens():
+        trials, shared = len(self.active.names), self.active.shares_layers
+        with trie_context(batch.paths, trials, shared), self.active.on_same_tokens():
             yield
 
     def activate(self, names: Sequence[str]) -> None:

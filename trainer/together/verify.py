@@ -53,7 +53,7 @@ def verify_together(
         model.eval()
         try:
             with active.on_same_tokens():
-                found = loss_and_gradients(model, loss, batches, compared, trials=len(active.names))
+                found = loss_and_gradients(model, loss, batches, compared, len(active.names), active.shares_layers)
             with _alone(model, last, patch):
                 expected = loss_and_gradients(model, loss, batches, compared)
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:  # a layer does not keep the rows apart

@@ -151,7 +151,7 @@ def test_undone_every_layer_has_the_rows_of_all() -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_an_architecture_shares_to_the_bit_or_is_found_out(name: str) -> None:
+def test_an_architecture_shares_or_is_found_out(name: str) -> None:
     row = TABLE[name]
     torch.manual_seed(0)
     model = random_model(row).eval()

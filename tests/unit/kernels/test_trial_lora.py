@@ -66,7 +66,7 @@ class Trials:
         """Return each active trial's loss sum and its gradients by a lone run's names; none where it has none."""
         self.model.zero_grad()
         count = len(self.active.names)
-        with trie_context(batch.paths, count):
+        with trie_context(batch.paths, count, self.active.shares_layers):
             sums = self.loss(self.model, batch, count)
             (sums if scales is None else sums * scales).sum().backward()
         return sums.detach(), [gradients(trial_parameters(self.model, name)) for name in self.names]

@@ -129,12 +129,26 @@ def test_trials_attend_as_each_does_alone(
 
 
 @pytest.mark.parametrize("in_pieces", [False, True])
-def test_a_forward_of_more_trials_raises(model: Any, in_pieces: bool) -> None:
+def test_a_forward_of_more_or_fewer_trials_raises(model: Any, in_pieces: bool) -> None:
     examples = [Tokens(np.asarray(row, np.int32), np.ones(3, dtype=bool)) for row in ([5, 6, 7], [5, 6, 8])]
     batch = Packing(True, Limits(None, 4096), 0, in_pieces=in_pieces).collate(examples, range(2))
     loss = LabelLoss(model)
     with trie_context(batch.paths, 2):
-        own = loss(model, batch).item()  # a layer may have the rows of one of them
-        assert loss(model, batch, 2).tolist() == pytest.approx([own, own])
+        assert len(set(loss(model, batch, 2).tolist())) == 1
+        for trials in (None, 3):
+            with pytest.raises(RuntimeError, match="trie_context of 2 × 4"):
+                loss(model, batch, trials)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_layer_may_have_the_rows_of_one_trial_where_they_are_shared(model: Any, in_pieces: bool) -> None:
+    examples = [Tokens(np.asarray(row, np.int32), np.ones(3, dtype=bool)) for row in ([5, 6, 7], [5, 6, 8])]
+    batch = Packing(True, Limits(None, 4096), 0, in_pieces=in_pieces).collate(examples, range(2))
+    loss = LabelLoss(model)
+    with trie_context(batch.paths):
+        alone = loss(model, batch).item()
+    with trie_context(batch.paths, 2, shared=True):
+        assert loss(model, batch).item() == pytest.approx(alone)
+        assert loss(model, batch, 2).tolist() == pytest.approx([alone, alone])
         with pytest.raises(RuntimeError, match="trie_context of 2 × 4"):
             loss(model, batch, 3)

@@ -123,6 +123,7 @@ def test_layers_that_look_at_each_other_are_computed_for_each_trial(
         active = build._put_in_one_forward(model, loss, dict.fromkeys(model.peft_config, config), data, packing)
     assert ("computed for each trial" in caplog.text) == looks_back
     batch = packing.collate(data.train.tokens(range(2)), range(2))
+    assert active.shares_layers != looks_back
     with active.on_same_tokens(), torch.no_grad():
         assert len(loss(model, batch, trials=3)) == 3
     assert len(kept[-1]) == (6 if looks_back else 2)
