@@ -16,6 +16,7 @@ TITLES = {
 # At least so many times faster than the trials apart, fused, and fused with early stopping; at most so many times the
 # memory of one lone run.
 SPEED_BAR, ASHA_BAR, MEMORY_BAR = 2.0, 3.4, 1.5
+IN_FP32 = " Rounding in bf16 grows with the updates; in fp32 tests/distributed/test_together.py holds them to 1e-5."
 
 
 def page(found: dict[str, Any]) -> str:
@@ -107,12 +108,7 @@ def same_lines(turns: list[dict[str, Any]]) -> list[str]:
         )
         lines.append(
             f"- {side}: adapters within {distance:.1e} of those trained apart (relative Frobenius distance, the "
-            f"largest of any tensor), held-out losses within {losses:.1e}."
-            + (
-                " Rounding in bf16 grows with the updates; in fp32 tests/distributed/test_together.py holds them to 1e-5."
-                if side == "fused"
-                else ""
-            )
+            f"largest of any tensor), held-out losses within {losses:.1e}." + (IN_FP32 if side == "fused" else "")
         )
     return lines if len(lines) > 1 else []
 
